@@ -1,0 +1,267 @@
+"""A decoder-only transformer: Llama 2/3, SmolLM2, Qwen2/2.5 and Qwen3, in one file.
+
+Top to bottom: configuration, the parts of a block, the transformer, the key-value cache, masks. Submodules carry the
+names of Hugging Face checkpoints, so that reading one (checkpoint.py) is a dictionary lookup per tensor.
+
+Letters used in shape comments:
+    R rows (sequences in the batch)     T tokens per row in this call     S key slots (cached + new)
+    C n_embd    H n_head    K n_kv_head    G = H / K query heads per key head    D head_dim    V vocabulary
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+# -----------------------------------------------------------------------------
+# configuration
+
+
+@dataclass(frozen=True)
+class Config:
+    n_layer: int
+    n_head: int
+    n_kv_head: int
+    head_dim: int
+    n_embd: int
+    n_inner: int  # width of the MLP's hidden layer
+    vocab_size: int
+    max_seq_len: int
+    norm_eps: float
+    rope_theta: float
+    rope_scaling: dict | None  # only rope_type "llama3"
+    tie_embeddings: bool
+    qkv_bias: bool  # Qwen2, Qwen2.5
+    qk_norm: bool  # Qwen3
+    eos_ids: tuple  # any of these ends a text
+    hf: dict = field(repr=False)  # config.json as read, to be written back on save
+
+
+# -----------------------------------------------------------------------------
+# rotary position embedding
+
+
+def rope_table(config: Config, device) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin of position times frequency, each (max_seq_len, D) in float32, the D/2 angles written twice.
+
+    With rope_type "llama3" the long wavelengths are stretched by `factor`, the short ones kept, those between blended.
+    """
+    half = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device) / config.head_dim
+    freq = config.rope_theta**-half  # (D/2)
+    if s := config.rope_scaling:
+        turns = s["original_max_position_embeddings"] * freq / (2 * torch.pi)  # full turns in the original context
+        keep = (turns - s["low_freq_factor"]) / (s["high_freq_factor"] - s["low_freq_factor"])
+        keep = keep.clamp(0, 1)  # 1: short wavelength, unchanged; 0: long, fully stretched
+        freq = keep * freq + (1 - keep) * freq / s["factor"]
+    angle = torch.arange(config.max_seq_len, dtype=torch.float32, device=device)[:, None] * freq
+    angle = torch.cat((angle, angle), dim=-1)
+    return angle.cos(), angle.sin()
+
+
+def rotate(x, cos, sin):
+    """Turn each pair (x[i], x[i + D/2]) by its angle. x (R, heads, T, D); cos, sin (R, 1, T, D)."""
+    a, b = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-b, a), dim=-1) * sin
+
+
+# -----------------------------------------------------------------------------
+# the parts of a block
+
+
+class Linear(nn.Linear):
+    def reset_parameters(self):
+        pass  # weights come from a checkpoint; drawing random ones first would take longer than reading it
+
+
+class Embedding(nn.Embedding):
+    def reset_parameters(self):
+        pass
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, x):
+        h = x.float()
+        h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * h.to(x.dtype)
+
+
+class Attention(nn.Module):
+    def __init__(self, c: Config):
+        super().__init__()
+        self.n_head, self.n_kv_head, self.head_dim = c.n_head, c.n_kv_head, c.head_dim
+        self.q_proj = Linear(c.n_embd, c.n_head * c.head_dim, bias=c.qkv_bias)
+        self.k_proj = Linear(c.n_embd, c.n_kv_head * c.head_dim, bias=c.qkv_bias)
+        self.v_proj = Linear(c.n_embd, c.n_kv_head * c.head_dim, bias=c.qkv_bias)
+        self.o_proj = Linear(c.n_head * c.head_dim, c.n_embd, bias=False)
+        self.q_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else nn.Identity()
+
+    def forward(self, x, rope, bias, layer_cache=None):
+        R, T, _ = x.shape
+        H, K, D = self.n_head, self.n_kv_head, self.head_dim
+        q = self.q_norm(self.q_proj(x).view(R, T, H, D)).transpose(1, 2)  # (R, H, T, D)
+        k = self.k_norm(self.k_proj(x).view(R, T, K, D)).transpose(1, 2)  # (R, K, T, D)
+        v = self.v_proj(x).view(R, T, K, D).transpose(1, 2)  # (R, K, T, D)
+        q, k = rotate(q, *rope), rotate(k, *rope)
+        if layer_cache is not None:
+            k, v = layer_cache.append(k, v)  # (R, K, S, D)
+        # Query heads that share a key head are laid out as more queries of it, so k and v are never copied per head.
+        q = q.reshape(R, K, -1, D) * D**-0.5  # (R, K, G*T, D)
+        att = (q @ k.transpose(-1, -2)).view(R, K, H // K, T, -1) + bias  # (R, K, G, T, S)
+        att = att.softmax(-1, dtype=torch.float32).to(v.dtype)
+        y = att.view(R, K, -1, att.size(-1)) @ v  # (R, K, G*T, D)
+        return self.o_proj(y.view(R, H, T, D).transpose(1, 2).reshape(R, T, H * D))
+
+
+class MLP(nn.Module):
+    def __init__(self, c: Config):
+        super().__init__()
+        self.gate_proj = Linear(c.n_embd, c.n_inner, bias=False)
+        self.up_proj = Linear(c.n_embd, c.n_inner, bias=False)
+        self.down_proj = Linear(c.n_inner, c.n_embd, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    def __init__(self, c: Config):
+        super().__init__()
+        self.input_layernorm = RMSNorm(c.n_embd, c.norm_eps)
+        self.self_attn = Attention(c)
+        self.post_attention_layernorm = RMSNorm(c.n_embd, c.norm_eps)
+        self.mlp = MLP(c)
+
+    def forward(self, x, rope, bias, layer_cache=None):
+        x = x + self.self_attn(self.input_layernorm(x), rope, bias, layer_cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+# -----------------------------------------------------------------------------
+# the transformer
+
+
+class Transformer(nn.Module):
+    """Token ids in, logits out; the three stages are public because training and sampling call them apart.
+
+    model(ids) runs all. `embed` -> `run_layers` (any range of layers) -> `head` gives the same; the inner update runs
+    the frozen lower layers once and the upper ones every step, and asks `head` only for positions with a label.
+    """
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = Embedding(config.vocab_size, config.n_embd)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.norm = RMSNorm(config.n_embd, config.norm_eps)
+        self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
+        self.rope = None  # (cos, sin), made on first use on the right device
+
+    @property
+    def device(self):
+        return self.embed_tokens.weight.device
+
+    @property
+    def dtype(self):
+        return self.embed_tokens.weight.dtype
+
+    def embed(self, ids):
+        """ids (R, T) int64 -> x (R, T, C)."""
+        return self.embed_tokens(ids)
+
+    def run_layers(self, x, pos, mask, start=0, stop=None, cache=None):
+        """Layers start .. stop-1. x (R, T, C), pos (R, T) positions for RoPE, mask (R, T, S) bool, True = may look."""
+        if self.rope is None or self.rope[0].device != x.device:
+            self.rope = rope_table(self.config, x.device)
+        rope = tuple(table[pos].unsqueeze(1).to(x.dtype) for table in self.rope)  # 2 x (R, 1, T, D)
+        bias = torch.zeros(mask.shape, dtype=x.dtype, device=x.device)
+        bias = bias.masked_fill_(~mask, torch.finfo(x.dtype).min)[:, None, None]  # (R, 1, 1, T, S)
+        for i, layer in enumerate(self.layers[start:stop], start):
+            x = layer(x, rope, bias, cache and cache.layer(i))
+        if cache is not None:
+            cache.length += x.size(1)
+        return x
+
+    def head(self, x):
+        """x (..., C) -> logits (..., V)."""
+        return self.lm_head(self.norm(x))
+
+    def forward(self, ids, pos=None, mask=None, cache=None):
+        """ids (R, T) -> logits (R, T, V). Without pos and mask: plain causal rows that start at position 0."""
+        R, T = ids.shape
+        past = cache.length if cache is not None else 0
+        if pos is None:
+            pos = torch.arange(past, past + T, device=ids.device).expand(R, T)
+        if mask is None:
+            mask = causal_mask(torch.ones(R, past + T, dtype=torch.bool, device=ids.device), T)
+        return self.head(self.run_layers(self.embed(ids), pos, mask, cache=cache))
+
+
+# -----------------------------------------------------------------------------
+# key-value cache and masks
+
+
+class KVCache:
+    """Keys and values of R rows in one preallocated block, (2, n_layer, R, K, slots, D); `length` slots are filled.
+
+    All rows write to the same slot. A row whose prompt is shorter is padded on the left and masks those slots out.
+    """
+
+    def __init__(self, model: Transformer, rows: int, slots: int):
+        c = model.config
+        shape = (2, c.n_layer, rows, c.n_kv_head, slots, c.head_dim)
+        self.kv = torch.empty(shape, dtype=model.dtype, device=model.device)
+        self.length = 0
+
+    def layer(self, i: int):
+        return LayerCache(self, i)
+
+    def keep(self, rows, slots=None) -> None:
+        """Make the rows be `rows`, a list of row indices (repeats allowed: that is how one prompt becomes M samples).
+
+        `slots`, if given, is the new capacity; it must hold the `length` slots that are filled.
+        """
+        old, rows = self.kv, torch.as_tensor(rows, device=self.kv.device)
+        shape = (*old.shape[:2], len(rows), old.size(3), slots or old.size(4), old.size(5))
+        self.kv = torch.empty(shape, dtype=old.dtype, device=old.device)
+        self.kv[..., : self.length, :] = old[:, :, rows, :, : self.length]
+
+
+class LayerCache:
+    """One layer's view of a KVCache."""
+
+    def __init__(self, cache: KVCache, i: int):
+        self.kv, self.past = cache.kv[:, i], cache.length
+
+    def append(self, k, v):
+        """Store k, v (R, K, T, D) after the filled slots; return all keys and values so far, (R, K, S, D)."""
+        stop = self.past + k.size(2)
+        self.kv[0, :, :, self.past : stop] = k
+        self.kv[1, :, :, self.past : stop] = v
+        return self.kv[0, :, :, :stop], self.kv[1, :, :, :stop]
+
+
+def causal_mask(valid, T: int):
+    """valid (R, S) bool, False for padding -> mask (R, T, S): the last T slots look at valid slots up to their own.
+
+    valid = [[0, 1, 1]], T = 2 gives [[[0, 1, 0], [0, 1, 1]]].
+    """
+    S = valid.size(1)
+    causal = torch.ones(T, S, dtype=torch.bool, device=valid.device).tril(S - T)
+    return causal & valid[:, None, :]
+
+
+def packed_mask(segment):
+    """segment (R, T) int, which sequence each token belongs to -> block-diagonal causal mask (R, T, T).
+
+    segment = [[0, 0, 1]] gives [[[1, 0, 0], [1, 1, 0], [0, 0, 1]]]: the third token starts a sequence of its own.
+    """
+    T = segment.size(1)
+    causal = torch.ones(T, T, dtype=torch.bool, device=segment.device).tril()
+    return causal & (segment[:, :, None] == segment[:, None, :])

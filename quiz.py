@@ -1,0 +1,238 @@
+"""The quiz: ask the model about passages that it does not see, under many adapters at once, and score the answers.
+
+Scores per question (all from 0 to 1, except logprob):
+    accuracy   1 if an accepted answer stands in the model's answer as whole words, after SQuAD's normalisation
+    em         1 if the model's answer equals an accepted answer, normalised
+    f1         overlap of normalised words with the closest accepted answer
+    logprob    mean log-likelihood per token of the first accepted answer and the newline after it (0 is certain)
+
+The paper has GPT-4.1 judge the answers; these need no judge.
+"""
+
+import argparse
+import re
+import string
+import time
+from collections import Counter
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+from common import Progress, read_jsonl, write_jsonl
+from data.qa import Passage, Question
+from inner import Study, inner_update
+from lora import PROJECTIONS, Adapters, LoRAConfig, attached
+from model import Transformer, packed_mask
+from selfedit import STYLES, generate, grid, study_examples
+from tokenizer import Tokenizer
+
+# -----------------------------------------------------------------------------
+# scoring
+
+
+def normalize(text: str) -> str:
+    """SQuAD's: lower case, no punctuation, no articles, single blanks. "The Havnit Society." -> "havnit society"."""
+    text = "".join(c for c in text.lower() if c not in string.punctuation)
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+
+
+def f1(answer: str, gold: str) -> float:
+    """Word overlap of two normalised texts: "salt barn" against "old salt barn" is 2 * 1 * (2/3) / (1 + 2/3) = 0.8."""
+    a, g = answer.split(), gold.split()
+    common = sum((Counter(a) & Counter(g)).values())
+    return 2 * common / (len(a) + len(g)) if common else float(a == g)
+
+
+def score_answer(answer: str, golds: tuple) -> dict:
+    """{"accuracy", "em", "f1"} of one answer. "It was honey." scores accuracy 1, em 0 against "honey"."""
+    answer, golds = normalize(answer), [normalize(g) for g in golds]
+    return {
+        "accuracy": float(any(f" {g} " in f" {answer} " for g in golds)),
+        "em": float(answer in golds),
+        "f1": max(f1(answer, g) for g in golds),
+    }
+
+
+def mean_scores(scores: list[dict]) -> dict:
+    """The mean of each score over questions."""
+    return {k: float(np.mean([s[k] for s in scores])) for k in ("accuracy", "em", "f1", "logprob")}
+
+
+# -----------------------------------------------------------------------------
+# asking
+
+
+@dataclass(frozen=True)
+class Item:
+    """One question to ask, under candidate `owner`'s adapter."""
+
+    prompt: tuple
+    question: Question
+    owner: int = 0
+
+
+def quiz_items(tok: Tokenizer, passage: Passage, owner: int = 0, show_passage: bool = False) -> list[Item]:
+    """The questions about one passage, in the paper's form (section B.1); with `show_passage` it stands in front."""
+    items = []
+    for q in passage.questions:
+        text = f"Let's answer a question directly and concisely.\nQuestion: Topic: {passage.title}\n{q.question}\nAnswer:\n"
+        shown = f"{passage.title}\n{passage.text}\n\n" if show_passage else ""
+        items.append(Item(tuple(tok.encode(shown + text)), q, owner))
+    return items
+
+
+def ask(model: Transformer, tok: Tokenizer, items: list[Item], adapters: Adapters | None = None, max_new=24) -> list[dict]:
+    """Greedy answers to all items in one batch, scored: {"answer", "accuracy", "em", "f1", "logprob"} per item."""
+    prompts, owner = [list(i.prompt) for i in items], [i.owner for i in items]
+    outputs = generate(model, prompts, max_new, {*tok.end_ids, *tok.newline_ids}, adapters=adapters, owner=owner)
+    golds = [[*tok.encode(i.question.answers[0]), tok.encode("\n")[0]] for i in items]
+    logprobs = answer_logprobs(model, prompts, golds, adapters, owner)
+    scores = []
+    for item, ids, logprob in zip(items, outputs, logprobs):
+        answer = tok.decode([t for t in ids if t not in tok.end_ids]).strip()
+        scores.append({"answer": answer, **score_answer(answer, item.question.answers), "logprob": logprob})
+    return scores
+
+
+@torch.inference_mode()
+def answer_logprobs(model, prompts, answers, adapters: Adapters | None = None, owner=None) -> list[float]:
+    """Mean log-likelihood per token of answers[i] after prompts[i] under adapter owner[i], in one forward pass."""
+    P = len(adapters) if adapters else 1
+    rows = [i for mine in grid(owner or [0] * len(prompts), P) for i in mine]
+    texts = [torch.tensor(prompts[i] + answers[i]) for i in rows]
+    ids = pad_sequence(texts, batch_first=True).to(model.device)  # padded right: no token looks ahead
+    R, T = ids.shape
+    at = torch.tensor([n * T + len(prompts[i]) - 1 + k for n, i in enumerate(rows) for k in range(len(answers[i]))])
+    with attached(model, adapters) if adapters else nullcontext():
+        pos = torch.arange(T, device=ids.device).expand(R, T)
+        x = model.run_layers(model.embed(ids), pos, packed_mask(torch.zeros_like(ids)))
+    logp = model.head(x.reshape(R * T, -1)[at]).float().log_softmax(-1)
+    target = torch.tensor([t for i in rows for t in answers[i]], device=ids.device)
+    parts = logp.gather(-1, target[:, None])[:, 0].split([len(answers[i]) for i in rows])
+    return [m for _, m in sorted({i: float(p.mean()) for i, p in zip(rows, parts)}.items())]
+
+
+# -----------------------------------------------------------------------------
+# study, then ask
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A passage and the notes to study with it; without notes, the passage alone."""
+
+    passage: Passage
+    notes: tuple
+
+
+def populations(tok: Tokenizer, candidates: list[Candidate], size: int) -> list[list[int]]:
+    """Candidate indices in groups of at most `size` that train side by side, like lengths together: less padding."""
+    length = [len(tok.encode("\n".join([c.passage.text, *c.notes]))) for c in candidates]
+    order = sorted(range(len(candidates)), key=lambda i: (length[i], i))
+    return [order[i : i + size] for i in range(0, len(order), size)]
+
+
+def study_and_quiz(model, tok, candidates: list[Candidate], lora: LoRAConfig, study: Study, seed: int) -> list[dict]:
+    """One population: each candidate studies its passage and notes, then answers without seeing them.
+
+    Returns for each {"steps", "tokens", "loss", "diverged", "answers": scores per question}. One that diverged scores
+    zero, and a log-probability of -100.
+    """
+    adapters = Adapters.init(model, lora, len(candidates), seed)
+    examples = [study_examples(tok, c.passage.title, [c.passage.text, *c.notes]) for c in candidates]
+    outcomes = inner_update(model, adapters, examples, [study] * len(candidates), seed)
+    items = [item for n, c in enumerate(candidates) for item in quiz_items(tok, c.passage, owner=n)]
+    scores = ask(model, tok, items, adapters)
+    results = []
+    for n, outcome in enumerate(outcomes):
+        mine = [s for s, item in zip(scores, items) if item.owner == n]
+        if outcome.diverged:
+            mine = [{**s, "accuracy": 0.0, "em": 0.0, "f1": 0.0, "logprob": -100.0} for s in mine]
+        results.append({**asdict(outcome), "answers": mine})
+    return results
+
+
+def study_all(model, tok, candidates, lora, study, seed, population, log, label) -> list[dict]:
+    """study_and_quiz() for any number of candidates, population by population; results in the order given.
+
+    Every population's results are written to `log` (JSON lines) at once; those found there are not computed again.
+    """
+    done = {r["n"]: r for r in read_jsonl(log)} if Path(log).is_file() else {}
+    progress, start = Progress(label, len(candidates)), time.perf_counter()
+    tokens = 0
+    for chunk in populations(tok, candidates, population):
+        if not all(n in done for n in chunk):
+            results = study_and_quiz(model, tok, [candidates[n] for n in chunk], lora, study, seed)
+            done |= {n: {"n": n, **r} for n, r in zip(chunk, results)}
+            write_jsonl(log, [done[n] for n in sorted(done)])
+            tokens += sum(r["tokens"] for r in results)
+        mine = [done[n] for n in chunk]
+        accuracy = float(np.mean([mean_scores(r["answers"])["accuracy"] for r in done.values()]))
+        loss = float(np.mean([r["loss"] or 0.0 for r in mine]))
+        progress.step(len(chunk), accuracy=accuracy, loss=loss, tok_s=round(tokens / (time.perf_counter() - start)))
+    return [done[n] for n in range(len(candidates))]
+
+
+# -----------------------------------------------------------------------------
+# settings that several scripts share
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """The docstring as written, and every option with its default."""
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        self.exit(2, f"error: {message} (see {self.prog} -h)\n")
+
+
+def make_parser(doc: str) -> argparse.ArgumentParser:
+    """A parser with the settings of the model, the self-edits and the inner update; the script adds its own."""
+    parser = Parser(description=doc, formatter_class=HelpFormatter)
+    add = parser.add_argument_group("model").add_argument
+    add("--model", default="checkpoints/smollm2-135m-instruct", help="Hugging Face folder")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
+    add("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="of the base weights")
+    add("--seed", type=at_least(0), default=0, help="same seed, same output")
+    add = parser.add_argument_group("self-edits").add_argument
+    add("--style", default="implications", choices=STYLES, help="prompt style")
+    add("--shots", type=int, default=1, choices=[0, 1], help="worked examples in the prompt; the paper: 0")
+    add("--temperature", type=at_least(0.0), default=0.7, help="of sampling, 0 is greedy; the paper: 1")
+    add("--top-p", type=at_least(0.01), default=0.95, help="nucleus mass")
+    add("--max-new", type=at_least(1), default=160, help="longest self-edit, in tokens")
+    add = parser.add_argument_group("inner update (LoRA and AdamW)").add_argument
+    add("--rank", type=at_least(1), default=16, help="LoRA rank; the paper: 32")
+    add("--alpha", type=at_least(0.0), default=32.0, help="LoRA alpha; the paper: 64")
+    add("--targets", nargs="+", default=list(PROJECTIONS), choices=PROJECTIONS, help="the paper: q_proj v_proj")
+    add("--top-layers", type=at_least(0), default=10, help="adapt the last K layers; 0 or the paper: all")
+    add("--lr", type=at_least(0.0), default=2e-3, help="peak learning rate, decays linearly; the paper: 1e-3")
+    add("--epochs", type=at_least(1), default=8, help="passes over the rows; the paper: 10")
+    add("--row-len", type=at_least(0), default=128, help="tokens per packed row; 0 or the paper: a row per sequence")
+    add("--population", type=at_least(1), default=8, help="candidates that train side by side; the paper: 1")
+    return parser
+
+
+def at_least(low):
+    """An argparse type: a number of low's type that is not below it."""
+
+    def convert(text: str):
+        value = type(low)(text)  # argparse turns a ValueError into its own message
+        if not low <= value < float("inf"):
+            raise argparse.ArgumentTypeError(f"{text} is not a number from {low} up")
+        return value
+
+    convert.__name__ = type(low).__name__
+    return convert
+
+
+def lora_config(args, model: Transformer) -> LoRAConfig:
+    """The inner update's LoRA. Exits if --top-layers is more than the model has."""
+    n = model.config.n_layer
+    return LoRAConfig(args.rank, args.alpha, tuple(args.targets), n - args.top_layers if args.top_layers else 0, n)
+
+
+def study_settings(args, steps: int = 0) -> Study:
+    return Study(lr=args.lr, epochs=args.epochs, steps=steps, row_len=args.row_len)

@@ -1,0 +1,44 @@
+"""common.py: what is written is whole or not there."""
+
+import errno
+
+import pytest
+
+from common import open_run, read_json, read_jsonl, sub_seed, write_atomic, write_json, write_jsonl
+
+
+def test_round_trips(tmp_path):
+    write_json(tmp_path / "a" / "x.json", {"é": [1, None]})
+    assert read_json(tmp_path / "a" / "x.json") == {"é": [1, None]}
+    write_jsonl(tmp_path / "x.jsonl", [{"a": 1}, {"b": "\u2028"}])
+    assert read_jsonl(tmp_path / "x.jsonl") == [{"a": 1}, {"b": "\u2028"}]
+
+
+def test_a_full_disk_keeps_the_old_file_and_says_so(tmp_path):
+    write_json(tmp_path / "x.json", 1)
+
+    def write(path):
+        path.write_text("half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(SystemExit, match=r"cannot write .*x\.json: No space left on device"):
+        write_atomic(tmp_path / "x.json", write)
+    assert read_json(tmp_path / "x.json") == 1 and len(list(tmp_path.iterdir())) == 1
+
+
+def test_bad_json_names_the_line(tmp_path):
+    (tmp_path / "x.jsonl").write_text('{"a": 1}\n{"b":')
+    with pytest.raises(SystemExit, match=r"x\.jsonl line 2 is not valid JSON"):
+        read_jsonl(tmp_path / "x.jsonl")
+
+
+def test_runs_are_resumed_as_what_they_were(tmp_path):
+    open_run(tmp_path / "run", {"lr": 0.1, "layers": (1, 2)})
+    open_run(tmp_path / "run", {"lr": 0.1, "layers": (1, 2)})
+    with pytest.raises(SystemExit, match="lr = 0.1, now it is 0.2"):
+        open_run(tmp_path / "run", {"lr": 0.2, "layers": (1, 2)})
+
+
+def test_sub_seeds_differ():
+    assert len({sub_seed(s, k, j) for s in range(5) for k in range(5) for j in range(5)}) == 125
+    assert sub_seed(1, 2) == sub_seed(1, 2)

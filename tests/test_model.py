@@ -1,0 +1,162 @@
+"""model.py and checkpoint.py against transformers, and everything that can be wrong with a folder."""
+
+import json
+
+import pytest
+import torch
+import transformers
+from conftest import SMOLLM2, write_checkpoint
+from safetensors.torch import load_file, save_file
+
+from checkpoint import load_model, pick_device, save_model
+from model import KVCache, causal_mask, packed_mask
+
+
+def ids_for(model, rows=2, length=40):
+    return torch.randint(0, model.config.vocab_size, (rows, length), generator=torch.Generator().manual_seed(1))
+
+
+def reference(folder):
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+@torch.no_grad()
+def test_same_logits_as_transformers(family_folder):
+    model = load_model(family_folder, "cpu", "float32")
+    ids = ids_for(model)
+    assert (model(ids) - reference(family_folder)(ids).logits).abs().max() <= 1e-4
+
+
+@torch.no_grad()
+def test_same_logits_as_transformers_on_smollm2(smollm2, tok):
+    ids = torch.tensor(
+        [tok.encode("The bell was cast in 1742 by a potter from Quill Bay; sailors rubbed its rim for luck.")]
+    )
+    assert (smollm2(ids) - reference(SMOLLM2)(ids).logits).abs().max() <= 5e-4  # logits here go up to 30
+
+
+@torch.no_grad()
+def test_smollm2_knows_the_capital_of_france(smollm2, tok):
+    ids = tok.chat([{"role": "user", "content": "What is the capital of France?"}])
+    for _ in range(8):
+        ids.append(int(smollm2(torch.tensor([ids]))[0, -1].argmax()))
+    assert "Paris" in tok.decode(ids[-8:])
+
+
+@torch.no_grad()
+def test_cached_and_uncached_decoding_agree(family_folder):
+    model = load_model(family_folder, "cpu", "float32")
+    ids, cache = ids_for(model), KVCache(model, 2, 40)
+    parts = [model(ids[:, :17], cache=cache), *(model(ids[:, t : t + 1], cache=cache) for t in range(17, 40))]
+    torch.testing.assert_close(torch.cat(parts, dim=1), model(ids), atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_cache_keep_copies_and_drops_rows(tiny):
+    ids, cache = ids_for(tiny, rows=3, length=12), KVCache(tiny, 3, 11)
+    tiny(ids[:, :11], cache=cache)
+    cache.keep([2, 0, 2], slots=12)
+    together = tiny(ids[[2, 0, 2], 11:], cache=cache)[:, 0]
+    torch.testing.assert_close(together, tiny(ids)[[2, 0, 2], 11], atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_does_not_change_a_row(tiny, side):
+    ids = ids_for(tiny, rows=1, length=20)
+    pad = torch.full((1, 7), 5)
+    padded = torch.cat([pad, ids] if side == "left" else [ids, pad], dim=1)
+    valid = torch.ones(1, 27, dtype=torch.bool)
+    valid[:, :7] = False if side == "left" else True
+    valid[:, 20:] = True if side == "left" else False
+    pos = (valid.cumsum(1) - 1).clamp(min=0)
+    out = tiny(padded, pos=pos, mask=causal_mask(valid, 27))
+    torch.testing.assert_close(out[valid][None], tiny(ids), atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_packed_sequences_do_not_see_each_other(tiny):
+    ids = ids_for(tiny, rows=1, length=20)
+    segment = torch.tensor([[0] * 8 + [1] * 12])
+    pos = torch.cat([torch.arange(8), torch.arange(12)])[None]
+    together = tiny(ids, pos=pos, mask=packed_mask(segment))
+    apart = torch.cat([tiny(ids[:, :8]), tiny(ids[:, 8:])], dim=1)
+    torch.testing.assert_close(together, apart, atol=1e-5, rtol=1e-4)
+
+
+def test_masks_as_documented():
+    assert causal_mask(torch.tensor([[False, True, True]]), 2).int().tolist() == [[[0, 1, 0], [0, 1, 1]]]
+    assert packed_mask(torch.tensor([[0, 0, 1]])).int().tolist() == [[[1, 0, 0], [1, 1, 0], [0, 0, 1]]]
+
+
+@torch.no_grad()
+def test_sharded_and_saved_folders_load(tmp_path):
+    folder = write_checkpoint(tmp_path / "sharded", "qwen2", shard="50KB")
+    assert (folder / "model.safetensors.index.json").exists()
+    model = load_model(folder, "cpu", "float32")
+    save_model(model, tmp_path / "saved", folder)
+    again, ids = load_model(tmp_path / "saved", "cpu", "float32"), ids_for(model)
+    assert torch.equal(model(ids), again(ids))
+    assert (model(ids) - reference(tmp_path / "saved")(ids).logits).abs().max() <= 1e-4
+    with pytest.raises(SystemExit, match="exists already"):
+        save_model(model, tmp_path / "saved", folder)
+
+
+# -----------------------------------------------------------------------------
+# folders that do not fit
+
+
+def edit_tensors(folder, change):
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+def edit_config(folder, **fields):
+    config = json.loads((folder / "config.json").read_text()) | fields
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+BROKEN = {
+    "missing tensor": (
+        lambda f: edit_tensors(f, lambda t: t.pop("model.layers.2.mlp.up_proj.weight")),
+        r"tensor model\.layers\.2\.mlp\.up_proj\.weight is missing",
+    ),
+    "extra tensor": (
+        lambda f: edit_tensors(f, lambda t: t.update({"model.layers.9.oops": torch.zeros(2)})),
+        r"unexpected tensor model\.layers\.9\.oops",
+    ),
+    "wrong shape": (
+        lambda f: edit_tensors(f, lambda t: t.update({"model.norm.weight": torch.zeros(65)})),
+        r"model\.norm\.weight has shape \(65,\), config\.json asks for \(64,\)",
+    ),
+    "truncated": (
+        lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:-100]),
+        r"model\.safetensors is damaged",
+    ),
+    "not safetensors": (lambda f: (f / "model.safetensors").write_bytes(b"oops"), r"model\.safetensors is damaged"),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), r"model\.safetensors are missing"),
+    "no config": (lambda f: (f / "config.json").unlink(), r"no config\.json"),
+    "bad config": (lambda f: (f / "config.json").write_text("{"), r"config\.json is not valid JSON"),
+    "architecture": (lambda f: edit_config(f, model_type="gpt2"), r"unknown architecture 'gpt2'"),
+    "missing field": (
+        lambda f: (f / "config.json").write_text('{"model_type": "llama"}'),
+        r"config\.json: field 'num_hidden_layers' is missing",
+    ),
+    "rope": (lambda f: edit_config(f, rope_parameters={"rope_type": "yarn"}), r"rope_scaling"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_broken_folder_ends_in_one_clear_line(case, tmp_path):
+    folder = write_checkpoint(tmp_path / "model", "smollm2")
+    breakage, message = BROKEN[case]
+    breakage(folder)
+    with pytest.raises(SystemExit, match=message) as e:
+        load_model(folder, "cpu")
+    assert str(e.value).startswith("error: ") and "\n" not in str(e.value)
+
+
+def test_unknown_device():
+    with pytest.raises(SystemExit, match="--device"):
+        pick_device("abacus")

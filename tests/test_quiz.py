@@ -1,0 +1,109 @@
+"""quiz.py: scores with worked answers, log-probabilities against a plain forward pass, populations."""
+
+import math
+
+import pytest
+import torch
+from conftest import ROOT
+
+from data.qa import Passage, Question, load_passages
+from inner import Study
+from lora import PROJECTIONS, Adapters, LoRAConfig, attached
+from quiz import (
+    Candidate,
+    answer_logprobs,
+    ask,
+    mean_scores,
+    normalize,
+    populations,
+    quiz_items,
+    score_answer,
+    study_all,
+    study_and_quiz,
+)
+
+LORA = LoRAConfig(2, 4.0, tuple(PROJECTIONS), 2, 4)
+
+
+def passage(n, questions=2):
+    qs = tuple(Question(f"Who built house {i} of {n}?", (f"Person {i}", "nobody")) for i in range(questions))
+    return Passage(f"p{n}", f"Title {n}", f"House {n} stands on a hill. " * (n + 1), qs)
+
+
+def test_scores():
+    assert normalize("The Havnit  Society.") == "havnit society"
+    assert score_answer("It was honey.", ("honey",)) == {"accuracy": 1.0, "em": 0.0, "f1": pytest.approx(0.5)}
+    assert score_answer("The Honey!", ("honey",)) == {"accuracy": 1.0, "em": 1.0, "f1": 1.0}
+    assert score_answer("cottonwood", ("cotton",))["accuracy"] == 0.0  # whole words only
+    assert score_answer("salt barn", ("old salt barn",))["f1"] == pytest.approx(0.8)
+    assert score_answer("the gaoler", ("a gaoler", "jailer"))["em"] == 1.0
+    assert score_answer("", ("x",)) == {"accuracy": 0.0, "em": 0.0, "f1": 0.0}
+
+
+def test_logprobs_equal_a_plain_forward(tiny, tok):
+    adapters = Adapters.init(tiny, LORA, 2, seed=0)
+    adapters.flat += 0.3 * torch.randn(adapters.flat.shape, generator=torch.Generator().manual_seed(1))
+    prompts, answers, owner = [[3, 4, 5], [9, 8, 7, 6, 5], [3, 4, 5]], [[10, 11], [12], [10, 11]], [0, 1, 1]
+    for p, a, o, value in zip(prompts, answers, owner, answer_logprobs(tiny, prompts, answers, adapters, owner)):
+        with attached(tiny, adapters.pick([o])), torch.no_grad():
+            logp = tiny(torch.tensor([p + a]))[0].log_softmax(-1)
+        expected = sum(logp[len(p) - 1 + k, t] for k, t in enumerate(a)) / len(a)
+        assert math.isclose(value, float(expected), rel_tol=1e-4)
+
+
+def test_items_show_the_passage_only_when_told(tok):
+    p = passage(1)
+    hidden, shown = (tok.decode(quiz_items(tok, p, show_passage=s)[0].prompt) for s in (False, True))
+    assert p.text not in hidden and p.text in shown and p.questions[0].question in hidden and p.title in hidden
+
+
+def test_a_population_scores_as_its_candidates_alone(tiny, tok):
+    candidates = [
+        Candidate(passage(0, 3), ("A note.",)),
+        Candidate(passage(1, 1), ()),
+        Candidate(passage(2, 2), ("B.", "C.")),
+    ]
+    together = study_and_quiz(tiny, tok, candidates, LORA, Study(lr=1e-2, epochs=2), seed=0)
+    for c, result in zip(candidates, together):
+        [alone] = study_and_quiz(tiny, tok, [c], LORA, Study(lr=1e-2, epochs=2), seed=0)
+        assert [a["answer"] for a in alone["answers"]] == [a["answer"] for a in result["answers"]]
+        assert mean_scores(alone["answers"])["logprob"] == pytest.approx(mean_scores(result["answers"])["logprob"], rel=1e-3)
+
+
+def test_a_diverged_candidate_scores_zero(tiny, tok):
+    study = Study(lr=1e30, clip=1e30, epochs=6)
+    [result] = study_and_quiz(tiny, tok, [Candidate(passage(0), ())], LORA, study, seed=0)
+    assert result["diverged"] and mean_scores(result["answers"])["accuracy"] == 0.0
+
+
+def test_study_all_keeps_order_and_resumes(tiny, tok, tmp_path, monkeypatch):
+    candidates = [Candidate(passage(n % 4), ("Note.",) * (n % 3)) for n in range(7)]
+    groups = populations(tok, candidates, 3)
+    assert sorted(n for g in groups for n in g) == list(range(7)) and [len(g) for g in groups] == [3, 3, 1]
+    arguments = (LORA, Study(epochs=1), 0, 3)
+    whole = study_all(tiny, tok, candidates, *arguments, tmp_path / "a.jsonl", "test")
+    assert [r["n"] for r in whole] == list(range(7))
+    import quiz
+
+    real, calls = quiz.study_and_quiz, []
+
+    def dies(*a):
+        calls.append(len(a[2]))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(*a)
+
+    monkeypatch.setattr(quiz, "study_and_quiz", dies)
+    with pytest.raises(KeyboardInterrupt):
+        study_all(tiny, tok, candidates, *arguments, tmp_path / "b.jsonl", "test")
+    assert study_all(tiny, tok, candidates, *arguments, tmp_path / "b.jsonl", "test") == whole
+    assert calls == [3, 3, 3, 1]  # the finished population was not computed again
+
+
+def test_smollm2_answers_with_the_passage_and_learns_without(smollm2, tok):
+    [p] = load_passages(ROOT / "data" / "passages.json", "train", limit=1)
+    hidden, shown = (mean_scores(ask(smollm2, tok, quiz_items(tok, p, show_passage=s))) for s in (False, True))
+    assert hidden["logprob"] < shown["logprob"]
+    lora = LoRAConfig(16, 32.0, tuple(PROJECTIONS), 20, 30)
+    [result] = study_and_quiz(smollm2, tok, [Candidate(p, ())], lora, Study(lr=2e-3, epochs=16), seed=0)
+    assert mean_scores(result["answers"])["logprob"] > hidden["logprob"] + 0.5 and result["loss"] < 1.5

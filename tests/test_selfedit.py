@@ -1,0 +1,124 @@
+"""selfedit.py: the sampler against transformers and against itself, prompts, parsing."""
+
+import pytest
+import torch
+import transformers
+from conftest import SMOLLM2
+
+from inner import Example
+from lora import PROJECTIONS, Adapters, LoRAConfig
+from selfedit import STYLES, choose, edit_prompt, generate, grid, parse, policy_example, shrink, study_examples
+
+PROMPTS = [[7, 8, 9, 10, 11], [7, 8, 9, 3], [7, 8, 9, 20, 21, 22, 23, 24, 25]]  # share [7, 8, 9]
+
+
+@torch.no_grad()
+def greedy(model, prompt, n, ends=()):
+    """The slow way: the whole text again for every token."""
+    ids = list(prompt)
+    while len(ids) < len(prompt) + n and not (len(ids) > len(prompt) and ids[-1] in ends):
+        ids.append(int(model(torch.tensor([ids]))[0, -1].argmax()))
+    return ids[len(prompt) :]
+
+
+def test_greedy_equals_decoding_without_cache(tiny):
+    expected = [greedy(tiny, p, 12) for p in PROMPTS]
+    assert generate(tiny, PROMPTS, 12, ()) == expected
+    assert generate(tiny, PROMPTS[:1], 12, ()) == expected[:1]
+
+
+def test_greedy_equals_transformers_on_smollm2(smollm2, tok):
+    reference = transformers.AutoModelForCausalLM.from_pretrained(SMOLLM2, dtype=torch.float32)
+    prompts = [tok.chat([{"role": "user", "content": c}]) for c in ("Name a colour.", "What is 2 + 2? Answer briefly.")]
+    for prompt, ours in zip(prompts, generate(smollm2, prompts, 12, tok.end_ids)):
+        theirs = reference.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False)[0, len(prompt) :]
+        assert ours == theirs[: len(ours)].tolist()
+
+
+def test_finished_rows_leave_and_the_others_go_on(tiny):
+    full = [greedy(tiny, p, 20) for p in PROMPTS]
+    ends = {full[0][3], full[2][0]}  # ends row 0 after at most 4 tokens, row 2 after one
+    expected = [greedy(tiny, p, 20, ends) for p in PROMPTS]
+    sizes = []
+    assert generate(tiny, PROMPTS, 20, ends, tick=sizes.append) == expected
+    assert sizes[0] == 3 and sizes[-1] < 3 and sum(sizes) == sum(map(len, expected))
+
+
+def test_sampling_is_seeded_and_does_not_depend_on_the_batch(tiny):
+    options = {"temperature": 1.0, "top_p": 0.95, "copies": 3}
+    first = generate(tiny, PROMPTS, 15, (), seed=5, **options)
+    assert first == generate(tiny, PROMPTS, 15, (), seed=5, **options) != generate(tiny, PROMPTS, 15, (), seed=6, **options)
+    assert first[:3] == generate(tiny, PROMPTS[:1], 15, (), seed=5, **options)
+    assert len({tuple(t) for t in first}) == 9  # copies differ from each other
+
+
+def test_each_row_decodes_under_its_own_adapter(tiny):
+    adapters = Adapters.init(tiny, LoRAConfig(4, 8.0, tuple(PROJECTIONS), 1, 4), 3, seed=0)
+    adapters.flat += 0.3 * torch.randn(adapters.flat.shape, generator=torch.Generator().manual_seed(1))
+    prompts, owner = [*PROMPTS, PROMPTS[0], [4, 5, 6]], [0, 2, 2, 1, 2]  # unequal numbers per candidate
+    alone = [generate(tiny, [p], 16, (), adapters=adapters.pick([o]))[0] for p, o in zip(prompts, owner)]
+    assert generate(tiny, prompts, 16, (), adapters=adapters, owner=owner) == alone
+    assert alone[0] != alone[3]  # same prompt, other adapter
+    ends = {alone[3][2], alone[0][4]}  # whole candidates finish early
+    cut = [t[: next((k for k, i in enumerate(t) if i in ends), 15) + 1] for t in alone]
+    assert generate(tiny, prompts, 16, ends, adapters=adapters, owner=owner) == cut
+
+
+def test_nucleus():
+    logits = torch.tensor([[0.6, 0.3, 0.08, 0.02]]).log()
+    picks = {u: int(choose(logits, 1.0, 0.9, torch.tensor([u]))) for u in (0.0, 0.6, 0.7, 0.9999)}
+    assert picks == {0.0: 0, 0.6: 0, 0.7: 1, 0.9999: 1}
+    u = torch.rand(20_000, generator=torch.Generator().manual_seed(0))
+    counts = torch.bincount(choose(logits.expand(20_000, 4), 1.0, 0.95, u), minlength=4) / 20_000
+    torch.testing.assert_close(counts, torch.tensor([0.6, 0.3, 0.08, 0.0]) / 0.98, atol=0.01, rtol=0)
+    flat = torch.zeros(1, 1000)  # the nucleus is larger than the first 256 tokens
+    assert len({int(choose(flat, 1.0, 0.9, torch.tensor([k / 500]))) for k in range(500)}) == 500
+    assert int(choose(logits, 0.0, 1.0, torch.tensor([0.99]))) == 0
+
+
+def test_grid_and_shrink_as_documented():
+    assert grid([0, 0, 1], 2) == [[0, 1], [2, 2]]
+    assert shrink([True, False, False, False, False, False, True, True, False], 3) == [0, 1, 6, 7]
+
+
+# -----------------------------------------------------------------------------
+# prompts and parsing
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_prompts(tok, style):
+    one, zero = (tok.decode(edit_prompt(tok, style, "Rolm", "Rolm is a town.", shots)) for shots in (1, 0))
+    assert one.endswith("Rolm is a town.<|im_end|>\n<|im_start|>assistant\n")
+    assert STYLES[style].example in one and STYLES[style].example not in zero
+    assert parse(STYLES[style].example, style, True)[1] == ""
+    assert len(parse(STYLES[style].example, style, True)[0]) == (3 if style == "rewrite" else 8)
+
+
+@pytest.mark.parametrize(
+    "style, text, ended, expected",
+    [
+        ("implications", "A is B.\nC is D.", True, (["A is B.", "C is D."], "")),
+        ("rewrite", "A is B.\nSo C.\n\nD is E.", True, (["A is B. So C.", "D is E."], "")),
+        ("self-qa", "Question: Q?\nAnswer: A", True, (["Question: Q?\nAnswer: A"], "")),
+        ("self-qa", "Question 1: Q?\nAnswer 1: A\nQuestion 2: R?\nQuestion 3: S?\nAnswer: B", True,
+         (["Question: Q?\nAnswer: A", "Question: S?\nAnswer: B"], "")),
+        ("implications", "Implications:\n1. A is B.\n- C", True, (["A is B.", "C"], "")),
+        ("implications", "A is B.\nA is B.", True, (["A is B."], "")),
+        ("implications", "A is B.\nC is", False, (["A is B."], "endless")),
+        ("implications", "A is B without end", False, ([], "endless")),
+        ("implications", "  \n", True, ([], "empty")),
+        ("implications", "...\n---", True, ([], "malformed")),
+        ("self-qa", "Sure!", True, ([], "malformed")),
+        ("implications", "1742 was the year.", True, (["1742 was the year."], "")),
+        ("implications", "<|im_end|> __import__('os')", True, (["<|im_end|> __import__('os')"], "")),
+    ],
+)  # fmt: skip
+def test_parsing(style, text, ended, expected):
+    assert parse(text, style, ended) == expected
+
+
+def test_training_sequences(tok):
+    [e] = study_examples(tok, "Rolm", ["It is a town."])
+    assert tok.decode(e.ids) == "Rolm\nIt is a town.<|im_end|>" and all(e.counts)
+    e = policy_example(tok, [5, 6, 7], "A fact.", weight=-1.0)
+    assert e == Example((5, 6, 7, *tok.encode("A fact."), tok.end_ids[0]), (False,) * 3 + (True,) * (len(e.ids) - 3), -1.0)

@@ -1,0 +1,145 @@
+"""train_outer.py end to end on a tiny model: files, selection, resuming after a kill, bad input."""
+
+import json
+import sys
+
+import pytest
+
+import train_outer
+from common import read_jsonl
+from selfedit import SelfEdit
+from train_outer import select
+
+
+def run(monkeypatch, tiny_folder, passages_file, out, *extra):
+    args = ["--model", tiny_folder, "--device", "cpu", "--data", passages_file, "--out", out, "--samples", 3, "--rounds", 2]
+    args += ["--max-new", 12, "--epochs", 2, "--top-layers", 2, "--rank", 2, "--outer-rank", 2, "--population", 4, *extra]
+    monkeypatch.setattr(sys, "argv", ["train_outer.py", *map(str, args)])
+    train_outer.main()
+
+
+def files(folder):
+    """Everything a run wrote, without the seconds it took."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            data = path.read_bytes()
+            if path.name == "metrics.jsonl":
+                data = [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in data.splitlines()]
+            found[str(path.relative_to(folder))] = data
+    return found
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_folder, tmp_path_factory):
+    """One uninterrupted run, with the passages it used."""
+    tmp = tmp_path_factory.mktemp("outer")
+    entry = {
+        "title": "Rolm",
+        "passage": "Rolm was founded by Ada Quell.",
+        "questions": [{"question": "Who?", "answer": "Ada"}],
+    }
+    data = tmp / "passages.json"
+    data.write_text(json.dumps([{**entry, "title": f"Rolm {n}"} for n in range(3)]))
+    with pytest.MonkeyPatch.context() as patch:
+        # A random model never ends its turn by itself: count every sample as ended, or nothing is ever selected.
+        patch.setattr("selfedit.parse", lambda text, style, ended: ([text.strip() or "x"], ""))
+        run(patch, tiny_folder, data, tmp / "out")
+    return data, tmp / "out"
+
+
+def test_a_round_leaves_its_records(finished):
+    _, out = finished
+    metrics = read_jsonl(out / "metrics.jsonl")
+    assert [m["round"] for m in metrics] == [1, 2] and all(m["total"] == 9 and m["kept"] == 3 for m in metrics)
+    for k in (1, 2):
+        records = read_jsonl(out / f"round-{k}" / "candidates.jsonl")
+        assert len(records) == 9 and (out / f"round-{k}" / "policy" / "adapter_model.safetensors").is_file()
+        for r in records:
+            assert r["text"] and r["why"] and r["settings"]["epochs"] == 2 and set(r["score"]) >= {"accuracy", "logprob"}
+            assert r["reward"] == r["score"]["accuracy"]
+        assert sum(r["selected"] for r in records) == 3
+    one, two = ((out / f"round-{k}" / "policy" / "adapter_model.safetensors").read_bytes() for k in (1, 2))
+    assert one != two
+
+
+@pytest.mark.parametrize(
+    "stage, call",
+    [
+        ("train_outer.write_self_edits", 1),  # nothing yet
+        ("train_outer.score_edits", 1),  # sampled
+        ("quiz.study_and_quiz", 2),  # in the middle of studying
+        ("train_outer.reinforce", 1),  # before the outer update
+        ("train_outer.save_adapter", 2),  # after it, in round 2
+        ("train_outer.score_edits", 2),
+    ],
+)
+def test_killed_and_resumed_ends_the_same(stage, call, finished, tiny_folder, tmp_path, monkeypatch):
+    data, out = finished
+    monkeypatch.setattr("selfedit.parse", lambda text, style, ended: ([text.strip() or "x"], ""))
+    module, name = stage.split(".")
+    real, calls = getattr(sys.modules[module], name), []
+
+    def dies(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == call:
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(stage, dies)
+    with pytest.raises(KeyboardInterrupt):
+        run(monkeypatch, tiny_folder, data, tmp_path / "out")
+    assert not list(tmp_path.rglob("*.partial"))
+    run(monkeypatch, tiny_folder, data, tmp_path / "out")
+    expected, got = files(out), files(tmp_path / "out")
+    assert expected.keys() == got.keys() and all(expected[k] == got[k] for k in expected)
+
+
+def test_a_random_models_self_edits_never_stop_a_run(tiny_folder, passages_file, tmp_path, monkeypatch, capsys):
+    """It rambles to the limit: every self-edit is flawed, counted, scored and none is reinforced."""
+    run(monkeypatch, tiny_folder, passages_file, tmp_path / "out", "--select", "improving", "--reward", "logprob")
+    metrics = read_jsonl(tmp_path / "out" / "metrics.jsonl")
+    assert metrics[0]["kept"] == 0 and sum(metrics[0]["flaws"].values()) == 9 and metrics[0]["outer_loss"] is None
+    records = read_jsonl(tmp_path / "out" / "round-1" / "candidates.jsonl")
+    assert all(r["why"] == r["flaw"] == "endless" and r["score"]["logprob"] < 0 for r in records)
+    assert "reward_mean" in capsys.readouterr().out
+
+
+def test_selection():
+    def edits():
+        rows = [("a", 0.5, -3.0, ""), ("a", 0.5, -2.0, ""), ("a", 0.9, -1.0, "endless"), ("b", 0.2, -1.0, "")]
+        return [SelfEdit(p, "implications", "t", reward=r, score={"logprob": lp}, flaw=f) for p, r, lp, f in rows]
+
+    best, improving = edits(), edits()
+    select(best, {}, "best")
+    assert [e.selected for e in best] == [False, True, False, True]
+    assert [e.why for e in best] == ["not the best", "best", "endless", "best"]
+    select(improving, {"a": 0.4, "b": 0.2}, "improving")
+    assert [e.selected for e in improving] == [True, True, False, False]
+
+
+@pytest.mark.parametrize(
+    "extra, message",
+    [
+        (["--samples", "0"], "0 is not a number from 1 up"),
+        (["--data", "nowhere.json"], "cannot read nowhere.json"),
+        (["--model", "nowhere"], "nowhere is not a model folder"),
+        (["--skip", "99"], "no passages"),
+        (["--max-new", "99999"], "over the model's context of 2048"),
+        (["--top-layers", "9"], "layers within 0..4"),
+        (["--frobnicate"], "unrecognized arguments"),
+        (["--lr", "fast"], "invalid float value"),
+    ],
+)
+def test_bad_input_is_one_clear_line(extra, message, tiny_folder, passages_file, tmp_path, monkeypatch, capsys):
+    with pytest.raises(SystemExit) as e:
+        run(monkeypatch, tiny_folder, passages_file, tmp_path / "out", *extra)
+    text = e.value.code if isinstance(e.value.code, str) else capsys.readouterr().err
+    assert message in text and text.startswith("error: ") and text.strip().count("\n") == 0
+    assert e.value.code != 0
+
+
+def test_another_setting_in_the_same_folder_is_refused(finished, tiny_folder, monkeypatch):
+    data, out = finished
+    with pytest.raises(SystemExit, match="was started with temperature = 0.7, now it is 0.1"):
+        run(monkeypatch, tiny_folder, data, out, "--temperature", "0.1")
