@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+from safetensors import SafetensorError
 
 
 def read_json(path):
@@ -36,9 +37,9 @@ def write_atomic(path, write) -> None:
         remove(scratch)  # left by a killed run
         write(scratch)
         os.replace(scratch, path)
-    except OSError as e:
+    except (OSError, SafetensorError) as e:
         remove(scratch)
-        raise SystemExit(f"error: cannot write {path}: {e.strerror or e}") from e
+        raise SystemExit(f"error: cannot write {path}: {getattr(e, 'strerror', None) or e}") from e
     except BaseException:
         remove(scratch)
         raise
@@ -100,23 +101,26 @@ class Progress:
     """A status line, "study 12/64  loss 1.204  tok/s 580  eta 0:41": rewritten in place at a terminal, else every 10 s."""
 
     def __init__(self, label: str, total: int):
-        self.label, self.total, self.done = label, total, 0
+        self.label, self.total, self.done, self.fields = label, total, 0, {}
+        self.tty = sys.stdout.isatty()
         self.start = time.perf_counter()
-        self.shown = self.start if not sys.stdout.isatty() else 0.0
+        self.shown = 0.0 if self.tty else self.start
 
     def step(self, n: int = 1, **fields) -> None:
-        """Count `n` more done; `fields` are printed as they are, floats to three decimals."""
+        """Count `n` more done (0: still at the same). `fields` are shown from now on, floats to three decimals."""
         self.done += n
-        now = time.perf_counter()
-        last = self.done >= self.total
-        tty = sys.stdout.isatty()
-        if not last and now - self.shown < (0.2 if tty else 10.0):
+        self.fields |= fields
+        now, last = time.perf_counter(), n > 0 and self.done >= self.total
+        if not last and now - self.shown < (0.2 if self.tty else 10.0):
             return
-        self.shown = now
-        seconds = now - self.start
-        eta = int(seconds / max(self.done, 1) * (self.total - self.done))
+        self.shown, seconds = now, now - self.start
+        eta = int(seconds / self.done * (self.total - self.done)) if self.done else None
         parts = [f"{self.label} {self.done}/{self.total}"]
-        parts += [f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in fields.items()]
-        parts.append(f"{seconds:.1f} s" if last else f"eta {eta // 60}:{eta % 60:02d}")
+        parts += [f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in self.fields.items()]
+        parts.append(f"{seconds:.1f} s" if last else "eta ..." if eta is None else f"eta {eta // 60}:{eta % 60:02d}")
         line = "  ".join(parts)
-        print(f"\r{line:<110}" if tty else line, end="\n" if last or not tty else "", flush=True)
+        print(f"\r{line:<110}" if self.tty else line, end="\n" if last or not self.tty else "", flush=True)
+
+    def rate(self, amount: float) -> int:
+        """`amount` per second since the start, for a field such as tokens per second."""
+        return round(amount / (time.perf_counter() - self.start))

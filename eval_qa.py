@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 
 from checkpoint import load_model
-from common import open_run, sub_seed, write_json
+from common import Progress, open_run, sub_seed, write_json
 from data.qa import load_passages
 from lora import load_adapter, merge, unmerge
 from quiz import (
@@ -56,7 +56,7 @@ def parse_arguments():
     add("--policy", nargs="+", default=[], metavar="FOLDER", help="adapter folders to use as seal-1, seal-2, ...")
     add("--samples", type=at_least(1), default=1, help="self-edits per passage, averaged")
     add("--match", default="epochs", choices=["epochs", "steps", "both"], help="protocol")
-    add("--steps", type=at_least(1), default=24, help="optimiser steps with --match steps")
+    add("--steps", type=at_least(1), default=16, help="optimiser steps with --match steps")
     add("--out", default="results/qa_ladder.json", help="with --match both: ..._epochs.json and ..._steps.json")
     add("--work", help="folder for progress, to resume a killed run (default: runs/ and the name of --out)")
     return parser.parse_args()
@@ -109,9 +109,15 @@ def per_passage(passages, answers: list[list[list[dict]]], train_steps=None) -> 
 # rows
 
 
-def asked(model, tok, passages, show_passage: bool) -> dict:
-    """A row without an inner update: base, or with the passage in the prompt."""
-    return per_passage(passages, [[ask(model, tok, quiz_items(tok, p, show_passage=show_passage))] for p in passages])
+def asked(model, tok, passages, show_passage: bool, label: str, batch: int = 8) -> dict:
+    """A row without an inner update: base, or with the passage in the prompt. Asks `batch` passages at a time."""
+    answers, progress = [], Progress(label, len(passages))
+    for some in (passages[i : i + batch] for i in range(0, len(passages), batch)):
+        items = [quiz_items(tok, p, show_passage=show_passage) for p in some]
+        scores = iter(ask(model, tok, [item for mine in items for item in mine]))
+        answers += [[[next(scores) for _ in mine]] for mine in items]
+        progress.step(len(some))
+    return per_passage(passages, answers)
 
 
 def studied(model, tok, passages, notes: list[list[list[str]]], args, steps: int, log, label) -> dict:
@@ -128,7 +134,7 @@ def ladder(model, tok, passages, policies: dict, args, work: Path) -> tuple[dict
     """Returns {protocol: {method: scores}} and the self-edits {method: [SelfEdit]} that were used."""
     protocols = {"epochs": 0, "steps": args.steps}
     protocols = {p: n for p, n in protocols.items() if args.match in (p, "both")}
-    base, shown = asked(model, tok, passages, False), asked(model, tok, passages, True)
+    base, shown = asked(model, tok, passages, False, "base"), asked(model, tok, passages, True, "in-context")
     alone = [[[]] for _ in passages]
     tables, edits = {}, {}
     for name, n in protocols.items():

@@ -119,7 +119,7 @@ def _lower_batch(model: Transformer, batch: list[tuple], stop: int) -> dict:
 class Study:
     """How one candidate is trained. One step takes `batch` rows; an epoch takes every row once."""
 
-    lr: float = 2e-3  # peak AdamW learning rate
+    lr: float = 4e-3  # peak AdamW learning rate
     epochs: int = 8
     steps: int = 0  # if above 0, take exactly this many steps, whatever the number of rows, instead of `epochs`
     clip: float = 1.0  # largest gradient norm, per candidate
@@ -157,7 +157,7 @@ def plan_steps(n_rows: int, study: Study, seed: int) -> list[list[int]]:
     return steps[:total]
 
 
-def backward_through_head(model: Transformer, x, target, weight, chunk: int = 512):
+def backward_through_head(model: Transformer, x, target, weight, chunk: int = 256):
     """Back-propagate sum(weight * cross-entropy) and return the cross-entropies (L).
 
     x (L, C) are the states that predict target (L). The (L, V) logits never exist at once: the gradient with respect

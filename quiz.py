@@ -12,9 +12,7 @@ The paper has GPT-4.1 judge the answers; these need no judge.
 import argparse
 import re
 import string
-import time
 from collections import Counter
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -25,9 +23,9 @@ from torch.nn.utils.rnn import pad_sequence
 from common import Progress, read_jsonl, write_jsonl
 from data.qa import Passage, Question
 from inner import Study, inner_update
-from lora import PROJECTIONS, Adapters, LoRAConfig, attached
-from model import Transformer, packed_mask
-from selfedit import STYLES, generate, grid, study_examples
+from lora import PROJECTIONS, Adapters, LoRAConfig
+from model import KVCache, Transformer, causal_mask
+from selfedit import STYLES, generate, study_examples
 from tokenizer import Tokenizer
 
 # -----------------------------------------------------------------------------
@@ -75,45 +73,58 @@ class Item:
     owner: int = 0
 
 
+def quiz_prompt(tok: Tokenizer, title: str, question: str, passage: str = "") -> list[int]:
+    """Token ids of the chat that asks one question; with `passage` it stands in front, without it the model must know.
+
+    The paper (section B.1) prompts a base model to answer directly. A 135M chat model recalls more when it may answer in
+    the form that it studied, a sentence, and `accuracy` looks for the answer inside it.
+    """
+    about = f"{title}\n{passage}\n\nQuestion about the text above" if passage else f"Topic: {title}\nQuestion"
+    return tok.chat([{"role": "user", "content": f"{about}: {question}\nAnswer in one short sentence."}])
+
+
 def quiz_items(tok: Tokenizer, passage: Passage, owner: int = 0, show_passage: bool = False) -> list[Item]:
-    """The questions about one passage, in the paper's form (section B.1); with `show_passage` it stands in front."""
-    items = []
-    for q in passage.questions:
-        text = f"Let's answer a question directly and concisely.\nQuestion: Topic: {passage.title}\n{q.question}\nAnswer:\n"
-        shown = f"{passage.title}\n{passage.text}\n\n" if show_passage else ""
-        items.append(Item(tuple(tok.encode(shown + text)), q, owner))
-    return items
+    """All questions about one passage, for candidate `owner`."""
+    text = passage.text if show_passage else ""
+    return [Item(tuple(quiz_prompt(tok, passage.title, q.question, text)), q, owner) for q in passage.questions]
 
 
 def ask(model: Transformer, tok: Tokenizer, items: list[Item], adapters: Adapters | None = None, max_new=24) -> list[dict]:
     """Greedy answers to all items in one batch, scored: {"answer", "accuracy", "em", "f1", "logprob"} per item."""
+    golds = [[*tok.encode(i.question.answers[0]), tok.end_ids[0]] for i in items]
+    logprobs = {}
+
+    def score_golds(order, cache, valid, x):
+        logprobs.update(zip(order, answer_logprobs(model, [golds[i] for i in order], cache, valid, x)))
+
+    ends, slots = {*tok.end_ids, *tok.newline_ids}, max(max_new, *map(len, golds))
     prompts, owner = [list(i.prompt) for i in items], [i.owner for i in items]
-    outputs = generate(model, prompts, max_new, {*tok.end_ids, *tok.newline_ids}, adapters=adapters, owner=owner)
-    golds = [[*tok.encode(i.question.answers[0]), tok.encode("\n")[0]] for i in items]
-    logprobs = answer_logprobs(model, prompts, golds, adapters, owner)
+    outputs = generate(model, prompts, slots, ends, adapters=adapters, owner=owner, on_prefill=score_golds)
     scores = []
-    for item, ids, logprob in zip(items, outputs, logprobs):
-        answer = tok.decode([t for t in ids if t not in tok.end_ids]).strip()
-        scores.append({"answer": answer, **score_answer(answer, item.question.answers), "logprob": logprob})
+    for n, (item, ids) in enumerate(zip(items, outputs)):
+        answer = tok.decode([t for t in ids[:max_new] if t not in tok.end_ids]).strip()
+        scores.append({"answer": answer, **score_answer(answer, item.question.answers), "logprob": logprobs[n]})
     return scores
 
 
-@torch.inference_mode()
-def answer_logprobs(model, prompts, answers, adapters: Adapters | None = None, owner=None) -> list[float]:
-    """Mean log-likelihood per token of answers[i] after prompts[i] under adapter owner[i], in one forward pass."""
-    P = len(adapters) if adapters else 1
-    rows = [i for mine in grid(owner or [0] * len(prompts), P) for i in mine]
-    texts = [torch.tensor(prompts[i] + answers[i]) for i in rows]
-    ids = pad_sequence(texts, batch_first=True).to(model.device)  # padded right: no token looks ahead
-    R, T = ids.shape
-    at = torch.tensor([n * T + len(prompts[i]) - 1 + k for n, i in enumerate(rows) for k in range(len(answers[i]))])
-    with attached(model, adapters) if adapters else nullcontext():
-        pos = torch.arange(T, device=ids.device).expand(R, T)
-        x = model.run_layers(model.embed(ids), pos, packed_mask(torch.zeros_like(ids)))
-    logp = model.head(x.reshape(R * T, -1)[at]).float().log_softmax(-1)
-    target = torch.tensor([t for i in rows for t in answers[i]], device=ids.device)
-    parts = logp.gather(-1, target[:, None])[:, 0].split([len(answers[i]) for i in rows])
-    return [m for _, m in sorted({i: float(p.mean()) for i, p in zip(rows, parts)}.items())]
+def answer_logprobs(model: Transformer, answers: list[list[int]], cache: KVCache, valid, x) -> list[float]:
+    """Mean log-likelihood per token of answers[n] as continuation of row n of the cache (teacher forcing).
+
+    valid (R, filled slots) bool and x (R, C), the states of the rows' last tokens, are as prefill() returns them. The
+    answers are read into free slots of the cache, which are given back: decoding can go on from the same prompts.
+    """
+    inputs = pad_sequence([torch.tensor(a[:-1]) for a in answers], batch_first=True).to(x.device)  # (R, A - 1), right
+    R, T = inputs.shape
+    states = x[:, None]  # (R, 1, C): the prompt's last token predicts the first of the answer
+    if T:
+        pos = valid.sum(1, keepdim=True) + torch.arange(T, device=x.device)
+        mask = causal_mask(torch.cat([valid, valid.new_ones(R, T)], dim=1), T)
+        states = torch.cat([states, model.run_layers(model.embed(inputs), pos, mask, cache=cache)], dim=1)  # (R, A, C)
+        cache.length -= T
+    at = torch.tensor([n * (T + 1) + k for n, a in enumerate(answers) for k in range(len(a))], device=x.device)
+    target = torch.tensor([t for a in answers for t in a], device=x.device)
+    logp = model.head(states.flatten(0, 1)[at]).float().log_softmax(-1).gather(-1, target[:, None])[:, 0]
+    return [float(part.mean()) for part in logp.split(list(map(len, answers)))]
 
 
 # -----------------------------------------------------------------------------
@@ -135,7 +146,7 @@ def populations(tok: Tokenizer, candidates: list[Candidate], size: int) -> list[
     return [order[i : i + size] for i in range(0, len(order), size)]
 
 
-def study_and_quiz(model, tok, candidates: list[Candidate], lora: LoRAConfig, study: Study, seed: int) -> list[dict]:
+def study_and_quiz(model, tok, candidates: list[Candidate], lora: LoRAConfig, study, seed: int, tick=None) -> list[dict]:
     """One population: each candidate studies its passage and notes, then answers without seeing them.
 
     Returns for each {"steps", "tokens", "loss", "diverged", "answers": scores per question}. One that diverged scores
@@ -143,7 +154,7 @@ def study_and_quiz(model, tok, candidates: list[Candidate], lora: LoRAConfig, st
     """
     adapters = Adapters.init(model, lora, len(candidates), seed)
     examples = [study_examples(tok, c.passage.title, [c.passage.text, *c.notes]) for c in candidates]
-    outcomes = inner_update(model, adapters, examples, [study] * len(candidates), seed)
+    outcomes = inner_update(model, adapters, examples, [study] * len(candidates), seed, tick)
     items = [item for n, c in enumerate(candidates) for item in quiz_items(tok, c.passage, owner=n)]
     scores = ask(model, tok, items, adapters)
     results = []
@@ -161,18 +172,20 @@ def study_all(model, tok, candidates, lora, study, seed, population, log, label)
     Every population's results are written to `log` (JSON lines) at once; those found there are not computed again.
     """
     done = {r["n"]: r for r in read_jsonl(log)} if Path(log).is_file() else {}
-    progress, start = Progress(label, len(candidates)), time.perf_counter()
-    tokens = 0
+    progress, tokens = Progress(label, len(candidates)), 0
+
+    def tick(n, loss):
+        nonlocal tokens
+        tokens += n
+        progress.step(0, loss=loss, tok_s=progress.rate(tokens))
+
     for chunk in populations(tok, candidates, population):
         if not all(n in done for n in chunk):
-            results = study_and_quiz(model, tok, [candidates[n] for n in chunk], lora, study, seed)
+            results = study_and_quiz(model, tok, [candidates[n] for n in chunk], lora, study, seed, tick)
             done |= {n: {"n": n, **r} for n, r in zip(chunk, results)}
             write_jsonl(log, [done[n] for n in sorted(done)])
-            tokens += sum(r["tokens"] for r in results)
-        mine = [done[n] for n in chunk]
-        accuracy = float(np.mean([mean_scores(r["answers"])["accuracy"] for r in done.values()]))
-        loss = float(np.mean([r["loss"] or 0.0 for r in mine]))
-        progress.step(len(chunk), accuracy=accuracy, loss=loss, tok_s=round(tokens / (time.perf_counter() - start)))
+        accuracy = [mean_scores(r["answers"])["accuracy"] for r in done.values()]
+        progress.step(len(chunk), accuracy=float(np.mean(accuracy)))
     return [done[n] for n in range(len(candidates))]
 
 
@@ -208,7 +221,7 @@ def make_parser(doc: str) -> argparse.ArgumentParser:
     add("--alpha", type=at_least(0.0), default=32.0, help="LoRA alpha; the paper: 64")
     add("--targets", nargs="+", default=list(PROJECTIONS), choices=PROJECTIONS, help="the paper: q_proj v_proj")
     add("--top-layers", type=at_least(0), default=10, help="adapt the last K layers; 0 or the paper: all")
-    add("--lr", type=at_least(0.0), default=2e-3, help="peak learning rate, decays linearly; the paper: 1e-3")
+    add("--lr", type=at_least(0.0), default=4e-3, help="peak learning rate, decays linearly; the paper: 1e-3")
     add("--epochs", type=at_least(1), default=8, help="passes over the rows; the paper: 10")
     add("--row-len", type=at_least(0), default=128, help="tokens per packed row; 0 or the paper: a row per sequence")
     add("--population", type=at_least(1), default=8, help="candidates that train side by side; the paper: 1")

@@ -16,7 +16,6 @@ Top to bottom: the record, prompt styles, parsing, training sequences, the sampl
 """
 
 import re
-import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from os.path import commonprefix
@@ -28,7 +27,7 @@ from torch.nn.utils.rnn import pad_sequence
 from common import Progress, read_jsonl, sub_seed, write_jsonl
 from inner import Example
 from lora import Adapters, attached
-from model import KVCache, Transformer, causal_mask
+from model import KVCache, Transformer, causal_mask, packed_mask
 from tokenizer import Tokenizer
 
 # -----------------------------------------------------------------------------
@@ -222,29 +221,26 @@ def grid(owner: list[int], P: int) -> list[list[int]]:
     return [(m or [0]) + (m or [0])[:1] * (b - len(m or [0])) for m in mine]
 
 
-def prefill(model: Transformer, prompts: list[list[int]], slots: int, share: bool):
-    """Read prompts into a new cache with room for `slots` more tokens. What all prompts start with is read once.
+def prefill(model: Transformer, prompts: list[list[int]], slots: int, P: int = 1):
+    """Read prompts, equally many for each of P candidates, into a new cache with room for `slots` more tokens.
 
-    Returns the cache, valid (R, filled slots) bool, and the states (R, C) of the last prompt tokens. Shorter prompts
-    are padded on the left, after the shared part, so that all rows end at the same slot.
+    What all prompts start with is read once for each candidate, not for each prompt. Shorter prompts are padded on the
+    left, after that shared part, so that all rows end at the same slot. Returns the cache, valid (R, filled slots) bool,
+    and the states (R, C) of the last prompt tokens.
     """
-    shared = commonprefix(prompts)[: min(map(len, prompts)) - 1] if share else []
-    rest = [torch.tensor(p[len(shared) :][::-1]) for p in prompts]
-    ids = pad_sequence(rest, batch_first=True).flip(1).to(model.device)  # (R, T), padded left
-    R, T = ids.shape
-    length = torch.tensor([len(p) for p in rest], device=model.device)[:, None]
-    pos = torch.arange(T, device=model.device) - (T - length)  # (R, T), negative for pads
-    valid = torch.cat([torch.ones(R, len(shared), dtype=torch.bool, device=model.device), pos >= 0], dim=1)
-    cache = KVCache(model, 1 if shared else R, len(shared))
+    device, R = model.device, len(prompts)
+    shared = commonprefix(prompts)[: min(map(len, prompts)) - 1]
+    cache = KVCache(model, P, len(shared))
     if shared:
-        first = torch.arange(len(shared), device=model.device)[None]
-        model.run_layers(
-            model.embed(torch.tensor([shared], device=model.device)),
-            first,
-            causal_mask(valid[:1, : len(shared)], len(shared)),
-            cache=cache,
-        )
-    cache.keep([0] * R if shared else list(range(R)), len(shared) + T + slots)
+        ids = torch.tensor([shared] * P, device=device)  # (P, shared)
+        pos = torch.arange(len(shared), device=device).expand_as(ids)
+        model.run_layers(model.embed(ids), pos, packed_mask(torch.zeros_like(ids)), cache=cache)
+    rest = [torch.tensor(p[len(shared) :][::-1]) for p in prompts]
+    ids = pad_sequence(rest, batch_first=True).flip(1).to(device)  # (R, T), padded left
+    T = ids.size(1)
+    pos = torch.arange(T, device=device) - T + torch.tensor([[len(p)] for p in rest], device=device)  # negative for pads
+    valid = torch.cat([torch.ones(R, len(shared), dtype=torch.bool, device=device), pos >= 0], dim=1)
+    cache.keep([n // (R // P) for n in range(R)], len(shared) + T + slots)
     x = model.run_layers(model.embed(ids), pos.clamp(min=0) + len(shared), causal_mask(valid, T), cache=cache)
     return cache, valid, x[:, -1]
 
@@ -262,13 +258,15 @@ def generate(
     copies: int = 1,
     adapters: Adapters | None = None,
     owner: list[int] | None = None,
+    on_prefill=None,
     tick=None,
 ) -> list[list[int]]:
     """Continue each prompt `copies` times; returns len(prompts) * copies lists of new ids, a prompt's copies together.
 
     A continuation ends with a token of `end_ids` (which is kept) or after `max_new` tokens. Each has a random stream
     of its own, so its text does not depend on what else is in the batch. With `adapters`, prompt i runs under adapter
-    owner[i]. Rows that are finished leave the batch. `tick(live rows)` is called for every token.
+    owner[i]. Rows that are finished leave the batch. `on_prefill(prompt of each row, cache, valid, x)` is called once,
+    when the prompts are read; `tick(live rows)` for every token.
     """
     P = len(adapters) if adapters else 1
     cells = grid(owner or [0] * len(prompts), P)
@@ -280,7 +278,9 @@ def generate(
 
     with attached(model, adapters) if adapters else nullcontext() as bind:
         in_order = [i for mine in cells for i in mine]
-        cache, valid, x = prefill(model, [prompts[i] for i in in_order], max_new, share=P == 1)
+        cache, valid, x = prefill(model, [prompts[i] for i in in_order], max_new, P)
+        if on_prefill:
+            on_prefill(in_order, cache, valid, x)
         copied = [n for n in range(len(in_order)) for _ in range(copies)]
         cache.keep(copied) if copies > 1 else None
         valid, x = valid[copied], x[copied]
@@ -288,12 +288,12 @@ def generate(
         candidates = list(range(P))  # whose rows are still in the batch
         for step in range(max_new):
             token = choose(model.head(x), temperature, top_p, u[rows, step])
+            if tick:
+                tick(sum(live))
             for n, t in enumerate(token.tolist()):
                 if live[n]:
                     out[rows[n]].append(t)
                     live[n] = t not in end_ids
-            if tick:
-                tick(sum(live))
             if not any(live) or step == max_new - 1:
                 break
             kept = shrink(live, b)
@@ -337,20 +337,26 @@ def write_self_edits(model, tok, passages, copies: int, args, seed: int, log=Non
                 f"over the model's context of {model.config.max_seq_len}"
             )
     edits = [SelfEdit(**r) for r in read_jsonl(log)] if log and Path(log).is_file() else []
-    size = max(1, 64 // copies)
-    progress, start, tokens = Progress(label, len(passages) * copies), time.perf_counter(), 0
+    size, tokens = max(1, 64 // copies), 0
+    progress = Progress(label, len(passages) * copies)
+
+    def tick(n):
+        nonlocal tokens
+        tokens += n
+        progress.step(0, tok_s=progress.rate(tokens))
+
     for batch in range(0, len(passages), size):
+        some = passages[batch : batch + size]
         if len(edits) <= batch * copies:
             sampling = {"temperature": args.temperature, "top_p": args.top_p, "seed": sub_seed(seed, batch)}
-            texts = generate(model, prompts[batch : batch + size], args.max_new, tok.end_ids, copies=copies, **sampling)
-            tokens += sum(map(len, texts))
+            ends, these = tok.end_ids, prompts[batch : batch + size]
+            texts = generate(model, these, args.max_new, ends, copies=copies, tick=tick, **sampling)
             for n, ids in enumerate(texts):
-                ended = ids[-1] in tok.end_ids
+                ended = ids[-1] in ends
                 text = tok.decode(ids[:-1] if ended else ids)
                 notes, flaw = parse(text, args.style, ended)
-                edits.append(SelfEdit(passages[batch + n // copies].id, args.style, text, notes, flaw))
+                edits.append(SelfEdit(some[n // copies].id, args.style, text, notes, flaw))
             if log:
                 write_jsonl(log, [e.record() for e in edits])
-        done = min(batch + size, len(passages)) * copies
-        progress.step(done - progress.done, tok_s=round(tokens / (time.perf_counter() - start)))
+        progress.step(len(some) * copies)
     return edits

@@ -135,6 +135,7 @@ def convert_gguf(path: Path, out: Path) -> None:
     import torch
     from gguf import GGUFReader
     from gguf.quants import dequantize
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     reader = GGUFReader(path)
@@ -168,7 +169,10 @@ def convert_gguf(path: Path, out: Path) -> None:
     tokens = meta["tokenizer.ggml.tokens"]
     control = [i for i, kind in enumerate(meta["tokenizer.ggml.token_type"]) if kind == 3]
     special = {f"{k}_token": tokens[config[f"{k}_token_id"]] for k in ("bos", "eos", "pad")}
-    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    try:
+        save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    except SafetensorError as e:  # its way of saying that the disk is full
+        raise OSError(str(e)) from e
     for name, content in {
         "config.json": config,
         "tokenizer.json": tokenizer_json(tokens, meta["tokenizer.ggml.merges"], control),

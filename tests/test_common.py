@@ -1,8 +1,11 @@
 """common.py: what is written is whole or not there."""
 
 import errno
+import resource
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from common import open_run, read_json, read_jsonl, sub_seed, write_atomic, write_json, write_jsonl
 
@@ -24,6 +27,17 @@ def test_a_full_disk_keeps_the_old_file_and_says_so(tmp_path):
     with pytest.raises(SystemExit, match=r"cannot write .*x\.json: No space left on device"):
         write_atomic(tmp_path / "x.json", write)
     assert read_json(tmp_path / "x.json") == 1 and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_full_disk_while_writing_tensors(tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        with pytest.raises(SystemExit, match=r"cannot write .*x\.safetensors"):
+            write_atomic(tmp_path / "x.safetensors", lambda p: save_file({"x": torch.zeros(10_000)}, p))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(tmp_path.iterdir())
 
 
 def test_bad_json_names_the_line(tmp_path):

@@ -158,6 +158,14 @@ def test_a_negative_weight_unlearns(model):
     assert loss_after(1.0) < loss_after(-1.0) - 0.1
 
 
+def test_bfloat16_base_with_float32_adapters(folder):
+    model = load_model(folder, "cpu", "bfloat16")
+    adapters, losses = Adapters.init(model, TOP, 2, 0), []
+    study = Study(lr=1e-2, steps=12)
+    inner_update(model, adapters, [[example(20, 1)], [example(31, 2)]], [study] * 2, 0, lambda n, loss: losses.append(loss))
+    assert adapters.flat.dtype == torch.float32 and losses[-1] < losses[0] - 0.5
+
+
 def test_rows_as_documented():
     assert pack([60, 50, 30, 70], 100) == [[0, 2], [1], [3]]
     assert pack([60, 50], 0) == [[0], [1]]

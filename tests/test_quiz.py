@@ -11,7 +11,7 @@ from inner import Study
 from lora import PROJECTIONS, Adapters, LoRAConfig, attached
 from quiz import (
     Candidate,
-    answer_logprobs,
+    Item,
     ask,
     mean_scores,
     normalize,
@@ -21,6 +21,7 @@ from quiz import (
     study_all,
     study_and_quiz,
 )
+from selfedit import generate
 
 LORA = LoRAConfig(2, 4.0, tuple(PROJECTIONS), 2, 4)
 
@@ -43,12 +44,18 @@ def test_scores():
 def test_logprobs_equal_a_plain_forward(tiny, tok):
     adapters = Adapters.init(tiny, LORA, 2, seed=0)
     adapters.flat += 0.3 * torch.randn(adapters.flat.shape, generator=torch.Generator().manual_seed(1))
-    prompts, answers, owner = [[3, 4, 5], [9, 8, 7, 6, 5], [3, 4, 5]], [[10, 11], [12], [10, 11]], [0, 1, 1]
-    for p, a, o, value in zip(prompts, answers, owner, answer_logprobs(tiny, prompts, answers, adapters, owner)):
-        with attached(tiny, adapters.pick([o])), torch.no_grad():
-            logp = tiny(torch.tensor([p + a]))[0].log_softmax(-1)
-        expected = sum(logp[len(p) - 1 + k, t] for k, t in enumerate(a)) / len(a)
-        assert math.isclose(value, float(expected), rel_tol=1e-4)
+    golds, owner = ("red bricks", "x", "red bricks", "a very much longer answer"), [0, 1, 1, 0]
+    items = [
+        Item(tuple(tok.encode("Why? " * n)), Question("Why?", (g,)), o) for n, (g, o) in enumerate(zip(golds, owner), 1)
+    ]
+    for item, score in zip(items, ask(tiny, tok, items, adapters, max_new=3)):
+        gold = [*tok.encode(item.question.answers[0]), tok.end_ids[0]]
+        with attached(tiny, adapters.pick([item.owner])), torch.no_grad():
+            logp = tiny(torch.tensor([[*item.prompt, *gold]]))[0].log_softmax(-1)
+            answer = generate(tiny, [list(item.prompt)], 3, {*tok.end_ids, *tok.newline_ids})[0]
+        expected = sum(logp[len(item.prompt) - 1 + k, t] for k, t in enumerate(gold)) / len(gold)
+        assert math.isclose(score["logprob"], float(expected), rel_tol=1e-4)
+        assert score["answer"] == tok.decode(answer).strip()  # scoring left no trace in the cache
 
 
 def test_items_show_the_passage_only_when_told(tok):

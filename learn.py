@@ -1,0 +1,76 @@
+"""Learn a text of your own, then ask about it: the inner update and the quiz, without the outer loop.
+
+    python learn.py study notes.txt --title "The Vantor Bell" --out runs/bell
+    python learn.py ask "Who cast the Vantor Bell?" --title "The Vantor Bell" --adapter runs/bell
+
+`study` lets the model write self-edits about the text, trains a LoRA on the text and its notes, and saves it as a PEFT
+adapter. `ask` answers under that adapter; the text is not in the prompt. With --policy (a round-K/policy folder of a
+train_outer.py run) the notes are written, and learned, by the trained policy.
+"""
+
+from pathlib import Path
+
+from checkpoint import load_model, save_model
+from common import sub_seed
+from data.qa import Passage
+from inner import inner_update
+from lora import Adapters, load_adapter, merge, save_adapter
+from quiz import at_least, lora_config, make_parser, quiz_prompt, study_settings
+from selfedit import generate, study_examples, write_self_edits
+from tokenizer import Tokenizer
+
+
+def parse_arguments():
+    parser = make_parser(__doc__)
+    add = parser.add_argument_group("learn.py").add_argument
+    add("action", choices=["study", "ask"], help="what to do")
+    add("text", help="study: a text file; ask: the question")
+    add("--title", required=True, help="what the text is about, in a few words")
+    add("--samples", type=at_least(1), default=2, help="study: self-edits to sample; their notes are pooled")
+    add("--policy", help="adapter folder of a trained policy, merged into the model first")
+    add("--out", default="runs/learned", help="study: folder for the adapter")
+    add("--merged", help="study: also write the updated model, whole, to this new folder")
+    add("--adapter", default="runs/learned", help="ask: folder of the adapter")
+    return parser.parse_args()
+
+
+def study(model, tok: Tokenizer, args) -> None:
+    """Sample notes, train on them and the text, save the adapter."""
+    try:
+        text = Path(args.text).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as e:
+        raise SystemExit(f"error: cannot read {args.text}: {getattr(e, 'strerror', None) or e}") from e
+    if not text:
+        raise SystemExit(f"error: {args.text} is empty")
+    passage = Passage("text", args.title, text, ())
+    edits = write_self_edits(model, tok, [passage], args.samples, args, sub_seed(args.seed, 0))
+    notes = list(dict.fromkeys(note for e in edits for note in e.notes))
+    print("\n".join(["", f"{len(notes)} notes:", *notes, ""]))
+    adapters = Adapters.init(model, lora_config(args, model), 1, sub_seed(args.seed, 1))
+    examples = study_examples(tok, args.title, [text, *notes])
+    [outcome] = inner_update(model, adapters, [examples], [study_settings(args)], sub_seed(args.seed, 1))
+    if outcome.diverged:
+        raise SystemExit(f"error: training diverged at step {outcome.steps}; try a lower --lr than {args.lr}")
+    save_adapter(adapters, args.out, args.model)
+    print(f"{outcome.steps} steps, last loss {outcome.loss:.3f}; adapter written to {args.out}")
+    if args.merged:
+        merge(model, adapters)
+        save_model(model, args.merged, args.model)
+        print(f"whole model written to {args.merged}")
+
+
+def main() -> None:
+    args = parse_arguments()
+    model, tok = load_model(args.model, args.device, args.dtype), Tokenizer(args.model)
+    if args.policy:
+        merge(model, load_adapter(model, args.policy))
+    if args.action == "study":
+        return study(model, tok, args)
+    adapter = load_adapter(model, args.adapter)
+    prompt = quiz_prompt(tok, args.title, args.text)
+    [ids] = generate(model, [prompt], 48, {*tok.end_ids, *tok.newline_ids}, adapters=adapter)
+    print(tok.decode([t for t in ids if t not in tok.end_ids]).strip())
+
+
+if __name__ == "__main__":
+    main()
