@@ -22,7 +22,7 @@ def read_config(folder) -> Config:
     if not path.is_file():
         raise SystemExit(f"error: {folder} is not a model folder: no config.json (run `make model`, or give --model PATH)")
     hf = read_json(path)
-    family = hf.get("model_type") if isinstance(hf, dict) else None
+    family = hf.get("model_type")
     if family not in ("llama", "qwen2", "qwen3"):
         raise SystemExit(f"error: {path}: unknown architecture {family!r}; supported: llama, qwen2, qwen3")
     rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
@@ -36,7 +36,6 @@ def read_config(folder) -> Config:
     }
     for key in (k for k, bad in unsupported.items() if bad):
         raise SystemExit(f"error: {path}: {key} = {hf.get(key, rope_type)!r} is not supported")
-    eos = hf.get("eos_token_id")
     try:
         return Config(
             n_layer=hf["num_hidden_layers"],
@@ -53,7 +52,6 @@ def read_config(folder) -> Config:
             tie_embeddings=hf.get("tie_word_embeddings", False),
             qkv_bias=family == "qwen2",
             qk_norm=family == "qwen3",
-            eos_ids=tuple(eos) if isinstance(eos, list) else (() if eos is None else (eos,)),
             hf=hf,
         )
     except KeyError as e:
@@ -155,7 +153,7 @@ def save_model(model: Transformer, folder, source) -> None:
         save_file(tensors, scratch / "model.safetensors", metadata={"format": "pt"})
         config = {**model.config.hf, "torch_dtype": str(model.dtype).removeprefix("torch.")}
         (scratch / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
-        for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
             if (Path(source) / name).is_file():
                 shutil.copy(Path(source) / name, scratch / name)
 

@@ -4,6 +4,8 @@ An error that a user can cause is raised as SystemExit("error: ..."): a script t
 stderr and exits with status 1, without a traceback. Code that wants to go on can catch SystemExit.
 """
 
+import contextlib
+import hashlib
 import json
 import os
 import shutil
@@ -15,14 +17,25 @@ import numpy as np
 from safetensors import SafetensorError
 
 
-def read_json(path):
-    """The JSON value in the file at `path`. Exits with one line if it is missing, unreadable or not JSON."""
+def read_json(path) -> dict:
+    """The JSON object in the file at `path`. Exits with one line if it is missing, unreadable or not a JSON object."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as e:
         raise SystemExit(f"error: cannot read {path}: {e.strerror}") from e
     except ValueError as e:
         raise SystemExit(f"error: {path} is not valid JSON: {e}") from e
+    if not isinstance(value, dict):
+        raise SystemExit(f"error: {path} must hold a JSON object, not {value!r:.40}")
+    return value
+
+
+def digest(path) -> str:
+    """The first 12 hex digits of the file's SHA-256: enough to notice that it has changed."""
+    try:
+        return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12]
+    except OSError as e:
+        raise SystemExit(f"error: cannot read {path}: {e.strerror}") from e
 
 
 def write_atomic(path, write) -> None:
@@ -46,7 +59,8 @@ def write_atomic(path, write) -> None:
 
 
 def remove(path: Path) -> None:
-    shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def write_json(path, value) -> None:
@@ -90,7 +104,7 @@ def open_run(folder, settings: dict) -> Path:
             if before.get(key) != settings.get(key):
                 raise SystemExit(
                     f"error: {folder} was started with {key} = {before.get(key)!r}, now it is {settings.get(key)!r}; "
-                    "use the same settings to resume it, or another folder"
+                    "use the same settings to resume it, or another folder (--out, --work)"
                 )
     else:
         write_json(folder / "settings.json", settings)

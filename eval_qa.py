@@ -1,8 +1,8 @@
 """The knowledge ladder: what does the model know about held-out passages after each way of studying them?
 
-    python eval_qa.py                                          # base, passage, passage+self-edit, in-context
-    python eval_qa.py --run runs/demo --match both             # and seal-1, seal-2, ... from that run's policies
-    python eval_qa.py --data my.json --split "" --samples 4    # your own passages, four self-edits each
+    python eval_qa.py                                 # base, passage, passage+self-edit, in-context
+    python eval_qa.py --run runs/qa --match both --out results/seal.json     # and seal-1, seal-2, ... of that run
+    python eval_qa.py --data my.json --samples 4 --out results/my.json       # your passages, four self-edits each
 
 Rows:
     base                 the model as it is; it has never seen the passage
@@ -19,13 +19,14 @@ Columns: accuracy, em, f1 and logprob are defined in quiz.py; means over passage
 before it on the same passages (paired), so its interval is the one to read for "does it help?".
 """
 
+import shlex
 import sys
 from pathlib import Path
 
 import numpy as np
 
 from checkpoint import load_model
-from common import Progress, open_run, sub_seed, write_json
+from common import Progress, digest, open_run, read_json, sub_seed, write_json
 from data.qa import load_passages
 from lora import load_adapter, merge, unmerge
 from quiz import (
@@ -58,7 +59,7 @@ def parse_arguments():
     add("--match", default="epochs", choices=["epochs", "steps", "both"], help="protocol")
     add("--steps", type=at_least(1), default=16, help="optimiser steps with --match steps")
     add("--out", default="results/qa_ladder.json", help="with --match both: ..._epochs.json and ..._steps.json")
-    add("--work", help="folder for progress, to resume a killed run (default: runs/ and the name of --out)")
+    add("--work", help="folder for progress, to resume a killed run; without it runs/eval- and the name of --out")
     return parser.parse_args()
 
 
@@ -138,7 +139,7 @@ def ladder(model, tok, passages, policies: dict, args, work: Path) -> tuple[dict
     alone = [[[]] for _ in passages]
     tables, edits = {}, {}
     for name, n in protocols.items():
-        log = work / f"passage-{name}.jsonl"
+        log = work / f"passage-{name}{n or args.epochs}.jsonl"
         tables[name] = {
             "base": base,
             "passage": studied(model, tok, passages, alone, args, n, log, f"passage ({name})"),
@@ -150,7 +151,7 @@ def ladder(model, tok, passages, policies: dict, args, work: Path) -> tuple[dict
         texts = [e.notes for e in edits[method]]
         notes = [texts[i : i + args.samples] for i in range(0, len(texts), args.samples)]
         for name, n in protocols.items():
-            log = work / f"{method}-{name}.jsonl"
+            log = work / f"{method}-{name}{n or args.epochs}.jsonl"
             tables[name][method] = studied(model, tok, passages, notes, args, n, log, f"{method} ({name})")
         unmerge(model, clean)
     for table in tables.values():
@@ -168,25 +169,49 @@ def show(rows: list, steps: list, title: str) -> None:
         print(f"{r['method']:20} {accuracy}  {scores}   {deltas.get(r['method'], '')}")
 
 
+def find_policies(args) -> dict:
+    """{"seal-K": adapter folder} of --run and --policy. Exits if --run has no finished round."""
+    found = {}
+    if args.run:
+        found = {int(f.parent.parent.name[6:]): f.parent for f in Path(args.run).glob("round-*/policy/adapter_config.json")}
+        if not found:
+            raise SystemExit(f"error: --run {args.run}: no finished round (round-K/policy) there")
+    policies = {f"seal-{k}": found[k] for k in sorted(found)}
+    start = max(found, default=0) + 1
+    return policies | {f"seal-{k}": Path(folder) for k, folder in enumerate(args.policy, start)}
+
+
+def refuse_training_passages(passages, args) -> None:
+    """Exit if the run was trained on some of these passages, unless --split train asks for them."""
+    before = read_json(Path(args.run) / "settings.json")
+    trained = load_passages(before["data"], "train", before["skip"], before["limit"])
+    both = {p.text for p in passages} & {p.text for p in trained}
+    if both and args.split != "train":
+        raise SystemExit(
+            f"error: {args.run} was trained on {len(both)} of these passages; leave them out with --skip or --split"
+        )
+
+
 def main() -> None:
     args = parse_arguments()
     passages = load_passages(args.data, args.split, args.skip, args.limit)
-    found = sorted(Path(args.run).glob("round-*/policy/adapter_config.json")) if args.run else []
-    if args.run and not found:
-        raise SystemExit(f"error: --run {args.run}: no finished round (round-K/policy) there")
-    folders = [*(f.parent for f in found), *args.policy]
-    policies = {f"seal-{k}": folder for k, folder in enumerate(folders, 1)}
+    policies = find_policies(args)
+    if args.run:
+        refuse_training_passages(passages, args)
     model, tok = load_model(args.model, args.device, args.dtype), Tokenizer(args.model)
+    lora_config(args, model)  # complains now rather than after sampling
     out = Path(args.out)
-    settings = {k: v for k, v in vars(args).items() if k not in ("out", "work", "match", "steps")}
-    work = open_run(args.work or Path("runs") / out.stem, settings | {"policies": [str(f) for f in folders]})
+    settings = {k: v for k, v in vars(args).items() if k not in ("out", "work", "match", "steps", "run", "policy")}
+    settings["data_sha256"] = digest(args.data)
+    settings["policies"] = {name: digest(folder / "adapter_model.safetensors") for name, folder in policies.items()}
+    work = open_run(args.work or Path("runs") / f"eval-{out.stem}", settings)
     tables, edits = ladder(model, tok, passages, policies, args, work)
     for protocol, table in tables.items():
         rows, steps = summarize(table, args.seed)
         write_json(
             out.with_stem(f"{out.stem}_{protocol}") if args.match == "both" else out,
             {
-                "command": " ".join(["python", *sys.argv]),
+                "command": shlex.join(["python", *sys.argv]),
                 "seed": args.seed,
                 "model": args.model,
                 "dtype": str(model.dtype),

@@ -90,15 +90,21 @@ def make_row(examples: list[Example], states: list[torch.Tensor]) -> Row:
 
 @torch.no_grad()
 def lower_states(model: Transformer, examples: list[Example], stop: int, tokens: int = 2048) -> dict:
-    """{ids: (T, C)} after layers 0 .. stop-1, each distinct sequence computed once. `tokens` bounds one batch."""
+    """{ids: (T, C)} after layers 0 .. stop-1, each distinct sequence computed once. `tokens` bounds one batch.
+
+    Exits with one line if a sequence is longer than the model's context.
+    """
     distinct = sorted({e.ids for e in examples}, key=lambda ids: (len(ids), ids))
+    if distinct and len(distinct[-1]) > model.config.max_seq_len:
+        limit = f"the model's context of {model.config.max_seq_len}"
+        raise SystemExit(f"error: a training sequence of {len(distinct[-1])} tokens is longer than {limit}")
     states, batch = {}, []
     for ids in distinct:
         if batch and (len(batch) + 1) * len(ids) > tokens:
             states |= _lower_batch(model, batch, stop)
             batch = []
         batch.append(ids)
-    return states | _lower_batch(model, batch, stop)
+    return states | (_lower_batch(model, batch, stop) if batch else {})
 
 
 def _lower_batch(model: Transformer, batch: list[tuple], stop: int) -> dict:
@@ -119,7 +125,7 @@ def _lower_batch(model: Transformer, batch: list[tuple], stop: int) -> dict:
 class Study:
     """How one candidate is trained. One step takes `batch` rows; an epoch takes every row once."""
 
-    lr: float = 4e-3  # peak AdamW learning rate
+    lr: float = 2e-3  # peak AdamW learning rate
     epochs: int = 8
     steps: int = 0  # if above 0, take exactly this many steps, whatever the number of rows, instead of `epochs`
     clip: float = 1.0  # largest gradient norm, per candidate
@@ -246,4 +252,6 @@ def inner_update(model, adapters: Adapters, examples: list[list[Example]], studi
             optimizer.zero_grad(set_to_none=True)
             if tick:
                 tick(sum(len(r.pos) for mine in taken for r in mine), float(losses.mean()))
+    for outcome, finite in zip(outcomes, adapters.flat.isfinite().all(dim=1).tolist()):
+        outcome.diverged |= not finite  # the last step is not followed by a loss that would tell
     return outcomes

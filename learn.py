@@ -1,17 +1,17 @@
 """Learn a text of your own, then ask about it: the inner update and the quiz, without the outer loop.
 
-    python learn.py study notes.txt --title "The Vantor Bell" --out runs/bell
-    python learn.py ask "Who cast the Vantor Bell?" --title "The Vantor Bell" --adapter runs/bell
+    python learn.py study ambrel.txt --title "Port Ambrel" --out runs/ambrel
+    python learn.py ask "Who founded Port Ambrel?" --adapter runs/ambrel
 
 `study` lets the model write self-edits about the text, trains a LoRA on the text and its notes, and saves it as a PEFT
-adapter. `ask` answers under that adapter; the text is not in the prompt. With --policy (a round-K/policy folder of a
-train_outer.py run) the notes are written, and learned, by the trained policy.
+adapter, with the title and the policy in study.json. `ask` answers under that adapter; the text is not in the prompt.
+With --policy (a round-K/policy folder of a train_outer.py run) the notes are written, and learned, by that policy.
 """
 
 from pathlib import Path
 
 from checkpoint import load_model, save_model
-from common import sub_seed
+from common import read_json, sub_seed, write_json
 from data.qa import Passage
 from inner import inner_update
 from lora import Adapters, load_adapter, merge, save_adapter
@@ -25,9 +25,9 @@ def parse_arguments():
     add = parser.add_argument_group("learn.py").add_argument
     add("action", choices=["study", "ask"], help="what to do")
     add("text", help="study: a text file; ask: the question")
-    add("--title", required=True, help="what the text is about, in a few words")
+    add("--title", default="Notes", help="study: what the text is about, in a few words")
     add("--samples", type=at_least(1), default=2, help="study: self-edits to sample; their notes are pooled")
-    add("--policy", help="adapter folder of a trained policy, merged into the model first")
+    add("--policy", help="study: adapter folder of a trained policy, merged into the model first")
     add("--out", default="runs/learned", help="study: folder for the adapter")
     add("--merged", help="study: also write the updated model, whole, to this new folder")
     add("--adapter", default="runs/learned", help="ask: folder of the adapter")
@@ -42,6 +42,10 @@ def study(model, tok: Tokenizer, args) -> None:
         raise SystemExit(f"error: cannot read {args.text}: {getattr(e, 'strerror', None) or e}") from e
     if not text:
         raise SystemExit(f"error: {args.text} is empty")
+    if args.merged and Path(args.merged).exists():
+        raise SystemExit(f"error: --merged {args.merged} exists already; choose another folder")
+    if args.policy:
+        merge(model, load_adapter(model, args.policy))
     passage = Passage("text", args.title, text, ())
     edits = write_self_edits(model, tok, [passage], args.samples, args, sub_seed(args.seed, 0))
     notes = list(dict.fromkeys(note for e in edits for note in e.notes))
@@ -52,6 +56,7 @@ def study(model, tok: Tokenizer, args) -> None:
     if outcome.diverged:
         raise SystemExit(f"error: training diverged at step {outcome.steps}; try a lower --lr than {args.lr}")
     save_adapter(adapters, args.out, args.model)
+    write_json(Path(args.out) / "study.json", {"title": args.title, "policy": args.policy})
     print(f"{outcome.steps} steps, last loss {outcome.loss:.3f}; adapter written to {args.out}")
     if args.merged:
         merge(model, adapters)
@@ -59,17 +64,20 @@ def study(model, tok: Tokenizer, args) -> None:
         print(f"whole model written to {args.merged}")
 
 
+def ask(model, tok: Tokenizer, args) -> None:
+    """Answer a question under the adapter, on top of the policy that it was trained on."""
+    studied = read_json(Path(args.adapter) / "study.json")
+    if studied.get("policy"):
+        merge(model, load_adapter(model, studied["policy"]))
+    prompt, ends = quiz_prompt(tok, studied.get("title", ""), args.text), {*tok.end_ids, *tok.newline_ids}
+    [ids] = generate(model, [prompt], 48, ends, adapters=load_adapter(model, args.adapter))
+    print(tok.decode([t for t in ids if t not in tok.end_ids]).strip())
+
+
 def main() -> None:
     args = parse_arguments()
     model, tok = load_model(args.model, args.device, args.dtype), Tokenizer(args.model)
-    if args.policy:
-        merge(model, load_adapter(model, args.policy))
-    if args.action == "study":
-        return study(model, tok, args)
-    adapter = load_adapter(model, args.adapter)
-    prompt = quiz_prompt(tok, args.title, args.text)
-    [ids] = generate(model, [prompt], 48, {*tok.end_ids, *tok.newline_ids}, adapters=adapter)
-    print(tok.decode([t for t in ids if t not in tok.end_ids]).strip())
+    study(model, tok, args) if args.action == "study" else ask(model, tok, args)
 
 
 if __name__ == "__main__":

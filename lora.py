@@ -169,7 +169,7 @@ def peft_name(path: str, part: str) -> str:
 
 
 def save_adapter(adapters: Adapters, folder, base: str, row: int = 0) -> None:
-    """Write one adapter as a PEFT folder (adapter_config.json, adapter_model.safetensors). Replaces it atomically."""
+    """Write one adapter as a PEFT folder (adapter_config.json, adapter_model.safetensors). Each is replaced atomically."""
     tensors = {}
     for path in adapters.slots:
         a, b = adapters.views(adapters.flat[row : row + 1], path)
@@ -202,14 +202,16 @@ def load_adapter(model: Transformer, folder) -> Adapters:
     if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none":
         raise SystemExit(f"error: {folder} is not a plain LoRA adapter (peft_type LORA, bias none)")
     try:
-        tensors = load_file(file)
+        tensors, rank, alpha = load_file(file), config["r"], config["lora_alpha"]
     except (SafetensorError, OSError) as e:
         raise SystemExit(f"error: cannot read {file}: {e}") from e
+    except KeyError as e:
+        raise SystemExit(f"error: {folder / 'adapter_config.json'}: field {e} is missing") from e
     layers = sorted({int(n) for name in tensors for n in re.findall(r"\.layers\.(\d+)\.", name)})
     targets = tuple(t for t in PROJECTIONS if any(f".{t}.lora_" in name for name in tensors))
     if not layers or not targets:
         raise SystemExit(f"error: {file} has no LoRA tensors for {', '.join(PROJECTIONS)}")
-    config = LoRAConfig(config["r"], config["lora_alpha"], targets, layers[0], layers[-1] + 1)
+    config = LoRAConfig(rank, alpha, targets, layers[0], layers[-1] + 1)
     adapters = Adapters(model, config)
     flat = torch.zeros(1, adapters.size)
     expected = {peft_name(p, part): v for p in adapters.slots for part, v in zip("AB", adapters.views(flat, p))}

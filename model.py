@@ -34,7 +34,6 @@ class Config:
     tie_embeddings: bool
     qkv_bias: bool  # Qwen2, Qwen2.5
     qk_norm: bool  # Qwen3
-    eos_ids: tuple  # any of these ends a text
     hf: dict = field(repr=False)  # config.json as read, to be written back on save
 
 

@@ -10,6 +10,7 @@ The paper has GPT-4.1 judge the answers; these need no judge.
 """
 
 import argparse
+import math
 import re
 import string
 from collections import Counter
@@ -80,13 +81,21 @@ def quiz_prompt(tok: Tokenizer, title: str, question: str, passage: str = "") ->
     the form that it studied, a sentence, and `accuracy` looks for the answer inside it.
     """
     about = f"{title}\n{passage}\n\nQuestion about the text above" if passage else f"Topic: {title}\nQuestion"
+    about = about if title else "Question"
     return tok.chat([{"role": "user", "content": f"{about}: {question}\nAnswer in one short sentence."}])
 
 
 def quiz_items(tok: Tokenizer, passage: Passage, owner: int = 0, show_passage: bool = False) -> list[Item]:
-    """All questions about one passage, for candidate `owner`."""
-    text = passage.text if show_passage else ""
-    return [Item(tuple(quiz_prompt(tok, passage.title, q.question, text)), q, owner) for q in passage.questions]
+    """All questions about one passage, for candidate `owner`. A title that gives the answer away is left out.
+
+    "Which marsh is drained by the Luhamwe creek?" is not asked under the topic "Rewanjolo Marsh".
+    """
+    items = []
+    for q in passage.questions:
+        told = any(normalize(a) in normalize(passage.title) for a in q.answers)
+        title = "" if told and not show_passage else passage.title
+        items.append(Item(tuple(quiz_prompt(tok, title, q.question, passage.text if show_passage else "")), q, owner))
+    return items
 
 
 def ask(model: Transformer, tok: Tokenizer, items: list[Item], adapters: Adapters | None = None, max_new=24) -> list[dict]:
@@ -102,7 +111,7 @@ def ask(model: Transformer, tok: Tokenizer, items: list[Item], adapters: Adapter
     outputs = generate(model, prompts, slots, ends, adapters=adapters, owner=owner, on_prefill=score_golds)
     scores = []
     for n, (item, ids) in enumerate(zip(items, outputs)):
-        answer = tok.decode([t for t in ids[:max_new] if t not in tok.end_ids]).strip()
+        answer = tok.decode([t for t in ids[:max_new] if t not in tok.end_ids]).strip().split("\n")[0]
         scores.append({"answer": answer, **score_answer(answer, item.question.answers), "logprob": logprobs[n]})
     return scores
 
@@ -160,6 +169,7 @@ def study_and_quiz(model, tok, candidates: list[Candidate], lora: LoRAConfig, st
     results = []
     for n, outcome in enumerate(outcomes):
         mine = [s for s, item in zip(scores, items) if item.owner == n]
+        outcome.diverged |= not all(math.isfinite(s["logprob"]) for s in mine)
         if outcome.diverged:
             mine = [{**s, "accuracy": 0.0, "em": 0.0, "f1": 0.0, "logprob": -100.0} for s in mine]
         results.append({**asdict(outcome), "answers": mine})
@@ -221,9 +231,14 @@ def make_parser(doc: str) -> argparse.ArgumentParser:
     add("--alpha", type=at_least(0.0), default=32.0, help="LoRA alpha; the paper: 64")
     add("--targets", nargs="+", default=list(PROJECTIONS), choices=PROJECTIONS, help="the paper: q_proj v_proj")
     add("--top-layers", type=at_least(0), default=10, help="adapt the last K layers; 0 or the paper: all")
-    add("--lr", type=at_least(0.0), default=4e-3, help="peak learning rate, decays linearly; the paper: 1e-3")
-    add("--epochs", type=at_least(1), default=8, help="passes over the rows; the paper: 10")
-    add("--row-len", type=at_least(0), default=128, help="tokens per packed row; 0 or the paper: a row per sequence")
+    add("--lr", type=at_least(0.0), default=Study.lr, help="peak learning rate, decays linearly; the paper: 1e-3")
+    add("--epochs", type=at_least(1), default=Study.epochs, help="passes over the rows; the paper: 10")
+    add(
+        "--row-len",
+        type=at_least(0),
+        default=Study.row_len,
+        help="tokens per packed row; 0 or the paper: a row per sequence",
+    )
     add("--population", type=at_least(1), default=8, help="candidates that train side by side; the paper: 1")
     return parser
 
@@ -244,6 +259,8 @@ def at_least(low):
 def lora_config(args, model: Transformer) -> LoRAConfig:
     """The inner update's LoRA. Exits if --top-layers is more than the model has."""
     n = model.config.n_layer
+    if args.top_layers > n:
+        raise SystemExit(f"error: --top-layers {args.top_layers}: the model has {n} layers")
     return LoRAConfig(args.rank, args.alpha, tuple(args.targets), n - args.top_layers if args.top_layers else 0, n)
 
 

@@ -142,7 +142,7 @@ def edit_prompt(tok: Tokenizer, style: str, title: str, passage: str, shots: int
 # -----------------------------------------------------------------------------
 # parsing
 
-MARKER = re.compile(r"^\s*(?:[-*\u2022]+|\(?\d{1,2}[.):]|(?:Version|Rewrite|Implication)\s*\d*\s*:)\s*", re.IGNORECASE)
+MARKER = re.compile(r"^\s*(?:[-*\u2022]+|\(?\d{1,2}[.):]|(?:Version|Rewrite|Implication)\s*\d*\s*:)(?:\s+|$)", re.IGNORECASE)
 
 
 def parse(text: str, style: str, ended: bool) -> tuple[list[str], str]:
@@ -153,6 +153,7 @@ def parse(text: str, style: str, ended: bool) -> tuple[list[str], str]:
     self-qa, one per pair:              "Question: Q?\\nAnswer: A"           -> ["Question: Q?\\nAnswer: A"]
         a question without an answer is dropped; "Question 2:" is read as "Question:"
     markers go, bare headings go:       "Implications:\\n1. A is B.\\n- C"   -> ["A is B.", "C"]
+        a marker is followed by a blank: "10.5 million came." stays as it is
     a repeated note is kept once:       "A is B.\\nA is B."                  -> ["A is B."]
     the unfinished last note goes:      "A is B.\\nC is", ended=False        -> ["A is B."], "endless"
     nothing there:                      "  \\n"                              -> [], "empty"
@@ -215,10 +216,14 @@ def choose(logits, temperature: float, top_p: float, u):
 
 
 def grid(owner: list[int], P: int) -> list[list[int]]:
-    """Items by owner, as P lists of one length, filled up with repeats: grid([0, 0, 1], 2) -> [[0, 1], [2, 2]]."""
+    """Items by owner, as P lists of one length, filled up with repeats: grid([0, 0, 1], 2) -> [[0, 1], [2, 2]].
+
+    Every owner must have an item.
+    """
     mine = [[i for i, o in enumerate(owner) if o == p] for p in range(P)]
+    assert all(mine), "a candidate without items"
     b = max(map(len, mine))
-    return [(m or [0]) + (m or [0])[:1] * (b - len(m or [0])) for m in mine]
+    return [m + m[:1] * (b - len(m)) for m in mine]
 
 
 def prefill(model: Transformer, prompts: list[list[int]], slots: int, P: int = 1):
@@ -226,9 +231,12 @@ def prefill(model: Transformer, prompts: list[list[int]], slots: int, P: int = 1
 
     What all prompts start with is read once for each candidate, not for each prompt. Shorter prompts are padded on the
     left, after that shared part, so that all rows end at the same slot. Returns the cache, valid (R, filled slots) bool,
-    and the states (R, C) of the last prompt tokens.
+    and the states (R, C) of the last prompt tokens. Exits with one line if a prompt does not fit the model's context.
     """
-    device, R = model.device, len(prompts)
+    device, R, longest = model.device, len(prompts), max(map(len, prompts))
+    if longest + slots > model.config.max_seq_len:
+        limit = f"the model's context of {model.config.max_seq_len}"
+        raise SystemExit(f"error: a prompt of {longest} tokens with room for {slots} more is longer than {limit}")
     shared = commonprefix(prompts)[: min(map(len, prompts)) - 1]
     cache = KVCache(model, P, len(shared))
     if shared:

@@ -60,13 +60,13 @@ class Tokenizer:
             self.control = {t["content"]: t["id"] for t in added}
             to_byte = gpt2_bytes()
             ranks = {bytes(to_byte[c] for c in t): i for t, i in vocab.items() if t not in self.control}
-        except (KeyError, TypeError) as e:
+        except (KeyError, TypeError, AttributeError) as e:
             raise SystemExit(f"error: {path} is not a byte-level BPE tokenizer: {e!r}") from e
         # A vocabulary may lack bytes (SmolLM2 lacks 21). tiktoken needs all 256, so the absent ones get ids past the
         # end, and texts that contain them take the detour in _encode_around.
         self.n_vocab = max([*vocab.values(), *self.control.values()]) + 1
         self.absent = bytes(b for b in range(256) if bytes([b]) not in ranks)
-        self.newline_ids = [i for token, i in ranks.items() if token.startswith(b"\n")]
+        self.newline_ids = [i for token, i in ranks.items() if b"\n" in token]
         ranks |= {bytes([b]): self.n_vocab + i for i, b in enumerate(self.absent)}
         self.encoding = tiktoken.Encoding(
             path.parent.name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=self.control
@@ -121,6 +121,8 @@ class Tokenizer:
         self.llama3 = "<|start_header_id|>" in self.control
         default = re.search(r"<\|im_start\|>system(?:\\n|\n)([^<{}']+)<\|im_end\|>", template)
         self.default_system = default[1] if default and self.chatml else None
+        # Qwen3 thinks aloud before it answers, unless its reply opens with an empty thought.
+        self.thought = ("<think>", "\n\n", "</think>", "\n\n") if "enable_thinking" in template else ()
         # Llama 3.1 and later put the date in front of every system message; this is their templates' fixed date.
         dated = self.llama3 and "Cutting Knowledge Date" in template
         self.preamble = "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n" if dated else None
@@ -138,7 +140,7 @@ class Tokenizer:
             ids = []
             for m in messages:
                 ids += self._turn("<|im_start|>", f"{m['role']}\n", m["content"], "<|im_end|>", "\n")
-            return ids + self._turn("<|im_start|>", "assistant\n") * reply
+            return ids + self._turn("<|im_start|>", "assistant\n", *self.thought) * reply
         if self.preamble is not None:
             content = self.preamble + (messages[0]["content"].strip() if has_system else "")
             messages = [{"role": "system", "content": content}, *messages[bool(has_system) :]]

@@ -1,8 +1,9 @@
 """SEAL's outer loop: reinforcement learning (ReST-EM) teaches the model to write self-edits that help it learn.
 
-    python train_outer.py --out runs/demo --limit 12 --rounds 1         # minutes on two cores
+    python train_outer.py --out runs/demo --limit 8 --rounds 1         # minutes on two cores
     python train_outer.py --out runs/paper --samples 5 --rounds 2 --temperature 1 --rank 32 --alpha 64 \\
-        --targets q_proj v_proj --top-layers 0 --lr 1e-3 --epochs 10 --row-len 0   # the paper's settings
+        --targets q_proj v_proj --top-layers 0 --lr 1e-3 --epochs 10 --row-len 0 --shots 0 \\
+        --outer-lr 3e-4 --outer-batch 10        # the paper's settings
 
     for each round:
         for each passage C:     SE_1 .. SE_M ~ LM_theta( . | C)                  sample
@@ -29,7 +30,7 @@ from pathlib import Path
 import numpy as np
 
 from checkpoint import load_model
-from common import Progress, open_run, read_jsonl, sub_seed, write_jsonl
+from common import Progress, digest, open_run, read_jsonl, sub_seed, write_jsonl
 from data.qa import load_passages
 from inner import Study, inner_update
 from lora import PROJECTIONS, Adapters, LoRAConfig, load_adapter, merge, save_adapter, unmerge
@@ -53,9 +54,9 @@ def parse_arguments():
     add = parser.add_argument_group("outer update (policy adapter on all layers)").add_argument
     add("--outer-rank", type=at_least(1), default=64, help="LoRA rank")
     add("--outer-alpha", type=at_least(0.0), default=128.0, help="LoRA alpha")
-    add("--outer-lr", type=at_least(0.0), default=3e-4, help="peak learning rate")
+    add("--outer-lr", type=at_least(0.0), default=5e-4, help="peak learning rate; the paper: 3e-4")
     add("--outer-epochs", type=at_least(1), default=2, help="passes over the rewarded self-edits")
-    add("--outer-batch", type=at_least(1), default=10, help="self-edits per step")
+    add("--outer-batch", type=at_least(1), default=2, help="self-edits per step; the paper: 10")
     return parser.parse_args()
 
 
@@ -106,6 +107,10 @@ def reinforce(model, tok, passages, edits, policy: Adapters, args, seed, label) 
     [outcome] = inner_update(
         model, policy, [examples], [study], seed, tick=lambda tokens, loss: progress.step(tokens, loss=loss)
     )
+    if outcome.diverged:
+        raise SystemExit(
+            f"error: the outer update diverged at step {outcome.steps}; try a lower --outer-lr than {args.outer_lr}"
+        )
     return outcome.loss
 
 
@@ -150,7 +155,9 @@ def main() -> None:
     args = parse_arguments()
     passages = load_passages(args.data, "train", args.skip, args.limit)
     model, tok = load_model(args.model, args.device, args.dtype), Tokenizer(args.model)
-    out = open_run(args.out, {k: v for k, v in vars(args).items() if k not in ("out", "rounds")})
+    lora_config(args, model)  # complains now rather than after sampling
+    settings = {k: v for k, v in vars(args).items() if k not in ("out", "rounds")}
+    out = open_run(args.out, settings | {"data_sha256": digest(args.data)})
     metrics = read_jsonl(out / "metrics.jsonl") if (out / "metrics.jsonl").is_file() else []
     config = LoRAConfig(args.outer_rank, args.outer_alpha, tuple(PROJECTIONS), 0, model.config.n_layer)
     policy = Adapters.init(model, config, 1, sub_seed(args.seed, 0))

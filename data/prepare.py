@@ -15,13 +15,13 @@ A Llama, SmolLM2 or Qwen folder that you downloaded from a model hub needs none 
 import argparse
 import contextlib
 import hashlib
+import http.client
 import json
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
-import urllib.error
 import urllib.request
 import zipfile
 from pathlib import Path
@@ -212,7 +212,7 @@ def prepare_squad(dest: Path, source: str) -> None:
             raw = Path(source).read_bytes()
         articles = json.loads(raw)["data"]
         n = sum(len(p["qas"]) for a in articles for p in a["paragraphs"])
-    except (OSError, urllib.error.URLError) as e:
+    except (OSError, http.client.HTTPException) as e:
         raise SystemExit(f"error: cannot read SQuAD from {source}: {getattr(e, 'reason', None) or e}") from e
     except (ValueError, KeyError, TypeError) as e:
         raise SystemExit(f"error: {source} is not SQuAD v1.1 JSON (data/paragraphs/qas): {e!r}") from e
@@ -252,7 +252,7 @@ def main() -> None:
         parser.error("'squad' takes a path or URL, the other targets take nothing")
     dest, prepare = TARGETS[args.target]
     if dest.exists():
-        print(f"{os.path.relpath(dest)} is there already")
+        print(f"{os.path.relpath(dest)} is there already; remove it to make it anew")
         return
     prepare(dest, args.source) if args.target == "squad" else prepare(dest)
     print(f"wrote {os.path.relpath(dest)}")

@@ -10,6 +10,7 @@ the passage's sentence ("X was founded by Y": who founded X?), "reversed" if aga
 """
 
 import json
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,8 +49,9 @@ def load_passages(path, split: str = "", skip: int = 0, limit: int = 0) -> list[
     if not isinstance(value, list):
         raise SystemExit(f"error: {path} has no list of passages (see data/qa.py for the forms that are read)")
     passages = [_passage(entry, n, path) for n, entry in enumerate(value)]
-    if repeated := {p.id for p in passages if sum(q.id == p.id for q in passages) > 1} if len(passages) < 5000 else ():
-        raise SystemExit(f"error: {path}: passage id {sorted(repeated)[0]!r} occurs twice")
+    for repeated, n in Counter(p.id for p in passages).most_common(1):
+        if n > 1:
+            raise SystemExit(f"error: {path}: passage id {repeated!r} occurs {n} times")
     passages = [p for p in passages if not split or p.split in ("", split)][skip:]
     if not passages:
         raise SystemExit(
@@ -68,8 +70,9 @@ def _flatten_squad(articles, path):
                     if qa["answers"]
                 ]
                 entry = {"id": f"{article['title']}-{n}", "title": article["title"].replace("_", " ")}
-                yield entry | {"passage": paragraph["context"], "questions": questions}
-    except (KeyError, TypeError) as e:
+                if questions:
+                    yield entry | {"passage": paragraph["context"], "questions": questions}
+    except (KeyError, TypeError, AttributeError) as e:
         raise SystemExit(f"error: {path} is not SQuAD v1.1: {e!r}") from e
 
 

@@ -18,7 +18,7 @@ def test_round_trips(tmp_path):
 
 
 def test_a_full_disk_keeps_the_old_file_and_says_so(tmp_path):
-    write_json(tmp_path / "x.json", 1)
+    write_json(tmp_path / "x.json", {"a": 1})
 
     def write(path):
         path.write_text("half")
@@ -26,7 +26,7 @@ def test_a_full_disk_keeps_the_old_file_and_says_so(tmp_path):
 
     with pytest.raises(SystemExit, match=r"cannot write .*x\.json: No space left on device"):
         write_atomic(tmp_path / "x.json", write)
-    assert read_json(tmp_path / "x.json") == 1 and len(list(tmp_path.iterdir())) == 1
+    assert read_json(tmp_path / "x.json") == {"a": 1} and len(list(tmp_path.iterdir())) == 1
 
 
 def test_a_full_disk_while_writing_tensors(tmp_path):

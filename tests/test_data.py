@@ -68,7 +68,7 @@ GOOD = {"title": "Rolm", "passage": "Rolm is a town.", "questions": [{"question"
         ([{**GOOD, "questions": [{"question": "Q?"}]}], r"question 0: 'answers'"),
         ([{**GOOD, "questions": [{"question": "Q?", "answers": [""]}]}], r"question 0: 'answers'"),
         ([{**GOOD, "questions": ["Q?"]}], r"question 0: must be an object"),
-        ([{**GOOD, "id": "x"}, {**GOOD, "id": "x"}], "id 'x' occurs twice"),
+        ([{**GOOD, "id": "x"}, {**GOOD, "id": "x"}], "id 'x' occurs 2 times"),
         ({"data": [{"title": "T"}]}, "not SQuAD"),
     ],
 )

@@ -49,6 +49,8 @@ def test_the_ladder(tiny, tiny_folder, passages_file, tmp_path, monkeypatch, cap
     policy = Adapters.init(tiny, LoRAConfig(2, 4.0, tuple(PROJECTIONS), 0, 4), 1, seed=0)
     policy.flat += 0.05
     save_adapter(policy, tmp_path / "run" / "round-1" / "policy", tiny_folder)
+    settings = {"data": str(passages_file), "skip": 0, "limit": 0}
+    (tmp_path / "run" / "settings.json").write_text(json.dumps(settings))
     extra = ["--run", tmp_path / "run", "--match", "both", "--steps", 3, "--samples", 2]
     ladder(monkeypatch, tiny_folder, passages_file, tmp_path, *extra)
     out = capsys.readouterr().out
@@ -67,8 +69,22 @@ def test_the_ladder(tiny, tiny_folder, passages_file, tmp_path, monkeypatch, cap
     monkeypatch.setattr("quiz.study_and_quiz", None)  # everything is found in the work folder
     ladder(monkeypatch, tiny_folder, passages_file, tmp_path, *extra)
     assert (tmp_path / "ladder_steps.json").read_text() == before
+    with pytest.raises(SystemExit, match="was trained on 3 of these passages"):
+        ladder(monkeypatch, tiny_folder, passages_file, tmp_path, *extra, "--split", "")
+    (tmp_path / "run" / "round-1" / "policy" / "adapter_model.safetensors").write_bytes(b"another policy")
+    with pytest.raises(SystemExit, match="was started with policies"):
+        ladder(monkeypatch, tiny_folder, passages_file, tmp_path, *extra)
 
 
 def test_no_rounds_there(tiny_folder, passages_file, tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match="no finished round"):
         ladder(monkeypatch, tiny_folder, passages_file, tmp_path, "--run", tmp_path)
+
+
+def test_a_passage_longer_than_the_context(tiny_folder, passages_file, tmp_path, monkeypatch):
+    data = json.loads(passages_file.read_text())
+    data["passages"][-1]["passage"] = "long " * 3000
+    passages_file.write_text(json.dumps(data))
+    with pytest.raises(SystemExit, match="context of 2048"):
+        ladder(monkeypatch, tiny_folder, passages_file, tmp_path)
+    assert not (tmp_path / "ladder.json").exists()

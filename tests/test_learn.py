@@ -11,22 +11,32 @@ from lora import attached, load_adapter
 
 
 def run(monkeypatch, tiny_folder, *args):
-    tiny = ["--model", tiny_folder, "--device", "cpu", "--title", "Rolm", "--max-new", 8, "--rank", 2, "--top-layers", 2]
+    tiny = ["--model", tiny_folder, "--device", "cpu", "--max-new", 8, "--rank", 2, "--top-layers", 2]
     monkeypatch.setattr(sys, "argv", ["learn.py", *map(str, [*args, *tiny])])
     learn.main()
 
 
-@torch.no_grad()
 def test_study_then_ask(tiny, tiny_folder, tmp_path, monkeypatch, capsys):
     (tmp_path / "rolm.txt").write_text("Rolm was founded by Ada Quell.")
-    run(monkeypatch, tiny_folder, "study", tmp_path / "rolm.txt", "--out", tmp_path / "a", "--merged", tmp_path / "m")
+    run(
+        monkeypatch,
+        tiny_folder,
+        "study",
+        tmp_path / "rolm.txt",
+        "--title",
+        "Rolm",
+        "--out",
+        tmp_path / "a",
+        "--merged",
+        tmp_path / "m",
+    )
     ids = torch.arange(10)[None]
-    with attached(tiny, load_adapter(tiny, tmp_path / "a")):
+    with torch.no_grad(), attached(tiny, load_adapter(tiny, tmp_path / "a")):
         expected = tiny(ids)
     torch.testing.assert_close(load_model(tmp_path / "m", "cpu", "float32")(ids), expected, atol=1e-4, rtol=1e-3)
     assert (expected - tiny(ids)).abs().max() > 1e-3
     capsys.readouterr()
-    run(monkeypatch, tiny_folder, "ask", "Who founded Rolm?", "--adapter", tmp_path / "a", "--policy", tmp_path / "a")
+    run(monkeypatch, tiny_folder, "ask", "Who founded Rolm?", "--adapter", tmp_path / "a")
     assert capsys.readouterr().out
 
 

@@ -114,6 +114,7 @@ def edit(folder, **fields):
         (lambda f: edit(f, use_dora=True), "use_dora"),
         (lambda f: edit(f, peft_type="IA3"), "not a plain LoRA"),
         (lambda f: edit(f, r=7), "shape"),
+        (lambda f: (f / "adapter_config.json").write_text('{"peft_type": "LORA"}'), "field 'r' is missing"),
         (lambda f: (f / "adapter_model.safetensors").write_bytes(b"x"), "cannot read"),
         (lambda f: (f / "adapter_config.json").unlink(), "cannot read"),
     ],

@@ -138,6 +138,7 @@ BROKEN = {
     "no weights": (lambda f: (f / "model.safetensors").unlink(), r"model\.safetensors are missing"),
     "no config": (lambda f: (f / "config.json").unlink(), r"no config\.json"),
     "bad config": (lambda f: (f / "config.json").write_text("{"), r"config\.json is not valid JSON"),
+    "list config": (lambda f: (f / "config.json").write_text("[]"), r"must hold a JSON object"),
     "architecture": (lambda f: edit_config(f, model_type="gpt2"), r"unknown architecture 'gpt2'"),
     "missing field": (
         lambda f: (f / "config.json").write_text('{"model_type": "llama"}'),

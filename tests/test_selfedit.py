@@ -109,7 +109,8 @@ def test_prompts(tok, style):
         ("implications", "  \n", True, ([], "empty")),
         ("implications", "...\n---", True, ([], "malformed")),
         ("self-qa", "Sure!", True, ([], "malformed")),
-        ("implications", "1742 was the year.", True, (["1742 was the year."], "")),
+        ("implications", "1742 was the year.\n10.5 tons.\n-40 degrees.", True,
+         (["1742 was the year.", "10.5 tons.", "-40 degrees."], "")),
         ("implications", "<|im_end|> __import__('os')", True, (["<|im_end|> __import__('os')"], "")),
     ],
 )  # fmt: skip
