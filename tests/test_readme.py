@@ -1,0 +1,55 @@
+"""Every command in the README and in the scripts' headers is one that they accept; every file it names is there."""
+
+import re
+import shlex
+import sys
+
+import pytest
+from conftest import ROOT
+
+import eval_qa
+import learn
+import train_outer
+from data import prepare
+
+SCRIPTS = {"train_outer.py": train_outer, "eval_qa.py": eval_qa, "learn.py": learn}
+SOURCES = ["README.md", "Makefile", *SCRIPTS, "data/prepare.py"]
+
+
+def commands():
+    for source in SOURCES:
+        text = (ROOT / source).read_text().replace("$(PY)", "python").replace("\\\\\n", " ").replace("\\\n", " ")
+        for line in re.findall(r"^(?:[ \t]*)(python (?:data/)?\w+\.py .*)$", text, re.MULTILINE):
+            yield source, line.replace("$(notdir $@)", "arc").split("->")[0]
+
+
+@pytest.mark.parametrize("source, line", list(commands()))
+def test_command(source, line, monkeypatch):
+    _, script, *arguments = shlex.split(line, comments=True)
+    if script == "data/prepare.py":
+        assert arguments[0] in prepare.TARGETS
+        return
+    monkeypatch.setattr(sys, "argv", [script, *arguments])
+    SCRIPTS[script].parse_arguments()
+
+
+def test_there_are_commands_of_every_script():
+    assert {line.split()[1] for _, line in commands()} == {*SCRIPTS, "data/prepare.py"}
+
+
+def test_links_lead_somewhere():
+    links = re.findall(r"\]\(([^)#:]+)\)", (ROOT / "README.md").read_text())
+    assert len(links) > 10 and all((ROOT / link).exists() for link in links)
+
+
+def test_only_the_four_packages_are_imported_at_run_time():
+    allowed = {"torch", "numpy", "tiktoken", "safetensors", "data", *sys.stdlib_module_names}
+    allowed |= {p.stem for p in ROOT.glob("*.py")}
+    for path in ROOT.glob("*.py"):
+        imported = re.findall(r"^(?:import|from) (\w+)", path.read_text(), re.MULTILINE)
+        assert set(imported) <= allowed, path.name
+
+
+def test_files_stay_short():
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("data/*.py")]:
+        assert len(path.read_text().splitlines()) <= 380, path.name
