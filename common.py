@@ -117,7 +117,7 @@ class Progress:
     def __init__(self, label: str, total: int):
         self.label, self.total, self.done, self.fields = label, total, 0, {}
         self.tty = sys.stdout.isatty()
-        self.start = time.perf_counter()
+        self.start = self.last = time.perf_counter()  # last: when `done` last grew
         self.shown = 0.0 if self.tty else self.start
 
     def step(self, n: int = 1, **fields) -> None:
@@ -125,10 +125,12 @@ class Progress:
         self.done += n
         self.fields |= fields
         now, last = time.perf_counter(), n > 0 and self.done >= self.total
+        self.last = now if n else self.last
         if not last and now - self.shown < (0.2 if self.tty else 10.0):
             return
         self.shown, seconds = now, now - self.start
-        eta = int(seconds / self.done * (self.total - self.done)) if self.done else None
+        each = (self.last - self.start) / self.done if self.done else None
+        eta = None if each is None else max(0, round(each * (self.total - self.done) - (now - self.last)))
         parts = [f"{self.label} {self.done}/{self.total}"]
         parts += [f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in self.fields.items()]
         parts.append(f"{seconds:.1f} s" if last else "eta ..." if eta is None else f"eta {eta // 60}:{eta % 60:02d}")
