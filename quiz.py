@@ -4,9 +4,10 @@ Scores per question (all from 0 to 1, except logprob):
     accuracy   1 if an accepted answer stands in the model's answer as whole words, after SQuAD's normalisation
     em         1 if the model's answer equals an accepted answer, normalised
     f1         overlap of normalised words with the closest accepted answer
-    logprob    mean log-likelihood per token of the first accepted answer and the newline after it (0 is certain)
+    logprob    mean log-likelihood per token of the first accepted answer as the whole reply (0 is certain)
 
-The paper has GPT-4.1 judge the answers; these need no judge.
+Models answer in sentences, as asked, so em stays near 0 and logprob, which wants the bare answer, is only comparable
+between candidates. The paper has GPT-4.1 judge the answers; these scores need no judge.
 """
 
 import argparse
