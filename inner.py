@@ -188,7 +188,7 @@ def train_step(model: Transformer, adapters: Adapters, bind, rows: list[list[Row
     flat = [row for mine in rows for row in mine + mine[:1] * (b - len(mine))]  # fill up with rows that do not count
     real = [i < len(mine) for mine in rows for i in range(b)]
     T = max(len(r.pos) for r in flat)
-    T = -(-T // 16) * 16  # few distinct shapes: memory and compiled code are reused
+    T = -(-T // 8) * 8  # few distinct shapes: memory is reused
     x = pad_sequence([F.pad(r.x, (0, 0, 0, T - len(r.pos))) for r in flat], batch_first=True)  # (p*b, T, C)
     pos = torch.stack([F.pad(r.pos, (0, T - len(r.pos))) for r in flat])
     segment = torch.stack([F.pad(r.segment, (0, T - len(r.pos)), value=-1) for r in flat])

@@ -150,10 +150,13 @@ class Candidate:
 
 
 def populations(tok: Tokenizer, candidates: list[Candidate], size: int) -> list[list[int]]:
-    """Candidate indices in groups of at most `size` that train side by side, like lengths together: less padding."""
+    """Candidate indices in groups of at most `size` that train side by side: groups of even size, like lengths together.
+
+    10 candidates, size 8: two groups of 5, since a group of 2 would not fill the machine.
+    """
     length = [len(tok.encode("\n".join([c.passage.text, *c.notes]))) for c in candidates]
     order = sorted(range(len(candidates)), key=lambda i: (length[i], i))
-    return [order[i : i + size] for i in range(0, len(order), size)]
+    return [group.tolist() for group in np.array_split(order, math.ceil(len(order) / size))]
 
 
 def study_and_quiz(model, tok, candidates: list[Candidate], lora: LoRAConfig, study, seed: int, tick=None) -> list[dict]:

@@ -1,6 +1,6 @@
 """SEAL's outer loop: reinforcement learning (ReST-EM) teaches the model to write self-edits that help it learn.
 
-    python train_outer.py --out runs/demo --limit 8 --rounds 1         # minutes on two cores
+    python train_outer.py --out runs/demo --limit 8 --samples 3 --rounds 1    # minutes on two cores
     python train_outer.py --out runs/paper --samples 5 --rounds 2 --temperature 1 --rank 32 --alpha 64 \\
         --targets q_proj v_proj --top-layers 0 --lr 1e-3 --epochs 10 --row-len 0 --shots 0 \\
         --outer-lr 3e-4 --outer-batch 10        # the paper's settings
