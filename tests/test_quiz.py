@@ -84,12 +84,14 @@ def test_a_diverged_candidate_scores_zero(tiny, tok):
 
 
 def test_study_all_keeps_order_and_resumes(tiny, tok, tmp_path, monkeypatch):
-    candidates = [Candidate(passage(n % 4), ("Note.",) * (n % 3)) for n in range(7)]
+    candidates = [Candidate(passage(3 - n % 4), ("Note.",) * (n % 3)) for n in range(7)]
     groups = populations(tok, candidates, 3)
     assert sorted(n for g in groups for n in g) == list(range(7)) and [len(g) for g in groups] == [3, 2, 2]
     arguments = (LORA, Study(epochs=1), 0, 3)
     whole = study_all(tiny, tok, candidates, *arguments, tmp_path / "a.jsonl", "test")
     assert [r["n"] for r in whole] == list(range(7))
+    for candidate, result in zip(candidates, whole):
+        assert study_and_quiz(tiny, tok, [candidate], *arguments[:3])[0]["tokens"] == result["tokens"]
     import quiz
 
     real, calls = quiz.study_and_quiz, []

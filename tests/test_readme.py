@@ -10,6 +10,7 @@ from conftest import ROOT
 import eval_qa
 import learn
 import train_outer
+from common import read_json
 from data import prepare
 
 SCRIPTS = {"train_outer.py": train_outer, "eval_qa.py": eval_qa, "learn.py": learn}
@@ -53,3 +54,12 @@ def test_only_the_four_packages_are_imported_at_run_time():
 def test_files_stay_short():
     for path in [*ROOT.glob("*.py"), *ROOT.glob("data/*.py")]:
         assert len(path.read_text().splitlines()) <= 380, path.name
+
+
+@pytest.mark.parametrize("protocol", ["epochs", "steps"])
+def test_the_readmes_tables_are_the_committed_results(protocol, capsys):
+    result = read_json(ROOT / "results" / f"demo_{protocol}.json")
+    eval_qa.show(result["rows"], result["steps"], "")
+    for line in capsys.readouterr().out.splitlines():
+        assert line.strip() in (ROOT / "README.md").read_text(), line
+    assert result["n_passages"] == 8 and result["command"].endswith("--match both --out results/demo.json")
