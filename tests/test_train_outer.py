@@ -4,6 +4,7 @@ import json
 import sys
 
 import pytest
+import torch
 
 import train_outer
 from common import read_jsonl
@@ -93,6 +94,29 @@ def test_killed_and_resumed_ends_the_same(stage, call, finished, tiny_folder, tm
     run(monkeypatch, tiny_folder, data, tmp_path / "out")
     expected, got = files(out), files(tmp_path / "out")
     assert expected.keys() == got.keys() and all(expected[k] == got[k] for k in expected)
+
+
+def test_the_policy_is_in_the_weights_while_writing_and_studying_only(finished, tiny_folder, tiny, tmp_path, monkeypatch):
+    """And the outer update trains it on the untouched base, or round 2 would apply it twice."""
+    seen = []
+
+    def spy(name):
+        real = getattr(train_outer, name)
+
+        def wrapper(model, *args, **kwargs):
+            pairs = zip(model.parameters(), tiny.parameters())
+            seen.append((name, any(not torch.equal(a, b) for a, b in pairs)))
+            return real(model, *args, **kwargs)
+
+        monkeypatch.setattr(train_outer, name, wrapper)
+
+    monkeypatch.setattr("selfedit.parse", lambda text, style, ended: ([text.strip() or "x"], ""))
+    for name in ("write_self_edits", "score_edits", "reinforce"):
+        spy(name)
+    run(monkeypatch, tiny_folder, finished[0], tmp_path / "out")
+    one = [("write_self_edits", False), ("score_edits", False), ("reinforce", False)]  # round 1: B is still zero
+    two = [("write_self_edits", True), ("score_edits", True), ("reinforce", False)]
+    assert seen == one + two
 
 
 def test_a_random_models_self_edits_never_stop_a_run(tiny_folder, passages_file, tmp_path, monkeypatch, capsys):
