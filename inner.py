@@ -9,18 +9,18 @@ The optimiser is torch's AdamW with one parameter group per candidate: own learn
 that has finished or diverged simply has no gradient. Top to bottom: examples, rows, frozen layers, the update.
 """
 
+import itertools
 import math
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from lora import Adapters, attached
-from model import Transformer, packed_mask
+from model import Ragged, Transformer, packed_mask
 
 # -----------------------------------------------------------------------------
 # examples and rows
@@ -36,20 +36,24 @@ class Example:
 
 
 def pack(lengths: list[int], row_len: int) -> list[list[int]]:
-    """Put sequences of the given lengths into rows of at most `row_len` tokens, first fit in order. Indices per row.
+    """Put sequences of the given lengths into rows of at most `row_len` tokens, as evenly filled as possible. Indices per
+    row, fullest row first.
 
-    pack([60, 50, 30, 70], 100) -> [[0, 2], [1], [3]]. A longer sequence gets a row of its own; row_len 0: all do.
+    pack([60, 50, 30, 70], 128) -> [[0, 1], [3, 2]], 110 and 100 tokens. No row is shorter than the longest sequence needs;
+    row_len 0 puts each sequence in a row of its own.
     """
-    rows, room = [], []
-    for i, n in enumerate(lengths):
-        fit = next((r for r, free in enumerate(room) if n <= free), None)
-        if fit is None:
-            rows.append([i])
-            room.append(row_len - n)
-        else:
-            rows[fit].append(i)
-            room[fit] -= n
-    return rows
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    if not row_len:
+        return [[i] for i in order]
+    most = max(row_len, *lengths, 0)
+    for n in range(math.ceil(sum(lengths) / most), len(lengths) + 1):
+        rows, filled = [[] for _ in range(n)], [0] * n
+        for i in order:  # the longest first, each to the emptiest row
+            r = filled.index(min(filled))
+            rows[r].append(i)
+            filled[r] += lengths[i]
+        if max(filled, default=0) <= most:
+            return sorted(rows, key=lambda row: -sum(lengths[i] for i in row))
 
 
 @dataclass(frozen=True)
@@ -143,69 +147,93 @@ class Study:
 class Outcome:
     """What happened to one candidate in the inner update."""
 
-    steps: int = 0
+    losses: list = field(default_factory=list)  # mean loss of each step that counted
     tokens: int = 0  # tokens trained on, all epochs together
-    loss: float | None = None  # mean loss of the last step that counted
     diverged: bool = False
 
+    @property
+    def steps(self) -> int:
+        return len(self.losses)
 
-def plan_steps(n_rows: int, study: Study, seed: int) -> list[list[int]]:
-    """Which rows each step takes: every epoch all rows once, in a new seeded order."""
-    if not n_rows:
-        return []
-    rng = np.random.default_rng(seed)
-    per_epoch = math.ceil(n_rows / study.batch)
-    total = study.steps or study.epochs * per_epoch
-    steps = []
-    while len(steps) < total:
-        order = rng.permutation(n_rows).tolist()
-        steps += [order[i : i + study.batch] for i in range(0, n_rows, study.batch)]
-    return steps[:total]
+    @property
+    def loss(self) -> float | None:
+        return self.losses[-1] if self.losses else None
+
+
+def plan_steps(n_rows: int, study: Study, seed: int, slots: int = 0) -> list[list[int]]:
+    """Which rows each step takes: every epoch all rows once, in a new seeded order.
+
+    Rows are numbered from the longest to the shortest, and the order of two of them does not depend on how many there
+    are. So a population whose largest candidate has `slots` rows can take rows of like length together: with batch 1, a
+    candidate that has no row of the slot's number pauses for a step ([]), which costs nothing and changes nothing for it.
+    """
+    steps, epoch, left = [], 0, 0 if not n_rows else study.steps or study.epochs * math.ceil(n_rows / study.batch)
+    while left > 0:
+        order = np.random.default_rng([seed, epoch]).random(max(n_rows, slots)).argsort().tolist()
+        mine = [i for i in order if i < n_rows]
+        if study.batch == 1:
+            taken = [[i] if i < n_rows else [] for i in order]
+        else:
+            taken = [mine[i : i + study.batch] for i in range(0, n_rows, study.batch)]
+        for step in taken:
+            if left or not step:
+                steps.append(step)
+                left -= bool(step)
+        epoch += 1
+    return steps
 
 
 def backward_through_head(model: Transformer, x, target, weight, chunk: int = 256):
     """Back-propagate sum(weight * cross-entropy) and return the cross-entropies (L).
 
-    x (L, C) are the states that predict target (L). The (L, V) logits never exist at once: the gradient with respect
-    to x is gathered chunk by chunk, and x is back-propagated through once at the end.
+    x (L, C) are the states that predict target (L). The (L, V) logits never exist at once, nor in float32: chunk by chunk
+    they become probabilities p, then the gradient weight * (p - onehot(target)), which goes back to x through the frozen
+    output projection.
     """
     leaf = x.detach().requires_grad_()
-    losses = []
-    for part in torch.arange(len(x), device=x.device).split(chunk):
-        nll = F.cross_entropy(model.head(leaf[part]).float(), target[part], reduction="none")
-        (nll * weight[part]).sum().backward()
-        losses.append(nll.detach())
+    normed = model.norm(leaf)
+    grad, nll = torch.empty_like(normed), torch.empty(len(x), device=x.device)
+    with torch.no_grad():
+        head = model.lm_head.weight  # (V, C)
+        buffer = x.new_empty(min(chunk, len(x)), len(head))
+        for h, t, g, loss in zip(*(m.split(chunk) for m in (normed, target, grad, nll))):
+            p = torch.mm(h, head.T, out=buffer[: len(h)])
+            torch.softmax(p, -1, out=p)  # in float32 inside
+            hit = (torch.arange(len(t), device=x.device), t)
+            loss.copy_(-p[hit].float().log())
+            p[hit] = 0
+            p[hit] = -p.sum(-1)  # p - 1, without the rounding of a p close to 1
+            torch.mm(p, head, out=g)
+        grad *= weight[:, None].to(x.dtype)
+    normed.backward(grad)
     x.backward(leaf.grad)
-    return torch.cat(losses)
+    return nll
 
 
-def train_step(model: Transformer, adapters: Adapters, bind, rows: list[list[Row]]):
-    """One forward and backward of p candidates: adapters.flat is (p, N), rows[i] those of candidate i.
+def train_step(model: Transformer, lora: attached, flat, taken: list[list[Row]]):
+    """One forward and backward of p candidates: flat (p, N) their adapters, taken[i] the rows of candidate i.
 
-    Returns losses (p), each a mean over the candidate's own counted tokens, and gradients (p, N) in float32.
+    All tokens lie end to end, candidate after candidate. Returns losses (p), each a mean over the candidate's own
+    counted tokens, and gradients (p, N) in float32.
     """
-    b = max(len(r) for r in rows)
-    flat = [row for mine in rows for row in mine + mine[:1] * (b - len(mine))]  # fill up with rows that do not count
-    real = [i < len(mine) for mine in rows for i in range(b)]
-    T = max(len(r.pos) for r in flat)
-    T = -(-T // 8) * 8  # few distinct shapes: memory is reused
-    x = pad_sequence([F.pad(r.x, (0, 0, 0, T - len(r.pos))) for r in flat], batch_first=True)  # (p*b, T, C)
-    pos = torch.stack([F.pad(r.pos, (0, T - len(r.pos))) for r in flat])
-    segment = torch.stack([F.pad(r.segment, (0, T - len(r.pos)), value=-1) for r in flat])
-    used = [i for i, ok in enumerate(real) if ok]
-    at = torch.cat([flat[i].at + i * T for i in used])
-    target = torch.cat([flat[i].target for i in used])
-    owner = torch.cat([torch.full_like(flat[i].at, i // b) for i in used])  # (L) candidate of each predicted token
-    count = torch.bincount(owner, minlength=len(rows)).clamp(min=1)
-    weight = torch.cat([flat[i].weight for i in used]) / count[owner]
+    rows, device = [row for mine in taken for row in mine], model.device
+    lengths = [len(row.pos) for row in rows]
+    by_row = Ragged(lengths, device)
+    by_candidate = Ragged([sum(len(row.pos) for row in mine) for mine in taken], device)
+    x, pos, segment = (torch.cat([getattr(row, name) for row in rows])[None] for name in ("x", "pos", "segment"))
+    first = np.cumsum([0, *lengths]).tolist()  # where each row starts
+    at = torch.cat([row.at + start for row, start in zip(rows, first)])
+    target = torch.cat([row.target for row in rows])
+    counted = torch.tensor([sum(len(row.at) for row in mine) for mine in taken], device=device)
+    owner = torch.arange(len(taken), device=device).repeat_interleave(counted)  # (L) candidate of each predicted token
+    weight = torch.cat([row.weight for row in rows]) / counted[owner]
 
-    values = adapters.flat.to(model.dtype)
-    grads = torch.zeros_like(values)
-    bind(values, grads)
-    hidden = model.run_layers(x, pos, packed_mask(segment), start=adapters.config.start)
-    nll = backward_through_head(model, hidden.view(-1, hidden.size(-1))[at], target, weight)
-    losses = torch.zeros(len(rows), device=nll.device).index_add_(0, owner, nll * weight)
-    return losses, grads.float()
+    lora.bind(flat, by_candidate, train=True)
+    mask = packed_mask(by_row.spread(segment))  # padding ends a row, so no token looks at it
+    hidden = model.run_layers(x, pos, mask, start=lora.adapters.config.start, ragged=by_row)
+    nll = backward_through_head(model, hidden[0, at], target, weight)
+    losses = torch.zeros(len(taken), device=device).index_add_(0, owner, nll * weight)
+    return losses, lora.gradients()
 
 
 def inner_update(model, adapters: Adapters, examples: list[list[Example]], studies: list[Study], seed: int, tick=None):
@@ -223,35 +251,36 @@ def inner_update(model, adapters: Adapters, examples: list[list[Example]], studi
     for mine, study in zip(examples, studies):
         packed = pack([len(e.ids) for e in mine], study.row_len)
         rows.append([make_row([mine[i] for i in r], [states[mine[i].ids] for i in r]) for r in packed])
-    plans = [plan_steps(len(mine), study, seed) for mine, study in zip(rows, studies)]
+    plans = [plan_steps(len(mine), study, seed, max(map(len, rows))) for mine, study in zip(rows, studies)]
+    totals = [sum(map(bool, plan)) for plan in plans]
     outcomes = [Outcome() for _ in studies]
-    # Gradients are written into slices of one (P, N) block, a layout torch would not choose; it says so once.
+    # Gradients are rows of one (P, N) block, a layout torch would not choose; it says so once.
     warnings.filterwarnings("ignore", message="grad and param do not obey")
     params = [nn.Parameter(row) for row in adapters.flat]  # views: the optimiser writes into adapters.flat
     groups = [{"params": [p], "lr": s.lr} for p, s in zip(params, studies)]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
-    with attached(model, adapters) as bind:
-        for step in range(max(map(len, plans))):
-            active = [i for i, plan in enumerate(plans) if step < len(plan) and not outcomes[i].diverged]
+    with attached(model, adapters) as lora:
+        for step in itertools.zip_longest(*plans, fillvalue=[]):
+            active = [i for i, mine in enumerate(step) if mine and not outcomes[i].diverged]
             if not active:
-                break
-            taken = [[rows[i][r] for r in plans[i][step]] for i in active]
-            losses, grads = train_step(model, adapters.pick(active), bind, taken)
+                continue
+            taken = [[rows[i][r] for r in step[i]] for i in active]
+            losses, grads = train_step(model, lora, adapters.flat[active], taken)
             norms = grads.norm(dim=1)
             clips = torch.tensor([studies[i].clip for i in active], device=norms.device)
             grads *= (clips / (norms + 1e-6)).clamp(max=1)[:, None]
-            for i, grad, norm, loss in zip(active, grads, norms.tolist(), losses.tolist()):
+            for i, mine, grad, norm, loss in zip(active, taken, grads, norms.tolist(), losses.tolist()):
                 if not (math.isfinite(loss) and math.isfinite(norm)):
                     outcomes[i].diverged = True
                     continue
                 params[i].grad = grad
-                optimizer.param_groups[i]["lr"] = studies[i].lr_at(step, len(plans[i]))
-                outcomes[i].steps, outcomes[i].loss = step + 1, loss
-                outcomes[i].tokens += sum(len(r.pos) for r in taken[active.index(i)])
+                optimizer.param_groups[i]["lr"] = studies[i].lr_at(len(outcomes[i].losses), totals[i])
+                outcomes[i].losses.append(loss)
+                outcomes[i].tokens += sum(len(row.pos) for row in mine)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             if tick:
-                tick(sum(len(r.pos) for mine in taken for r in mine), float(losses.mean()))
-    for outcome, finite in zip(outcomes, adapters.flat.isfinite().all(dim=1).tolist()):
+                tick(sum(len(row.pos) for mine in taken for row in mine), float(losses.mean()))
+    for outcome, finite in zip(outcomes, adapters.flat.norm(dim=1).isfinite().tolist()):
         outcome.diverged |= not finite  # the last step is not followed by a loss that would tell
     return outcomes

@@ -14,7 +14,6 @@ All A and B of one candidate lie in one row of a flat (P, N) float32 tensor: a c
 it (inner.py trains rows, save_adapter writes one). Top to bottom: adapters, attaching, files, merging.
 """
 
-import contextlib
 import json
 import math
 import re
@@ -119,44 +118,54 @@ class LoRALinear(nn.Module):
     def __init__(self, base: nn.Linear, scale: float):
         super().__init__()
         self.base, self.scale = base, scale
-        self.a = self.b = None
+        self.a = self.b = self.ragged = None
 
     def forward(self, x):
         y = self.base(x)  # (P*b, T, out)
         if self.a is None:
             return y
+        if self.ragged is not None:  # x (1, N, in), candidates with unequally many tokens
+            low = self.ragged.spread(x) @ self.a.mT  # (P, n, rank)
+            return y + self.ragged.join(low * self.scale @ self.b.mT)
         P = self.a.size(0)
         low = x.reshape(P, -1, x.size(-1)) @ self.a.mT  # (P, b*T, rank)
         return torch.baddbmm(y.view(P, -1, y.size(-1)), low, self.b.mT, alpha=self.scale).view_as(y)
 
 
-@contextlib.contextmanager
-def attached(model: Transformer, adapters: Adapters):
-    """Within the block, `model` runs under `adapters`: its rows belong to the P candidates in turn, equally many each.
+class attached:
+    """Within `with attached(model, adapters) as lora`, the model runs under the adapters; on leaving, it is as it was.
 
-    Yields bind(flat, grads): switch to other values (any P, N) in the model's dtype; with `grads` of the same form,
-    backward() adds every A's and B's gradient into its place there. On leaving, the model is as it was.
+    Its rows belong to the P candidates in turn, equally many each; or, with `ragged`, its tokens in the given numbers.
     Raises RuntimeError if the model has adapters already.
     """
-    if any(isinstance(m, LoRALinear) for m in model.modules()):
-        raise RuntimeError("the model has adapters attached already")
-    homes = {path: path.rpartition(".") for path in adapters.slots}
-    wrapped = {path: LoRALinear(model.get_submodule(path), adapters.config.scale) for path in adapters.slots}
 
-    def bind(flat, grads=None):
-        for path, module in wrapped.items():
-            module.a, module.b = adapters.views(flat, path)
-            if grads is not None:
-                module.a.requires_grad_().grad, module.b.requires_grad_().grad = adapters.views(grads, path)
+    def __init__(self, model: Transformer, adapters: Adapters):
+        if any(isinstance(m, LoRALinear) for m in model.modules()):
+            raise RuntimeError("the model has adapters attached already")
+        self.model, self.adapters, scale = model, adapters, adapters.config.scale
+        self.modules = {path: LoRALinear(model.get_submodule(path), scale) for path in adapters.slots}
 
-    try:
-        for path, (parent, _, name) in homes.items():
-            setattr(model.get_submodule(parent), name, wrapped[path])
-        bind(adapters.flat.to(model.dtype))
-        yield bind
-    finally:
-        for path, (parent, _, name) in homes.items():
-            setattr(model.get_submodule(parent), name, wrapped[path].base)
+    def __enter__(self) -> "attached":
+        for path, module in self.modules.items():
+            self.model.set_submodule(path, module)
+        self.bind(self.adapters.flat)
+        return self
+
+    def __exit__(self, *exception) -> None:
+        for path, module in self.modules.items():
+            self.model.set_submodule(path, module.base)
+
+    def bind(self, flat, ragged=None, train: bool = False) -> None:
+        """Use these values, any (P, N). With train=True, A and B gather gradients, for gradients()."""
+        flat = flat.to(self.model.dtype)
+        for path, module in self.modules.items():
+            module.ragged = ragged
+            module.a, module.b = (m.detach().requires_grad_(train) for m in self.adapters.views(flat, path))
+
+    def gradients(self):
+        """The gradients since the last bind(), laid out like `flat`: (P, N) in float32."""
+        parts = [m.grad.flatten(1) for module in self.modules.values() for m in (module.a, module.b)]
+        return torch.cat(parts, dim=1).float()
 
 
 # -----------------------------------------------------------------------------

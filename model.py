@@ -42,7 +42,7 @@ class Config:
 
 
 def rope_table(config: Config, device) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin of position times frequency, each (max_seq_len, D) in float32, the D/2 angles written twice.
+    """cos and sin of position times frequency, each (max_seq_len, D) in float32: the D/2 angles twice, sin first negated.
 
     With rope_type "llama3" the long wavelengths are stretched by `factor`, the short ones kept, those between blended.
     """
@@ -54,14 +54,56 @@ def rope_table(config: Config, device) -> tuple[torch.Tensor, torch.Tensor]:
         keep = keep.clamp(0, 1)  # 1: short wavelength, unchanged; 0: long, fully stretched
         freq = keep * freq + (1 - keep) * freq / s["factor"]
     angle = torch.arange(config.max_seq_len, dtype=torch.float32, device=device)[:, None] * freq
-    angle = torch.cat((angle, angle), dim=-1)
-    return angle.cos(), angle.sin()
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
 def rotate(x, cos, sin):
-    """Turn each pair (x[i], x[i + D/2]) by its angle. x (R, heads, T, D); cos, sin (R, 1, T, D)."""
-    a, b = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-b, a), dim=-1) * sin
+    """Turn each pair (x[i], x[i + D/2]) by its angle. x (R, T, heads, D); cos, sin (R, T, 1, D)."""
+    return torch.addcmul(x * cos, x.roll(x.size(-1) // 2, -1), sin)
+
+
+# -----------------------------------------------------------------------------
+# rows of unequal length
+
+
+class Take(torch.autograd.Function):
+    """x[index] for tokens that are moved, never added up: backward moves their gradients back, and zeroes `empty`."""
+
+    @staticmethod
+    def forward(ctx, x, index, back, empty):
+        ctx.back, ctx.empty = back, empty
+        return x.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = grad.index_select(0, ctx.back)
+        return (grad if ctx.empty is None else grad.index_fill_(0, ctx.empty, 0)), None, None, None
+
+
+class Ragged:
+    """N tokens that make R rows of unequal length, laid end to end so that no weight is ever multiplied with padding.
+
+    Rows of 2 and 3 tokens: spread() turns (1, N, ...), a a b b b, into (R, T, ...), [[a a .], [b b b]], for what needs
+    a row at a time; join() turns it back. A padding slot holds its row's first token and passes no gradient on.
+    """
+
+    def __init__(self, lengths: list[int], device, multiple: int = 8):
+        R, T = len(lengths), -(-max(lengths) // multiple) * multiple
+        length = torch.tensor(lengths)[:, None]
+        start = length.cumsum(0) - length  # (R, 1)
+        t = torch.arange(T)
+        real = t < length  # (R, T)
+        self.shape = (R, T)
+        self.token = torch.where(real, start + t, start).flatten().to(device)  # (R*T) which token is in each slot
+        self.slot = real.flatten().nonzero()[:, 0].to(device)  # (N) which slot each token is in
+        self.empty = (~real).flatten().nonzero()[:, 0].to(device)
+
+    def spread(self, x):
+        return Take.apply(x.flatten(0, 1), self.token, self.slot, None).unflatten(0, self.shape)
+
+    def join(self, x):
+        return Take.apply(x.flatten(0, 1), self.slot, self.token, self.empty)[None]
 
 
 # -----------------------------------------------------------------------------
@@ -78,6 +120,27 @@ class Embedding(nn.Embedding):
         pass
 
 
+class Normalize(torch.autograd.Function):
+    """x / rms(x), in float32 inside. By hand, because autograd's version costs as much as a projection on a CPU.
+
+    With h = x / rms(x):  dx = (dh - h * mean(dh * h)) / rms(x).
+    """
+
+    @staticmethod
+    def forward(ctx, x, eps):
+        h = x.float()
+        scale = torch.rsqrt(h.square().mean(-1, keepdim=True) + eps)
+        h = h * scale
+        ctx.save_for_backward(h, scale)
+        return h.to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        h, scale = ctx.saved_tensors
+        g = grad.float()
+        return torch.addcmul(g, h, (g * h).mean(-1, keepdim=True), value=-1).mul_(scale).to(grad.dtype), None
+
+
 class RMSNorm(nn.Module):
     def __init__(self, dim: int, eps: float):
         super().__init__()
@@ -85,9 +148,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        h = x.float()
-        h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * h.to(x.dtype)
+        return self.weight * Normalize.apply(x, self.eps)
 
 
 class Attention(nn.Module):
@@ -101,21 +162,25 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else nn.Identity()
 
-    def forward(self, x, rope, bias, layer_cache=None):
-        R, T, _ = x.shape
+    def forward(self, x, rope, bias, layer_cache=None, ragged=None):
         H, K, D = self.n_head, self.n_kv_head, self.head_dim
-        q = self.q_norm(self.q_proj(x).view(R, T, H, D)).transpose(1, 2)  # (R, H, T, D)
-        k = self.k_norm(self.k_proj(x).view(R, T, K, D)).transpose(1, 2)  # (R, K, T, D)
-        v = self.v_proj(x).view(R, T, K, D).transpose(1, 2)  # (R, K, T, D)
+        q = self.q_norm(self.q_proj(x).unflatten(-1, (H, D)))  # (R, T, H, D)
+        k = self.k_norm(self.k_proj(x).unflatten(-1, (K, D)))  # (R, T, K, D)
+        v = self.v_proj(x).unflatten(-1, (K, D))  # (R, T, K, D)
         q, k = rotate(q, *rope), rotate(k, *rope)
+        if ragged is not None:  # so far these were (1, N, ...)
+            q, k, v = ragged.spread(q), ragged.spread(k), ragged.spread(v)
+        R, T = q.shape[:2]
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (R, H, T, D), (R, K, T, D), (R, K, T, D)
         if layer_cache is not None:
             k, v = layer_cache.append(k, v)  # (R, K, S, D)
         # Query heads that share a key head are laid out as more queries of it, so k and v are never copied per head.
         q = q.reshape(R, K, -1, D) * D**-0.5  # (R, K, G*T, D)
         att = (q @ k.transpose(-1, -2)).view(R, K, H // K, T, -1) + bias  # (R, K, G, T, S)
-        att = att.softmax(-1, dtype=torch.float32).to(v.dtype)
+        att = att.softmax(-1)  # in float32 inside, whatever the dtype
         y = att.view(R, K, -1, att.size(-1)) @ v  # (R, K, G*T, D)
-        return self.o_proj(y.view(R, H, T, D).transpose(1, 2).reshape(R, T, H * D))
+        y = y.view(R, H, T, D).transpose(1, 2).reshape(R, T, H * D)
+        return self.o_proj(y if ragged is None else ragged.join(y))
 
 
 class MLP(nn.Module):
@@ -137,8 +202,8 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(c.n_embd, c.norm_eps)
         self.mlp = MLP(c)
 
-    def forward(self, x, rope, bias, layer_cache=None):
-        x = x + self.self_attn(self.input_layernorm(x), rope, bias, layer_cache)
+    def forward(self, x, rope, bias, layer_cache=None, ragged=None):
+        x = x + self.self_attn(self.input_layernorm(x), rope, bias, layer_cache, ragged)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -174,15 +239,18 @@ class Transformer(nn.Module):
         """ids (R, T) int64 -> x (R, T, C)."""
         return self.embed_tokens(ids)
 
-    def run_layers(self, x, pos, mask, start=0, stop=None, cache=None):
-        """Layers start .. stop-1. x (R, T, C), pos (R, T) positions for RoPE, mask (R, T, S) bool, True = may look."""
+    def run_layers(self, x, pos, mask, start=0, stop=None, cache=None, ragged=None):
+        """Layers start .. stop-1. x (R, T, C), pos (R, T) positions for RoPE, mask (R, T, S) bool, True = may look.
+
+        With `ragged`, x is (1, N, C) and pos (1, N): the tokens of its rows end to end. The mask is by rows all the same.
+        """
         if self.rope is None or self.rope[0].device != x.device:
             self.rope = rope_table(self.config, x.device)
-        rope = tuple(table[pos].unsqueeze(1).to(x.dtype) for table in self.rope)  # 2 x (R, 1, T, D)
+        rope = tuple(table[pos].unsqueeze(2).to(x.dtype) for table in self.rope)  # 2 x (R, T, 1, D)
         bias = torch.zeros(mask.shape, dtype=x.dtype, device=x.device)
         bias = bias.masked_fill_(~mask, torch.finfo(x.dtype).min)[:, None, None]  # (R, 1, 1, T, S)
         for i, layer in enumerate(self.layers[start:stop], start):
-            x = layer(x, rope, bias, cache and cache.layer(i))
+            x = layer(x, rope, bias, cache and cache.layer(i), ragged)
         if cache is not None:
             cache.length += x.size(1)
         return x

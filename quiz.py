@@ -15,7 +15,7 @@ import math
 import re
 import string
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -173,10 +173,11 @@ def study_and_quiz(model, tok, candidates: list[Candidate], lora: LoRAConfig, st
     results = []
     for n, outcome in enumerate(outcomes):
         mine = [s for s, item in zip(scores, items) if item.owner == n]
-        outcome.diverged |= not all(math.isfinite(s["logprob"]) for s in mine)
-        if outcome.diverged:
+        diverged = outcome.diverged or not all(math.isfinite(s["logprob"]) for s in mine)
+        if diverged:
             mine = [{**s, "accuracy": 0.0, "em": 0.0, "f1": 0.0, "logprob": -100.0} for s in mine]
-        results.append({**asdict(outcome), "answers": mine})
+        done = {"steps": outcome.steps, "tokens": outcome.tokens, "loss": outcome.loss, "diverged": diverged}
+        results.append({**done, "answers": mine})
     return results
 
 

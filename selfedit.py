@@ -284,7 +284,7 @@ def generate(
     u = torch.rand(len(prompts) * copies, max_new, generator=torch.Generator().manual_seed(seed))
     u, out, end_ids = u.to(model.device), [[] for _ in range(len(prompts) * copies)], set(end_ids)
 
-    with attached(model, adapters) if adapters else nullcontext() as bind:
+    with attached(model, adapters) if adapters else nullcontext() as lora:
         in_order = [i for mine in cells for i in mine]
         cache, valid, x = prefill(model, [prompts[i] for i in in_order], max_new, P)
         if on_prefill:
@@ -307,9 +307,9 @@ def generate(
             kept = shrink(live, b)
             if len(kept) <= 0.75 * len(live):  # copying the cache must pay
                 keep_c = sorted({n // b for n in kept})
-                if bind and len(keep_c) < len(candidates):
+                if lora and len(keep_c) < len(candidates):
                     candidates = [candidates[c] for c in keep_c]
-                    bind(adapters.flat[candidates].to(model.dtype))
+                    lora.bind(adapters.flat[candidates])
                 b = len(kept) // len(keep_c)
                 cache.keep(kept)
                 valid, token, pos = valid[kept], token[kept], pos[kept]

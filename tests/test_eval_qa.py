@@ -39,7 +39,19 @@ def test_directions_are_averaged_apart():
 
 
 def ladder(monkeypatch, tiny_folder, passages_file, tmp_path, *extra):
-    args = ["--model", tiny_folder, "--device", "cpu", "--data", passages_file, "--out", tmp_path / "ladder.json", "--work"]
+    args = [
+        "--model",
+        tiny_folder,
+        "--device",
+        "cpu",
+        "--dtype",
+        "float32",
+        "--data",
+        passages_file,
+        "--out",
+        tmp_path / "ladder.json",
+        "--work",
+    ]
     args += [tmp_path / "work", "--max-new", 8, "--epochs", 2, "--top-layers", 2, "--rank", 2, *extra]
     monkeypatch.setattr(sys, "argv", ["eval_qa.py", *map(str, args)])
     eval_qa.main()

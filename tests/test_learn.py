@@ -11,7 +11,7 @@ from lora import attached, load_adapter
 
 
 def run(monkeypatch, tiny_folder, *args):
-    tiny = ["--model", tiny_folder, "--device", "cpu", "--max-new", 8, "--rank", 2, "--top-layers", 2]
+    tiny = ["--model", tiny_folder, "--device", "cpu", "--dtype", "float32", "--max-new", 8, "--rank", 2, "--top-layers", 2]
     monkeypatch.setattr(sys, "argv", ["learn.py", *map(str, [*args, *tiny])])
     learn.main()
 

@@ -9,7 +9,7 @@ from conftest import SMOLLM2, write_checkpoint
 from safetensors.torch import load_file, save_file
 
 from checkpoint import load_model, pick_device, save_model
-from model import KVCache, causal_mask, packed_mask
+from model import KVCache, Normalize, Ragged, causal_mask, packed_mask
 
 
 def ids_for(model, rows=2, length=40):
@@ -100,6 +100,51 @@ def test_sharded_and_saved_folders_load(tmp_path):
     assert (model(ids) - reference(tmp_path / "saved")(ids).logits).abs().max() <= 1e-4
     with pytest.raises(SystemExit, match="exists already"):
         save_model(model, tmp_path / "saved", folder)
+
+
+# -----------------------------------------------------------------------------
+# backward passes written by hand
+
+
+def test_normalizing_has_autograds_gradient():
+    x, grad = (
+        torch.randn(2, 5, 24, generator=torch.Generator().manual_seed(0)).mul(3),
+        torch.linspace(-1, 2, 240).view(2, 5, 24),
+    )
+    pairs = []
+    for f in (lambda x: Normalize.apply(x, 1e-5), lambda x: torch.nn.functional.rms_norm(x, (24,), eps=1e-5)):
+        leaf = x.clone().requires_grad_()
+        y = f(leaf)
+        pairs.append((y.detach(), *torch.autograd.grad(y, leaf, grad)))
+    torch.testing.assert_close(*pairs)
+
+
+def test_ragged_rows_as_documented():
+    ragged = Ragged([2, 3], "cpu", multiple=1)
+    x = torch.tensor([[1.0, 2.0, 3.0, 4.0, 5.0]], requires_grad=True)[..., None]  # (1, N, 1)
+    rows = ragged.spread(x)
+    assert rows[..., 0].tolist() == [[1, 2, 1], [3, 4, 5]] and torch.equal(ragged.join(rows), x)
+    assert Ragged([2, 3], "cpu", multiple=8).shape == (2, 8)
+
+
+def test_padding_passes_no_gradient_on():
+    """A loss that weighs every slot, padding too, reaches the tokens through their own slots only."""
+    ragged, x = Ragged([2, 3, 1], "cpu"), torch.arange(6.0).view(1, 6, 1).requires_grad_()
+    ragged.join(ragged.spread(x).cumsum(1).square()).sum().backward()
+    plain = torch.arange(6.0).requires_grad_()
+    sum(part.cumsum(0).square().sum() for part in plain.split([2, 3, 1])).backward()
+    torch.testing.assert_close(x.grad.flatten(), plain.grad)
+
+
+@torch.no_grad()
+def test_tokens_end_to_end_give_the_states_of_padded_rows(family_folder):
+    model = load_model(family_folder, "cpu", "float32")
+    rows = [torch.arange(n) * 7 % 211 for n in (5, 12, 9)]
+    ragged, ids = Ragged([5, 12, 9], "cpu"), torch.cat(rows)[None]
+    pos = torch.cat([torch.arange(len(r)) for r in rows])[None]
+    mask = packed_mask(ragged.spread(torch.zeros_like(ids)))
+    together = model.head(model.run_layers(model.embed(ids), pos, mask, ragged=ragged))[0]
+    torch.testing.assert_close(together, torch.cat([model(r[None])[0] for r in rows]), atol=1e-4, rtol=1e-4)
 
 
 # -----------------------------------------------------------------------------

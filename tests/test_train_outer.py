@@ -13,7 +13,22 @@ from train_outer import select
 
 
 def run(monkeypatch, tiny_folder, passages_file, out, *extra):
-    args = ["--model", tiny_folder, "--device", "cpu", "--data", passages_file, "--out", out, "--samples", 3, "--rounds", 2]
+    args = [
+        "--model",
+        tiny_folder,
+        "--device",
+        "cpu",
+        "--dtype",
+        "float32",
+        "--data",
+        passages_file,
+        "--out",
+        out,
+        "--samples",
+        3,
+        "--rounds",
+        2,
+    ]
     args += ["--max-new", 12, "--epochs", 2, "--top-layers", 2, "--rank", 2, "--outer-rank", 2, "--population", 4, *extra]
     monkeypatch.setattr(sys, "argv", ["train_outer.py", *map(str, args)])
     train_outer.main()
