@@ -203,15 +203,15 @@ def backward_through_head(model: Transformer, x, target, weight, chunk: int = 25
             loss.copy_(-p[hit].float().log())
             p[hit] = 0
             p[hit] = -p.sum(-1)  # p - 1, without the rounding of a p close to 1
-            torch.mm(p, head, out=g)
+            g.copy_(model.lm_head.backward_input(p))
         grad *= weight[:, None].to(x.dtype)
     normed.backward(grad)
     x.backward(leaf.grad)
     return nll
 
 
-def train_step(model: Transformer, lora: attached, flat, taken: list[list[Row]]):
-    """One forward and backward of p candidates: flat (p, N) their adapters, taken[i] the rows of candidate i.
+def train_step(model: Transformer, lora: attached, active: list[int], taken: list[list[Row]]):
+    """One forward and backward of p candidates: those in rows `active` of the adapters, each on its own `taken` rows.
 
     All tokens lie end to end, candidate after candidate. Returns losses (p), each a mean over the candidate's own
     counted tokens, and gradients (p, N) in float32.
@@ -228,7 +228,7 @@ def train_step(model: Transformer, lora: attached, flat, taken: list[list[Row]])
     owner = torch.arange(len(taken), device=device).repeat_interleave(counted)  # (L) candidate of each predicted token
     weight = torch.cat([row.weight for row in rows]) / counted[owner]
 
-    lora.bind(flat, by_candidate, train=True)
+    lora.bind(active, by_candidate, train=True)
     mask = packed_mask(by_row.spread(segment))  # padding ends a row, so no token looks at it
     hidden = model.run_layers(x, pos, mask, start=lora.adapters.config.start, ragged=by_row)
     nll = backward_through_head(model, hidden[0, at], target, weight)
@@ -265,7 +265,7 @@ def inner_update(model, adapters: Adapters, examples: list[list[Example]], studi
             if not active:
                 continue
             taken = [[rows[i][r] for r in step[i]] for i in active]
-            losses, grads = train_step(model, lora, adapters.flat[active], taken)
+            losses, grads = train_step(model, lora, active, taken)
             norms = grads.norm(dim=1)
             clips = torch.tensor([studies[i].clip for i in active], device=norms.device)
             grads *= (clips / (norms + 1e-6)).clamp(max=1)[:, None]

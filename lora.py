@@ -144,28 +144,34 @@ class attached:
             raise RuntimeError("the model has adapters attached already")
         self.model, self.adapters, scale = model, adapters, adapters.config.scale
         self.modules = {path: LoRALinear(model.get_submodule(path), scale) for path in adapters.slots}
+        self.grads = None  # (P, N), allocated once: fresh memory costs more than the copies into it
 
     def __enter__(self) -> "attached":
         for path, module in self.modules.items():
             self.model.set_submodule(path, module)
-        self.bind(self.adapters.flat)
+        self.bind(list(range(len(self.adapters))))
         return self
 
     def __exit__(self, *exception) -> None:
         for path, module in self.modules.items():
             self.model.set_submodule(path, module.base)
 
-    def bind(self, flat, ragged=None, train: bool = False) -> None:
-        """Use these values, any (P, N). With train=True, A and B gather gradients, for gradients()."""
-        flat = flat.to(self.model.dtype)
+    def bind(self, rows, ragged=None, train: bool = False) -> None:
+        """Use the adapters in these rows, as they are now. With train=True, A and B gather gradients, for gradients()."""
+        rows = torch.as_tensor(rows, device=self.model.device)
         for path, module in self.modules.items():
             module.ragged = ragged
-            module.a, module.b = (m.detach().requires_grad_(train) for m in self.adapters.views(flat, path))
+            views = self.adapters.views(self.adapters.flat, path)
+            module.a, module.b = (m[rows].to(self.model.dtype).requires_grad_(train) for m in views)
 
     def gradients(self):
-        """The gradients since the last bind(), laid out like `flat`: (P, N) in float32."""
-        parts = [m.grad.flatten(1) for module in self.modules.values() for m in (module.a, module.b)]
-        return torch.cat(parts, dim=1).float()
+        """The gradients since the last bind(), laid out like `flat`: (p, N) in float32. The next call overwrites them."""
+        if self.grads is None:
+            self.grads = torch.empty_like(self.adapters.flat)
+        for path, module in self.modules.items():
+            a, b = self.adapters.views(self.grads[: len(module.a)], path)
+            a.copy_(module.a.grad), b.copy_(module.b.grad)
+        return self.grads[: len(module.a)]
 
 
 # -----------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """A decoder-only transformer: Llama 2/3, SmolLM2, Qwen2/2.5 and Qwen3, in one file.
 
-Top to bottom: configuration, the parts of a block, the transformer, the key-value cache, masks. Submodules carry the
-names of Hugging Face checkpoints, so that reading one (checkpoint.py) is a dictionary lookup per tensor.
+Top to bottom: configuration, rotary embedding, rows of unequal length, the parts of a block, the transformer, masks.
+Submodules carry the names of Hugging Face checkpoints, so that reading one (checkpoint.py) is a lookup per tensor.
 
 Letters used in shape comments:
     R rows (sequences in the batch)     T tokens per row in this call     S key slots (cached + new)
@@ -111,8 +111,52 @@ class Ragged:
 
 
 class Linear(nn.Linear):
+    """A linear layer with a frozen weight.
+
+    In bfloat16 on a CPU, F.linear first brings the weight into oneDNN's blocked layout, in every call: with 40 rows that
+    takes as long as the product. So that form is kept, and its transpose for the backward pass, at the price of memory.
+    Replace `weight` to change it (as lora.merge does); writing through `weight.data` would not be noticed.
+    """
+
     def reset_parameters(self):
-        pass  # weights come from a checkpoint; drawing random ones first would take longer than reading it
+        self.kept = {}  # transposed? -> (weight, its version, its blocked form)
+
+    def forward(self, x):
+        """x (..., in) -> x W^T + bias (..., out)."""
+        return Blocked.apply(x, self) if self.may_block() else F.linear(x, self.weight, self.bias)
+
+    def backward_input(self, grad):
+        """dy (..., out) -> dx = dy W (..., in)."""
+        return blocked_product(grad, self.blocked(transposed=True)) if self.may_block() else grad @ self.weight
+
+    def may_block(self) -> bool:
+        w = self.weight
+        return w.device.type == "cpu" and w.dtype == torch.bfloat16 and torch.backends.mkldnn.enabled and not w.requires_grad
+
+    def blocked(self, transposed: bool = False):
+        weight, version, form = self.kept.get(transposed, (None, 0, None))
+        if weight is not self.weight or version != weight._version:
+            weight = self.weight
+            form = torch.ops.mkldnn._reorder_linear_weight(weight.T.contiguous() if transposed else weight)
+            self.kept[transposed] = weight, weight._version, form
+        return form
+
+
+def blocked_product(x, form, bias=None):
+    return torch.ops.mkldnn._linear_pointwise(x, form, bias, "none", [], "")
+
+
+class Blocked(torch.autograd.Function):
+    """A Linear on the forms that it keeps."""
+
+    @staticmethod
+    def forward(ctx, x, linear):
+        ctx.linear = linear
+        return blocked_product(x, linear.blocked(), linear.bias)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return ctx.linear.backward_input(grad), None
 
 
 class Embedding(nn.Embedding):
@@ -151,6 +195,15 @@ class RMSNorm(nn.Module):
         return self.weight * Normalize.apply(x, self.eps)
 
 
+def multiply(x, m, share):
+    """x (R, K, n, i) @ m (B, K, i, j) -> (R, K, n, j), where row b of m serves share's b-th lot of rows of x, or B = R."""
+    if share is None:
+        return x @ m
+    x = share.spread(x[None]).transpose(1, 2)  # (B, K, rows per lot, n, i)
+    y = x.flatten(2, 3) @ m
+    return share.join(y.view(*x.shape[:4], -1).transpose(1, 2))[0]
+
+
 class Attention(nn.Module):
     def __init__(self, c: Config):
         super().__init__()
@@ -172,13 +225,14 @@ class Attention(nn.Module):
             q, k, v = ragged.spread(q), ragged.spread(k), ragged.spread(v)
         R, T = q.shape[:2]
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (R, H, T, D), (R, K, T, D), (R, K, T, D)
-        if layer_cache is not None:
-            k, v = layer_cache.append(k, v)  # (R, K, S, D)
+        blocks = [(k, v, None)] if layer_cache is None else layer_cache.append(k, v)
         # Query heads that share a key head are laid out as more queries of it, so k and v are never copied per head.
         q = q.reshape(R, K, -1, D) * D**-0.5  # (R, K, G*T, D)
-        att = (q @ k.transpose(-1, -2)).view(R, K, H // K, T, -1) + bias  # (R, K, G, T, S)
-        att = att.softmax(-1)  # in float32 inside, whatever the dtype
-        y = att.view(R, K, -1, att.size(-1)) @ v  # (R, K, G*T, D)
+        att = [multiply(q, k.mT, share) for k, _, share in blocks]  # each (R, K, G*T, slots of the block)
+        att = torch.cat(att, -1) if len(att) > 1 else att[0]  # (R, K, G*T, S)
+        att = (att.view(R, K, H // K, T, -1) + bias).softmax(-1).view(att.shape)  # in float32 inside, whatever the dtype
+        parts = att.split([v.size(-2) for _, v, _ in blocks], -1)
+        y = sum(multiply(part, v, share) for part, (_, v, share) in zip(parts, blocks))  # (R, K, G*T, D)
         y = y.view(R, H, T, D).transpose(1, 2).reshape(R, T, H * D)
         return self.o_proj(y if ragged is None else ragged.join(y))
 
@@ -252,7 +306,7 @@ class Transformer(nn.Module):
         for i, layer in enumerate(self.layers[start:stop], start):
             x = layer(x, rope, bias, cache and cache.layer(i), ragged)
         if cache is not None:
-            cache.length += x.size(1)
+            cache.blocks[-1].length += x.size(1)
         return x
 
     def head(self, x):
@@ -271,47 +325,7 @@ class Transformer(nn.Module):
 
 
 # -----------------------------------------------------------------------------
-# key-value cache and masks
-
-
-class KVCache:
-    """Keys and values of R rows in one preallocated block, (2, n_layer, R, K, slots, D); `length` slots are filled.
-
-    All rows write to the same slot. A row whose prompt is shorter is padded on the left and masks those slots out.
-    """
-
-    def __init__(self, model: Transformer, rows: int, slots: int):
-        c = model.config
-        shape = (2, c.n_layer, rows, c.n_kv_head, slots, c.head_dim)
-        self.kv = torch.empty(shape, dtype=model.dtype, device=model.device)
-        self.length = 0
-
-    def layer(self, i: int):
-        return LayerCache(self, i)
-
-    def keep(self, rows, slots=None) -> None:
-        """Make the rows be `rows`, a list of row indices (repeats allowed: that is how one prompt becomes M samples).
-
-        `slots`, if given, is the new capacity; it must hold the `length` slots that are filled.
-        """
-        old, rows = self.kv, torch.as_tensor(rows, device=self.kv.device)
-        shape = (*old.shape[:2], len(rows), old.size(3), slots or old.size(4), old.size(5))
-        self.kv = torch.empty(shape, dtype=old.dtype, device=old.device)
-        self.kv[..., : self.length, :] = old[:, :, rows, :, : self.length]
-
-
-class LayerCache:
-    """One layer's view of a KVCache."""
-
-    def __init__(self, cache: KVCache, i: int):
-        self.kv, self.past = cache.kv[:, i], cache.length
-
-    def append(self, k, v):
-        """Store k, v (R, K, T, D) after the filled slots; return all keys and values so far, (R, K, S, D)."""
-        stop = self.past + k.size(2)
-        self.kv[0, :, :, self.past : stop] = k
-        self.kv[1, :, :, self.past : stop] = v
-        return self.kv[0, :, :, :stop], self.kv[1, :, :, :stop]
+# masks
 
 
 def causal_mask(valid, T: int):

@@ -22,11 +22,12 @@ import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+from cache import KVCache
 from common import Progress, read_jsonl, write_jsonl
 from data.qa import Passage, Question
 from inner import Study, inner_update
 from lora import PROJECTIONS, Adapters, LoRAConfig
-from model import KVCache, Transformer, causal_mask
+from model import Transformer, causal_mask
 from selfedit import STYLES, generate, study_examples
 from tokenizer import Tokenizer
 
@@ -121,7 +122,7 @@ def answer_logprobs(model: Transformer, answers: list[list[int]], cache: KVCache
     """Mean log-likelihood per token of answers[n] as continuation of row n of the cache (teacher forcing).
 
     valid (R, filled slots) bool and x (R, C), the states of the rows' last tokens, are as prefill() returns them. The
-    answers are read into free slots of the cache, which are given back: decoding can go on from the same prompts.
+    answers are read into a block of the cache that is dropped again: decoding can go on from the same prompts.
     """
     inputs = pad_sequence([torch.tensor(a[:-1]) for a in answers], batch_first=True).to(x.device)  # (R, A - 1), right
     R, T = inputs.shape
@@ -129,8 +130,9 @@ def answer_logprobs(model: Transformer, answers: list[list[int]], cache: KVCache
     if T:
         pos = valid.sum(1, keepdim=True) + torch.arange(T, device=x.device)
         mask = causal_mask(torch.cat([valid, valid.new_ones(R, T)], dim=1), T)
+        cache.fan_out(1, T)
         states = torch.cat([states, model.run_layers(model.embed(inputs), pos, mask, cache=cache)], dim=1)  # (R, A, C)
-        cache.length -= T
+        cache.drop()
     at = torch.tensor([n * (T + 1) + k for n, a in enumerate(answers) for k in range(len(a))], device=x.device)
     target = torch.tensor([t for a in answers for t in a], device=x.device)
     logp = model.head(states.flatten(0, 1)[at]).float().log_softmax(-1).gather(-1, target[:, None])[:, 0]

@@ -24,10 +24,11 @@ from pathlib import Path
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+from cache import KVCache
 from common import Progress, read_jsonl, sub_seed, write_jsonl
 from inner import Example
 from lora import Adapters, attached
-from model import KVCache, Transformer, causal_mask, packed_mask
+from model import Transformer, causal_mask, packed_mask
 from tokenizer import Tokenizer
 
 # -----------------------------------------------------------------------------
@@ -205,11 +206,13 @@ def choose(logits, temperature: float, top_p: float, u):
     if temperature == 0:
         return logits.argmax(-1)
     probs = (logits.float() / temperature).softmax(-1)
-    for k in (256, probs.size(-1)):  # sorting 49,152 numbers costs more than the forward pass, and is rarely needed
-        mass, ids = probs.topk(min(k, probs.size(-1)))
-        total = mass.cumsum(-1)
-        if (total[:, -1] >= top_p).all():
-            break
+    likely = probs > 1e-4 * probs.amax(-1, keepdim=True)  # sorting these few costs less than sorting 49,152
+    if (torch.where(likely, probs, 0).sum(-1) < top_p).any():
+        likely = torch.ones_like(likely)
+    each = likely.sum(-1).tolist()
+    mass, at = pad_sequence(probs[likely].split(each), batch_first=True).sort(dim=-1, descending=True, stable=True)
+    ids = pad_sequence(likely.nonzero()[:, 1].split(each), batch_first=True).gather(-1, at)
+    total = mass.cumsum(-1)
     last = (total < top_p).sum(-1, keepdim=True).clamp(max=total.size(-1) - 1)  # where the nucleus ends
     at = torch.searchsorted(total, u[:, None] * total.gather(-1, last), right=True).minimum(last)
     return ids.gather(-1, at)[:, 0]
@@ -227,7 +230,7 @@ def grid(owner: list[int], P: int) -> list[list[int]]:
 
 
 def prefill(model: Transformer, prompts: list[list[int]], slots: int, P: int = 1):
-    """Read prompts, equally many for each of P candidates, into a new cache with room for `slots` more tokens.
+    """Read prompts, equally many for each of P candidates, into a new cache; `slots` more tokens are to follow.
 
     What all prompts start with is read once for each candidate, not for each prompt. Shorter prompts are padded on the
     left, after that shared part, so that all rows end at the same slot. Returns the cache, valid (R, filled slots) bool,
@@ -238,8 +241,8 @@ def prefill(model: Transformer, prompts: list[list[int]], slots: int, P: int = 1
         limit = f"the model's context of {model.config.max_seq_len}"
         raise SystemExit(f"error: a prompt of {longest} tokens with room for {slots} more is longer than {limit}")
     shared = commonprefix(prompts)[: min(map(len, prompts)) - 1]
-    cache = KVCache(model, P, len(shared))
     if shared:
+        cache = KVCache(model, P, len(shared))
         ids = torch.tensor([shared] * P, device=device)  # (P, shared)
         pos = torch.arange(len(shared), device=device).expand_as(ids)
         model.run_layers(model.embed(ids), pos, packed_mask(torch.zeros_like(ids)), cache=cache)
@@ -248,7 +251,10 @@ def prefill(model: Transformer, prompts: list[list[int]], slots: int, P: int = 1
     T = ids.size(1)
     pos = torch.arange(T, device=device) - T + torch.tensor([[len(p)] for p in rest], device=device)  # negative for pads
     valid = torch.cat([torch.ones(R, len(shared), dtype=torch.bool, device=device), pos >= 0], dim=1)
-    cache.keep([n // (R // P) for n in range(R)], len(shared) + T + slots)
+    if shared:
+        cache.fan_out(R // P, T)
+    else:
+        cache = KVCache(model, R, T)
     x = model.run_layers(model.embed(ids), pos.clamp(min=0) + len(shared), causal_mask(valid, T), cache=cache)
     return cache, valid, x[:, -1]
 
@@ -290,7 +296,7 @@ def generate(
         if on_prefill:
             on_prefill(in_order, cache, valid, x)
         copied = [n for n in range(len(in_order)) for _ in range(copies)]
-        cache.keep(copied) if copies > 1 else None
+        cache.fan_out(copies, max_new)
         valid, x = valid[copied], x[copied]
         pos = torch.tensor([len(prompts[r // copies]) for r in rows], device=model.device)
         candidates = list(range(P))  # whose rows are still in the batch
@@ -309,7 +315,7 @@ def generate(
                 keep_c = sorted({n // b for n in kept})
                 if lora and len(keep_c) < len(candidates):
                     candidates = [candidates[c] for c in keep_c]
-                    lora.bind(adapters.flat[candidates])
+                    lora.bind(candidates)
                 b = len(kept) // len(keep_c)
                 cache.keep(kept)
                 valid, token, pos = valid[kept], token[kept], pos[kept]
@@ -328,7 +334,7 @@ def shrink(live: list[bool], b: int) -> list[int]:
     """
     mine = [sorted(range(c, c + b), key=lambda n: (not live[n], n)) for c in range(0, len(live), b)]
     most = max(sum(live[n] for n in m) for m in mine)
-    return [n for m in mine if live[m[0]] for n in m[:most]]
+    return [n for m in mine if live[m[0]] for n in sorted(m[:most])]
 
 
 def write_self_edits(model, tok, passages, copies: int, args, seed: int, log=None, label="sample") -> list[SelfEdit]:

@@ -92,8 +92,8 @@ def test_base_weights_stay_and_only_a_and_b_get_gradients(model, monkeypatch):
     before, touched = {n: p.clone() for n, p in model.named_parameters()}, set()
     step = inner.train_step
 
-    def spy(model, lora, flat, taken):
-        result = step(model, lora, flat, taken)
+    def spy(model, lora, active, taken):
+        result = step(model, lora, active, taken)
         touched.update(n for n, p in model.named_parameters() if p.grad is not None or p.requires_grad)
         wrapped = [m for m in model.modules() if hasattr(m, "scale")]
         assert wrapped and all(m.a.grad.abs().sum() > 0 or m.b.grad.abs().sum() > 0 for m in wrapped)

@@ -8,8 +8,9 @@ import transformers
 from conftest import SMOLLM2, write_checkpoint
 from safetensors.torch import load_file, save_file
 
+from cache import KVCache
 from checkpoint import load_model, pick_device, save_model
-from model import KVCache, Normalize, Ragged, causal_mask, packed_mask
+from model import Linear, Normalize, Ragged, causal_mask, packed_mask
 
 
 def ids_for(model, rows=2, length=40):
@@ -52,12 +53,22 @@ def test_cached_and_uncached_decoding_agree(family_folder):
 
 
 @torch.no_grad()
-def test_cache_keep_copies_and_drops_rows(tiny):
-    ids, cache = ids_for(tiny, rows=3, length=12), KVCache(tiny, 3, 11)
-    tiny(ids[:, :11], cache=cache)
-    cache.keep([2, 0, 2], slots=12)
-    together = tiny(ids[[2, 0, 2], 11:], cache=cache)[:, 0]
-    torch.testing.assert_close(together, tiny(ids)[[2, 0, 2], 11], atol=1e-5, rtol=1e-4)
+def test_a_cache_fans_out_and_drops_rows(tiny):
+    """A common beginning, two prompts that go on from it, three samples of each, then only some of the rows."""
+    ids = ids_for(tiny, rows=6, length=13)
+    ids[:, :5] = ids[0, :5]
+    ids[:3, 5:8], ids[3:, 5:8] = ids[0, 5:8], ids[3, 5:8]
+    expected, cache = tiny(ids), KVCache(tiny, 1, 5)
+    tiny(ids[:1, :5], cache=cache)
+    cache.fan_out(2, 3)
+    tiny(ids[[0, 3], 5:8], cache=cache)
+    cache.fan_out(3, 10)
+    got = tiny(ids[:, 8:10], cache=cache)
+    torch.testing.assert_close(got, expected[:, 8:10], atol=1e-5, rtol=1e-4)
+    for rows, t in (([1, 3, 4, 5], 10), ([3, 5], 11)):  # numbers in the batch as it was first
+        cache.keep(rows if t == 10 else [1, 3])
+        torch.testing.assert_close(tiny(ids[rows, t : t + 1], cache=cache), expected[rows, t : t + 1], atol=1e-5, rtol=1e-4)
+    assert [block.kv.size(2) for block in cache.blocks] == [1, 1, 2] and cache.length == 12
 
 
 @torch.no_grad()
@@ -117,6 +128,27 @@ def test_normalizing_has_autograds_gradient():
         y = f(leaf)
         pairs.append((y.detach(), *torch.autograd.grad(y, leaf, grad)))
     torch.testing.assert_close(*pairs)
+
+
+def test_a_blocked_weight_gives_the_same_product_and_gradient_and_follows_the_weight():
+    linear = Linear(48, 80, dtype=torch.bfloat16).requires_grad_(False)
+    generator = torch.Generator().manual_seed(0)
+    assert linear.may_block()
+    for _ in range(2):  # the second weight takes the place of the first, as in lora.merge
+        linear.weight = torch.nn.Parameter(torch.randn(80, 48, generator=generator).bfloat16(), requires_grad=False)
+        linear.bias = torch.nn.Parameter(torch.randn(80, generator=generator).bfloat16(), requires_grad=False)
+        x, grad = (
+            torch.randn(2, 7, 48, generator=generator).bfloat16(),
+            torch.randn(2, 7, 80, generator=generator).bfloat16(),
+        )
+        pairs = []
+        for f in (linear, lambda x: torch.nn.functional.linear(x, linear.weight, linear.bias)):
+            leaf = x.clone().requires_grad_()
+            y = f(leaf)
+            pairs.append((y.detach(), *torch.autograd.grad(y, leaf, grad)))
+        torch.testing.assert_close(*pairs)
+    linear.weight.zero_()
+    assert torch.equal(linear(x)[0, 0], linear.bias)
 
 
 def test_ragged_rows_as_documented():

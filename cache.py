@@ -1,0 +1,81 @@
+"""The key-value cache of a batch of rows that have much in common: prompts that begin alike, samples of one prompt.
+
+Letters as in model.py; B is the number of rows of one block.
+"""
+
+import torch
+
+from model import Ragged, Transformer
+
+
+class KVCache:
+    """Keys and values of the batch's rows, in blocks. Each block holds more tokens, and may serve several rows at once.
+
+    What all prompts begin with is read as one row; fan_out() makes it the prompts' rows, which go on in a block of their
+    own, and again makes each prompt the rows of its samples. So nothing is stored or read twice. All rows are at the same
+    slot: a row whose prompt is shorter is padded on the left, and masks those slots out.
+    """
+
+    def __init__(self, model: Transformer, rows: int, slots: int):
+        self.model, self.blocks = model, []
+        self._open(rows, slots)
+
+    def _open(self, rows: int, slots: int) -> None:
+        c = self.model.config
+        shape = (2, c.n_layer, rows, c.n_kv_head, slots, c.head_dim)
+        kv = torch.empty(shape, dtype=self.model.dtype, device=self.model.device)
+        self.blocks.append(CacheBlock(kv, [1] * rows))
+
+    @property
+    def length(self) -> int:
+        return sum(block.length for block in self.blocks)
+
+    def fan_out(self, n: int, slots: int) -> None:
+        """Make every row n rows, which go on in a new block with the given number of slots."""
+        for block in self.blocks:
+            block.serve([n * count for count in block.counts])
+        self._open(sum(self.blocks[0].counts), slots)
+
+    def drop(self) -> None:
+        """Forget the last block, if its rows are those of the block before."""
+        self.blocks.pop()
+
+    def keep(self, rows: list[int]) -> None:
+        """Keep only the given rows of the batch, in ascending order."""
+        for block in self.blocks:
+            owner = torch.arange(len(block.counts)).repeat_interleave(torch.tensor(block.counts))[rows]
+            kept, counts = owner.unique_consecutive(return_counts=True)
+            if len(kept) < len(block.counts):
+                block.kv = block.kv[:, :, kept.to(block.kv.device)]
+            block.serve(counts.tolist())
+
+    def layer(self, i: int):
+        return LayerCache(self, i)
+
+
+class CacheBlock:
+    """Part of a cache: kv (2, n_layer, B, K, slots, D), `length` slots filled; its row b serves counts[b] rows in turn."""
+
+    def __init__(self, kv, counts: list[int]):
+        self.kv, self.length = kv, 0
+        self.serve(counts)
+
+    def serve(self, counts: list[int]) -> None:
+        self.counts = counts
+        self.share = Ragged(counts, self.kv.device, multiple=1) if max(counts) > 1 else None
+
+
+class LayerCache:
+    """One layer's view of a KVCache."""
+
+    def __init__(self, cache: KVCache, i: int):
+        self.blocks, self.i = cache.blocks, i
+
+    def append(self, k, v) -> list:
+        """Store k, v (R, K, T, D) in the last block; return [(keys, values, which rows they serve)] of all blocks."""
+        last = self.blocks[-1]
+        stop = last.length + k.size(2)
+        last.kv[0, self.i, :, :, last.length : stop] = k
+        last.kv[1, self.i, :, :, last.length : stop] = v
+        ends = [block.length for block in self.blocks[:-1]] + [stop]
+        return [(*block.kv[:, self.i, :, :, :end], block.share) for block, end in zip(self.blocks, ends)]
