@@ -36,9 +36,15 @@ class KVCache:
             block.serve([n * count for count in block.counts])
         self._open(sum(self.blocks[0].counts), slots)
 
-    def drop(self) -> None:
-        """Forget the last block, if its rows are those of the block before."""
-        self.blocks.pop()
+    def extend(self, slots: int) -> None:
+        """See to it that the last block has room for so many more tokens."""
+        last = self.blocks[-1]
+        if (more := last.length + slots - last.kv.size(4)) > 0:
+            last.kv = torch.nn.functional.pad(last.kv, (0, 0, 0, more))
+
+    def take_back(self, slots: int) -> None:
+        """Forget the last tokens."""
+        self.blocks[-1].length -= slots
 
     def keep(self, rows: list[int]) -> None:
         """Keep only the given rows of the batch, in ascending order."""

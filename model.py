@@ -8,6 +8,7 @@ Letters used in shape comments:
     C n_embd    H n_head    K n_kv_head    G = H / K query heads per key head    D head_dim    V vocabulary
 """
 
+import functools
 from dataclasses import dataclass, field
 
 import torch
@@ -123,7 +124,9 @@ class Linear(nn.Linear):
 
     def forward(self, x):
         """x (..., in) -> x W^T + bias (..., out)."""
-        return Blocked.apply(x, self) if self.may_block() else F.linear(x, self.weight, self.bias)
+        if not self.may_block():
+            return F.linear(x, self.weight, self.bias)
+        return Blocked.apply(x, self) if x.requires_grad else blocked_product(x, self.blocked(), self.bias)
 
     def backward_input(self, grad):
         """dy (..., out) -> dx = dy W (..., in)."""
@@ -227,13 +230,14 @@ class Attention(nn.Module):
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (R, H, T, D), (R, K, T, D), (R, K, T, D)
         blocks = [(k, v, None)] if layer_cache is None else layer_cache.append(k, v)
         # Query heads that share a key head are laid out as more queries of it, so k and v are never copied per head.
-        q = q.reshape(R, K, -1, D) * D**-0.5  # (R, K, G*T, D)
+        q = q.reshape(R, K, -1, D)  # (R, K, G*T, D)
         att = [multiply(q, k.mT, share) for k, _, share in blocks]  # each (R, K, G*T, slots of the block)
         att = torch.cat(att, -1) if len(att) > 1 else att[0]  # (R, K, G*T, S)
-        att = (att.view(R, K, H // K, T, -1) + bias).softmax(-1).view(att.shape)  # in float32 inside, whatever the dtype
+        scores = torch.add(bias, att.view(R, K, H // K, T, -1), alpha=D**-0.5)  # (R, K, G, T, S)
+        att = scores.softmax(-1).view(att.shape)  # in float32 inside, whatever the dtype
         parts = att.split([v.size(-2) for _, v, _ in blocks], -1)
-        y = sum(multiply(part, v, share) for part, (_, v, share) in zip(parts, blocks))  # (R, K, G*T, D)
-        y = y.view(R, H, T, D).transpose(1, 2).reshape(R, T, H * D)
+        y = [multiply(part, v, share) for part, (_, v, share) in zip(parts, blocks)]  # each (R, K, G*T, D)
+        y = functools.reduce(torch.add, y).view(R, H, T, D).transpose(1, 2).reshape(R, T, H * D)
         return self.o_proj(y if ragged is None else ragged.join(y))
 
 

@@ -122,7 +122,7 @@ def answer_logprobs(model: Transformer, answers: list[list[int]], cache: KVCache
     """Mean log-likelihood per token of answers[n] as continuation of row n of the cache (teacher forcing).
 
     valid (R, filled slots) bool and x (R, C), the states of the rows' last tokens, are as prefill() returns them. The
-    answers are read into a block of the cache that is dropped again: decoding can go on from the same prompts.
+    answers are read into the cache and taken back: decoding can go on from the same prompts.
     """
     inputs = pad_sequence([torch.tensor(a[:-1]) for a in answers], batch_first=True).to(x.device)  # (R, A - 1), right
     R, T = inputs.shape
@@ -130,9 +130,9 @@ def answer_logprobs(model: Transformer, answers: list[list[int]], cache: KVCache
     if T:
         pos = valid.sum(1, keepdim=True) + torch.arange(T, device=x.device)
         mask = causal_mask(torch.cat([valid, valid.new_ones(R, T)], dim=1), T)
-        cache.fan_out(1, T)
+        cache.extend(T)
         states = torch.cat([states, model.run_layers(model.embed(inputs), pos, mask, cache=cache)], dim=1)  # (R, A, C)
-        cache.drop()
+        cache.take_back(T)
     at = torch.tensor([n * (T + 1) + k for n, a in enumerate(answers) for k in range(len(a))], device=x.device)
     target = torch.tensor([t for a in answers for t in a], device=x.device)
     logp = model.head(states.flatten(0, 1)[at]).float().log_softmax(-1).gather(-1, target[:, None])[:, 0]

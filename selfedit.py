@@ -204,7 +204,7 @@ def choose(logits, temperature: float, top_p: float, u):
     inverse of its cumulative distribution: masses 0.6, 0.3 (top_p 0.9), u = 0.7 -> 0.7 * 0.9 = 0.63, the second token.
     """
     if temperature == 0:
-        return logits.argmax(-1)
+        return logits.max(-1).indices  # several times faster than argmax in bfloat16
     probs = (logits.float() / temperature).softmax(-1)
     likely = probs > 1e-4 * probs.amax(-1, keepdim=True)  # sorting these few costs less than sorting 49,152
     if (torch.where(likely, probs, 0).sum(-1) < top_p).any():
@@ -296,7 +296,7 @@ def generate(
         if on_prefill:
             on_prefill(in_order, cache, valid, x)
         copied = [n for n in range(len(in_order)) for _ in range(copies)]
-        cache.fan_out(copies, max_new)
+        cache.fan_out(copies, max_new) if copies > 1 else cache.extend(max_new)
         valid, x = valid[copied], x[copied]
         pos = torch.tensor([len(prompts[r // copies]) for r in rows], device=model.device)
         candidates = list(range(P))  # whose rows are still in the batch
