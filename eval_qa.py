@@ -25,7 +25,6 @@ from pathlib import Path
 
 import numpy as np
 
-from checkpoint import load_model
 from common import Progress, digest, open_run, read_json, sub_seed, write_json
 from data.qa import load_passages
 from lora import load_adapter, merge, unmerge
@@ -33,6 +32,7 @@ from quiz import (
     Candidate,
     ask,
     at_least,
+    load,
     lora_config,
     make_parser,
     mean_scores,
@@ -41,7 +41,6 @@ from quiz import (
     study_settings,
 )
 from selfedit import write_self_edits
-from tokenizer import Tokenizer
 
 METRICS = ("accuracy", "em", "f1", "logprob")
 
@@ -198,7 +197,7 @@ def main() -> None:
     policies = find_policies(args)
     if args.run:
         refuse_training_passages(passages, args)
-    model, tok = load_model(args.model, args.device, args.dtype), Tokenizer(args.model)
+    model, tok = load(args)
     lora_config(args, model)  # complains now rather than after sampling
     out = Path(args.out)
     settings = {k: v for k, v in vars(args).items() if k not in ("out", "work", "match", "steps", "run", "policy")}

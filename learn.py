@@ -10,12 +10,12 @@ With --policy (a round-K/policy folder of a train_outer.py run) the notes are wr
 
 from pathlib import Path
 
-from checkpoint import load_model, save_model
+from checkpoint import save_model
 from common import read_json, sub_seed, write_json
 from data.qa import Passage
 from inner import inner_update
 from lora import Adapters, load_adapter, merge, save_adapter
-from quiz import at_least, lora_config, make_parser, quiz_prompt, study_settings
+from quiz import at_least, load, lora_config, make_parser, quiz_prompt, study_settings
 from selfedit import generate, study_examples, write_self_edits
 from tokenizer import Tokenizer
 
@@ -76,7 +76,7 @@ def ask(model, tok: Tokenizer, args) -> None:
 
 def main() -> None:
     args = parse_arguments()
-    model, tok = load_model(args.model, args.device, args.dtype), Tokenizer(args.model)
+    model, tok = load(args)
     study(model, tok, args) if args.action == "study" else ask(model, tok, args)
 
 

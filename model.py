@@ -134,7 +134,8 @@ class Linear(nn.Linear):
 
     def may_block(self) -> bool:
         w = self.weight
-        return w.device.type == "cpu" and w.dtype == torch.bfloat16 and torch.backends.mkldnn.enabled and not w.requires_grad
+        fits = w.device.type == "cpu" and w.dtype == torch.bfloat16 and not w.requires_grad
+        return fits and torch.backends.mkldnn.enabled and not torch.compiler.is_compiling()
 
     def blocked(self, transposed: bool = False):
         weight, version, form = self.kept.get(transposed, (None, 0, None))
@@ -284,6 +285,7 @@ class Transformer(nn.Module):
         self.norm = RMSNorm(config.n_embd, config.norm_eps)
         self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
         self.rope = None  # (cos, sin), made on first use on the right device
+        self.train_block = Block.forward  # what runs a layer where there is no cache; compile() replaces it
 
     @property
     def device(self):
@@ -292,6 +294,11 @@ class Transformer(nn.Module):
     @property
     def dtype(self):
         return self.embed_tokens.weight.dtype
+
+    def compile_blocks(self, backend: str) -> None:
+        """Let torch.compile make the training blocks faster: "inductor" generates code, "cudagraphs" (CUDA) only records
+        the kernel launches, and needs no Triton. Decoding, where shapes change with every token, is left alone."""
+        self.train_block = torch.compile(Block.forward, backend=backend, dynamic=backend == "inductor")
 
     def embed(self, ids):
         """ids (R, T) int64 -> x (R, T, C)."""
@@ -308,7 +315,10 @@ class Transformer(nn.Module):
         bias = torch.zeros(mask.shape, dtype=x.dtype, device=x.device)
         bias = bias.masked_fill_(~mask, torch.finfo(x.dtype).min)[:, None, None]  # (R, 1, 1, T, S)
         for i, layer in enumerate(self.layers[start:stop], start):
-            x = layer(x, rope, bias, cache and cache.layer(i), ragged)
+            if cache is None:
+                x = self.train_block(layer, x, rope, bias, None, ragged)
+            else:
+                x = layer(x, rope, bias, cache.layer(i))
         if cache is not None:
             cache.blocks[-1].length += x.size(1)
         return x

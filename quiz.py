@@ -23,6 +23,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from cache import KVCache
+from checkpoint import load_model
 from common import Progress, read_jsonl, write_jsonl
 from data.qa import Passage, Question
 from inner import Study, inner_update
@@ -227,6 +228,8 @@ def make_parser(doc: str) -> argparse.ArgumentParser:
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="of the base weights")
     add("--seed", type=at_least(0), default=0, help="same seed, same output")
+    backends = ["off", "inductor", "cudagraphs"]
+    add("--compile", default="off", choices=backends, help="of the inner update; cudagraphs needs CUDA, but no Triton")
     add = parser.add_argument_group("self-edits").add_argument
     add("--style", default="implications", choices=STYLES, help="prompt style")
     add("--shots", type=int, default=1, choices=[0, 1], help="worked examples in the prompt; the paper: 0")
@@ -261,6 +264,16 @@ def at_least(low):
 
     convert.__name__ = type(low).__name__
     return convert
+
+
+def load(args) -> tuple[Transformer, Tokenizer]:
+    """The model and its tokenizer, as args say. Exits if --compile cannot work on the model's device."""
+    model = load_model(args.model, args.device, args.dtype)
+    if args.compile == "cudagraphs" and model.device.type != "cuda":
+        raise SystemExit(f"error: --compile cudagraphs needs a CUDA device, the model is on {model.device.type}")
+    if args.compile != "off":
+        model.compile_blocks(args.compile)
+    return model, Tokenizer(args.model)
 
 
 def lora_config(args, model: Transformer) -> LoRAConfig:

@@ -29,14 +29,12 @@ from pathlib import Path
 
 import numpy as np
 
-from checkpoint import load_model
 from common import Progress, digest, open_run, read_jsonl, sub_seed, write_jsonl
 from data.qa import load_passages
 from inner import Study, inner_update
 from lora import PROJECTIONS, Adapters, LoRAConfig, load_adapter, merge, save_adapter, unmerge
-from quiz import Candidate, at_least, lora_config, make_parser, mean_scores, study_all, study_settings
+from quiz import Candidate, at_least, load, lora_config, make_parser, mean_scores, study_all, study_settings
 from selfedit import SelfEdit, edit_prompt, policy_example, write_self_edits
-from tokenizer import Tokenizer
 
 
 def parse_arguments():
@@ -154,7 +152,7 @@ def outer_round(model, tok, passages, policy: Adapters, k: int, args, out: Path)
 def main() -> None:
     args = parse_arguments()
     passages = load_passages(args.data, "train", args.skip, args.limit)
-    model, tok = load_model(args.model, args.device, args.dtype), Tokenizer(args.model)
+    model, tok = load(args)
     lora_config(args, model)  # complains now rather than after sampling
     settings = {k: v for k, v in vars(args).items() if k not in ("out", "rounds")}
     out = open_run(args.out, settings | {"data_sha256": digest(args.data)})

@@ -203,3 +203,14 @@ def test_plans():
     s = Study(lr=1.0)
     assert [s.lr_at(k, 4) for k in range(4)] == [1.0, 0.75, 0.5, 0.25]
     assert Study(lr=1.0, schedule="cosine").lr_at(2, 4) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiled_blocks_teach_the_same(model, backend):
+    config, flats = LoRAConfig(4, 8.0, ("q_proj", "down_proj"), 3, 4), []
+    for _ in range(2):
+        adapters = Adapters.init(model, config, 1, 0)
+        inner_update(model, adapters, [[example(32, 1)]], [Study(lr=1e-2, steps=2)], seed=0)
+        flats.append(adapters.flat)
+        model.compile_blocks(backend)
+    assert same_change(*flats, Adapters.init(model, config, 1, 0).flat)
