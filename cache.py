@@ -11,9 +11,9 @@ from model import Ragged, Transformer
 class KVCache:
     """Keys and values of the batch's rows, in blocks. Each block holds more tokens, and may serve several rows at once.
 
-    What all prompts begin with is read as one row; fan_out() makes it the prompts' rows, which go on in a block of their
-    own, and again makes each prompt the rows of its samples. So nothing is stored or read twice. All rows are at the same
-    slot: a row whose prompt is shorter is padded on the left, and masks those slots out.
+    What all prompts begin with is read as one row, for each candidate; fan_out() makes it the prompts' rows, which go on
+    in a block of their own, and again makes each prompt the rows of its samples. So nothing is stored or read twice. All
+    rows are at the same slot: a row whose prompt is shorter is padded on the left, and masks those slots out.
     """
 
     def __init__(self, model: Transformer, rows: int, slots: int):

@@ -3,6 +3,7 @@
     python eval_qa.py                                 # base, passage, passage+self-edit, in-context
     python eval_qa.py --run runs/qa --match both --out results/seal.json     # and seal-1, seal-2, ... of that run
     python eval_qa.py --data my.json --samples 4 --out results/my.json       # your passages, four self-edits each
+    python eval_qa.py --split "" --no-study --out results/passages.json      # is a set of passages fit for this?
 
 Rows:
     base                 the model as it is; it has never seen the passage
@@ -55,6 +56,7 @@ def parse_arguments():
     add("--run", help="folder of a train_outer.py run: adds a row for the policy of each of its rounds")
     add("--policy", nargs="+", default=[], metavar="FOLDER", help="adapter folders to use as seal-1, seal-2, ...")
     add("--samples", type=at_least(1), default=1, help="self-edits per passage, averaged")
+    add("--no-study", action="store_true", help="only base and in-context: what is known, and what can be read off")
     add("--match", default="epochs", choices=["epochs", "steps", "both"], help="protocol")
     add("--steps", type=at_least(1), default=16, help="optimiser steps with --match steps")
     add("--out", default="results/qa_ladder.json", help="with --match both: ..._epochs.json and ..._steps.json")
@@ -135,6 +137,8 @@ def ladder(model, tok, passages, policies: dict, args, work: Path) -> tuple[dict
     protocols = {"epochs": 0, "steps": args.steps}
     protocols = {p: n for p, n in protocols.items() if args.match in (p, "both")}
     base, shown = asked(model, tok, passages, False, "base"), asked(model, tok, passages, True, "in-context")
+    if args.no_study:
+        return {"none": {"base": base, "in-context": shown}}, {}
     alone = [[[]] for _ in passages]
     tables, edits = {}, {}
     for name, n in protocols.items():
@@ -200,7 +204,8 @@ def main() -> None:
     model, tok = load(args)
     lora_config(args, model)  # complains now rather than after sampling
     out = Path(args.out)
-    settings = {k: v for k, v in vars(args).items() if k not in ("out", "work", "match", "steps", "run", "policy")}
+    free = ("out", "work", "match", "steps", "run", "policy", "no_study")  # may change between two parts of a run
+    settings = {k: v for k, v in vars(args).items() if k not in free}
     settings["data_sha256"] = digest(args.data)
     settings["policies"] = {name: digest(folder / "adapter_model.safetensors") for name, folder in policies.items()}
     work = open_run(args.work or Path("runs") / f"eval-{out.stem}", settings)
@@ -208,7 +213,7 @@ def main() -> None:
     for protocol, table in tables.items():
         rows, steps = summarize(table, args.seed)
         write_json(
-            out.with_stem(f"{out.stem}_{protocol}") if args.match == "both" else out,
+            out.with_stem(f"{out.stem}_{protocol}") if len(tables) > 1 else out,
             {
                 "command": shlex.join(["python", *sys.argv]),
                 "seed": args.seed,
@@ -223,8 +228,8 @@ def main() -> None:
             },
         )
         how = f"{args.steps} optimiser steps" if protocol == "steps" else f"{args.epochs} epochs (the paper's way)"
-        show(rows, steps, f"{len(passages)} passages, {how} in every row")
-    print(f"\nSelf-edits for {passages[0].title!r}: {passages[0].text}")
+        show(rows, steps, f"{len(passages)} passages, " + ("nothing studied" if args.no_study else f"{how} in every row"))
+    print(f"\nSelf-edits for {passages[0].title!r}: {passages[0].text}" if edits else "")
     for method, mine in edits.items():
         print(f"\n--- {method}\n{mine[0].text.strip()}")
 

@@ -11,7 +11,6 @@ that has finished or diverged simply has no gradient. Top to bottom: examples, r
 
 import itertools
 import math
-import warnings
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -39,21 +38,21 @@ def pack(lengths: list[int], row_len: int) -> list[list[int]]:
     """Put sequences of the given lengths into rows of at most `row_len` tokens, as evenly filled as possible. Indices per
     row, fullest row first.
 
-    pack([60, 50, 30, 70], 128) -> [[0, 1], [3, 2]], 110 and 100 tokens. No row is shorter than the longest sequence needs;
+    pack([60, 50, 30, 70], 128) -> [[0, 1], [3, 2]], 110 and 100 tokens. A sequence longer than that has a row of its own;
     row_len 0 puts each sequence in a row of its own.
     """
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    if not row_len:
-        return [[i] for i in order]
-    most = max(row_len, *lengths, 0)
-    for n in range(math.ceil(sum(lengths) / most), len(lengths) + 1):
+    own = [[i] for i in order if lengths[i] >= row_len or not row_len]
+    order = order[len(own) :]
+    for n in range(math.ceil(sum(lengths[i] for i in order) / (row_len or 1)), len(order) + 1):
         rows, filled = [[] for _ in range(n)], [0] * n
-        for i in order:  # the longest first, each to the emptiest row
+        for i in order if n else []:  # the longest first, each to the emptiest row
             r = filled.index(min(filled))
             rows[r].append(i)
             filled[r] += lengths[i]
-        if max(filled, default=0) <= most:
-            return sorted(rows, key=lambda row: -sum(lengths[i] for i in row))
+        if max(filled, default=0) <= row_len:
+            return own + sorted(rows, key=lambda row: -sum(lengths[i] for i in row))
+    return own
 
 
 @dataclass(frozen=True)
@@ -200,7 +199,7 @@ def backward_through_head(model: Transformer, x, target, weight, chunk: int = 25
             p = torch.mm(h, head.T, out=buffer[: len(h)])
             torch.softmax(p, -1, out=p)  # in float32 inside
             hit = (torch.arange(len(t), device=x.device), t)
-            loss.copy_(-p[hit].float().log())
+            loss.copy_(-p[hit].float().clamp(min=1e-38).log())  # at most 87.5, not infinite: it has not diverged
             p[hit] = 0
             p[hit] = -p.sum(-1)  # p - 1, without the rounding of a p close to 1
             g.copy_(model.lm_head.backward_input(p))
@@ -254,8 +253,6 @@ def inner_update(model, adapters: Adapters, examples: list[list[Example]], studi
     plans = [plan_steps(len(mine), study, seed, max(map(len, rows))) for mine, study in zip(rows, studies)]
     totals = [sum(map(bool, plan)) for plan in plans]
     outcomes = [Outcome() for _ in studies]
-    # Gradients are rows of one (P, N) block, a layout torch would not choose; it says so once.
-    warnings.filterwarnings("ignore", message="grad and param do not obey")
     params = [nn.Parameter(row) for row in adapters.flat]  # views: the optimiser writes into adapters.flat
     groups = [{"params": [p], "lr": s.lr} for p, s in zip(params, studies)]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), weight_decay=0.0, fused=True)

@@ -3,8 +3,8 @@
 LoRA (arXiv 2106.09685) adds a low-rank correction to a frozen weight:   y = x W^T + (alpha / rank) (x A^T) B^T
 Here A and B have a leading population axis P, so that P candidates train and answer in the same batch:
 
-    x (P*b, T, in)      b rows of T tokens for each candidate, candidate after candidate
-    W (out, in)         frozen and shared: one GEMM over all P*b*T tokens
+    x (P*b, T, in)      b rows of T tokens for each candidate, candidate after candidate (in training: unequally many)
+    W (out, in)         frozen and shared: one GEMM over all tokens
     A (P, rank, in), B (P, out, rank): one batched product over the population axis
 
 The loss is the sum of the candidates' mean losses, and no row sees another's, so each candidate gets exactly the
@@ -147,9 +147,9 @@ class attached:
         self.grads = None  # (P, N), allocated once: fresh memory costs more than the copies into it
 
     def __enter__(self) -> "attached":
+        self.bind(list(range(len(self.adapters))))
         for path, module in self.modules.items():
             self.model.set_submodule(path, module)
-        self.bind(list(range(len(self.adapters))))
         return self
 
     def __exit__(self, *exception) -> None:

@@ -86,7 +86,8 @@ class Ragged:
     """N tokens that make R rows of unequal length, laid end to end so that no weight is ever multiplied with padding.
 
     Rows of 2 and 3 tokens: spread() turns (1, N, ...), a a b b b, into (R, T, ...), [[a a .], [b b b]], for what needs
-    a row at a time; join() turns it back. A padding slot holds its row's first token and passes no gradient on.
+    a row at a time; join() turns it back. T is rounded up to `multiple`. A padding slot holds its row's first token and
+    passes no gradient on.
     """
 
     def __init__(self, lengths: list[int], device, multiple: int = 8):
@@ -119,7 +120,7 @@ class Linear(nn.Linear):
     Replace `weight` to change it (as lora.merge does); writing through `weight.data` would not be noticed.
     """
 
-    def reset_parameters(self):
+    def reset_parameters(self):  # weights come from a checkpoint; drawing random ones first would take longer
         self.kept = {}  # transposed? -> (weight, its version, its blocked form)
 
     def forward(self, x):
@@ -135,7 +136,7 @@ class Linear(nn.Linear):
     def may_block(self) -> bool:
         w = self.weight
         fits = w.device.type == "cpu" and w.dtype == torch.bfloat16 and not w.requires_grad
-        return fits and torch.backends.mkldnn.enabled and not torch.compiler.is_compiling()
+        return fits and has_bf16_products() and not torch.compiler.is_compiling()
 
     def blocked(self, transposed: bool = False):
         weight, version, form = self.kept.get(transposed, (None, 0, None))
@@ -144,6 +145,12 @@ class Linear(nn.Linear):
             form = torch.ops.mkldnn._reorder_linear_weight(weight.T.contiguous() if transposed else weight)
             self.kept[transposed] = weight, weight._version, form
         return form
+
+
+@functools.cache
+def has_bf16_products() -> bool:
+    """Can this CPU, and this build of torch, multiply in oneDNN's bfloat16 layout?"""
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def blocked_product(x, form, bias=None):
@@ -285,7 +292,7 @@ class Transformer(nn.Module):
         self.norm = RMSNorm(config.n_embd, config.norm_eps)
         self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
         self.rope = None  # (cos, sin), made on first use on the right device
-        self.train_block = Block.forward  # what runs a layer where there is no cache; compile() replaces it
+        self.train_block = Block.forward  # what runs a layer that is trained; compile_blocks() replaces it
 
     @property
     def device(self):
@@ -315,10 +322,8 @@ class Transformer(nn.Module):
         bias = torch.zeros(mask.shape, dtype=x.dtype, device=x.device)
         bias = bias.masked_fill_(~mask, torch.finfo(x.dtype).min)[:, None, None]  # (R, 1, 1, T, S)
         for i, layer in enumerate(self.layers[start:stop], start):
-            if cache is None:
-                x = self.train_block(layer, x, rope, bias, None, ragged)
-            else:
-                x = layer(x, rope, bias, cache.layer(i))
+            run = self.train_block if torch.is_grad_enabled() else Block.forward
+            x = run(layer, x, rope, bias, cache and cache.layer(i), ragged)
         if cache is not None:
             cache.blocks[-1].length += x.size(1)
         return x

@@ -273,6 +273,10 @@ def load(args) -> tuple[Transformer, Tokenizer]:
         raise SystemExit(f"error: --compile cudagraphs needs a CUDA device, the model is on {model.device.type}")
     if args.compile != "off":
         model.compile_blocks(args.compile)
+        try:
+            torch.compile(torch.sin, backend=args.compile)(torch.ones(8, device=model.device))
+        except Exception as e:
+            raise SystemExit(f"error: --compile {args.compile} does not work here: {str(e).strip().splitlines()[0]}") from e
     return model, Tokenizer(args.model)
 
 

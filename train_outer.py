@@ -37,7 +37,7 @@ from quiz import Candidate, at_least, load, lora_config, make_parser, mean_score
 from selfedit import SelfEdit, edit_prompt, policy_example, write_self_edits
 
 
-def parse_arguments():
+def parse_arguments(argv=None):
     parser = make_parser(__doc__)
     add = parser.add_argument_group("outer loop").add_argument
     add("--out", default="runs/qa", help="run folder")
@@ -55,7 +55,7 @@ def parse_arguments():
     add("--outer-lr", type=at_least(0.0), default=5e-4, help="peak learning rate; the paper: 3e-4")
     add("--outer-epochs", type=at_least(1), default=2, help="passes over the rewarded self-edits")
     add("--outer-batch", type=at_least(1), default=2, help="self-edits per step; the paper: 10")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def select(edits: list[SelfEdit], alone: dict, how: str) -> None:

@@ -100,3 +100,10 @@ def test_a_passage_longer_than_the_context(tiny_folder, passages_file, tmp_path,
     with pytest.raises(SystemExit, match="context of 2048"):
         ladder(monkeypatch, tiny_folder, passages_file, tmp_path)
     assert not (tmp_path / "ladder.json").exists()
+
+
+def test_without_studying(tiny_folder, passages_file, tmp_path, monkeypatch, capsys):
+    ladder(monkeypatch, tiny_folder, passages_file, tmp_path, "--no-study", "--split", "")
+    result = json.loads((tmp_path / "ladder.json").read_text())
+    assert [r["method"] for r in result["rows"]] == ["base", "in-context"] and result["n_passages"] == 5
+    assert "nothing studied" in capsys.readouterr().out

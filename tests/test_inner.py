@@ -180,7 +180,8 @@ def test_bfloat16_base_learns_like_float32(folder):
 def test_rows_as_documented():
     assert pack([60, 50, 30, 70], 128) == [[0, 1], [3, 2]]
     assert pack([60, 50, 30, 70], 100) == [[1, 2], [3], [0]]  # two rows would do for 210 tokens, but none splits so
-    assert pack([30, 300, 60], 128) == [[1], [2, 0]] and pack([50, 60], 0) == [[1], [0]] and pack([], 128) == []
+    assert pack([30, 300, 60], 128) == [[1], [2, 0]]
+    assert len(pack([300] + [60] * 10, 128)) == 6 and pack([50, 60], 0) == [[1], [0]] and pack([], 128) == []
     row = make_row([Example((5, 6, 7), (True,) * 3), Example((8, 9), (True,) * 2)], [torch.zeros(3, 4), torch.zeros(2, 4)])
     assert row.at.tolist() == [0, 1, 3] and row.target.tolist() == [6, 7, 9]
     assert row.pos.tolist() == [0, 1, 2, 0, 1] and row.segment.tolist() == [0, 0, 0, 1, 1]

@@ -7,13 +7,14 @@ import sys
 import pytest
 from conftest import ROOT
 
+import bench
 import eval_qa
 import learn
 import train_outer
 from common import read_json
 from data import prepare
 
-SCRIPTS = {"train_outer.py": train_outer, "eval_qa.py": eval_qa, "learn.py": learn}
+SCRIPTS = {"bench.py": bench, "train_outer.py": train_outer, "eval_qa.py": eval_qa, "learn.py": learn}
 SOURCES = ["README.md", "Makefile", *SCRIPTS, "data/prepare.py"]
 
 

@@ -1,0 +1,349 @@
+"""Speed, side by side: this project against transformers + peft, on the same machine, model and work, in one run.
+
+    python bench.py                                  # everything, under 40 minutes on two cores
+    python bench.py --only quiz sampling --out runs/bench.json
+    python bench.py --write-work                     # write data/bench_work.json anew: 16 passages x 4 real self-edits
+
+Ours and the other take turns, A B A B ..., and each figure is the median over --repeats turns; ratio = other / ours. The
+other side is in tests/baselines.py (needs requirements-dev.txt). Where only a part of the work is timed and scaled, the
+row is marked "~" and its note says what. Rows about training refuse to count if the two sides' losses are not alike.
+Of the common settings only --model, --dtype, --seed and those of sampling apply; the recipes are fixed below.
+
+Candidates: the 8 self-edits with the most notes (more notes are more training sequences). Lengths of generated text are
+forced, so that both sides generate the same number of tokens.
+"""
+
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import scaling
+from common import read_json, write_json
+from data.qa import load_passages
+from inner import Study, inner_update, pack, plan_steps
+from lora import PROJECTIONS, Adapters, LoRAConfig
+from quiz import Candidate, load, make_parser, quiz_items
+from scaling import timed
+from selfedit import edit_prompt, generate, policy_example, study_examples, write_self_edits
+
+WORK = "data/bench_work.json"
+STRICT = LoRAConfig(32, 64.0, ("q_proj", "v_proj"), 0, 30), Study(lr=1e-3, epochs=10, row_len=0)  # the paper's recipe
+FAST = LoRAConfig(16, 32.0, tuple(PROJECTIONS), 20, 30), Study()  # the default of every script
+
+
+def parse_arguments():
+    parser = make_parser(__doc__)
+    add = parser.add_argument_group("bench").add_argument
+    add("--only", nargs="+", default=list(PARTS), choices=PARTS, help="parts to run")
+    add("--repeats", type=int, default=3, help="turns of each side")
+    add("--out", default="results/bench.json", help="result file, written after every part")
+    add("--write-work", action="store_true", help=f"sample the self-edits of {WORK} anew, and stop")
+    parser.set_defaults(device="cpu")
+    args = parser.parse_args()
+    if args.device != "cpu":
+        parser.error("bench.py compares on the CPU; for a GPU, both sides would have to be timed with synchronisation")
+    return args
+
+
+# -----------------------------------------------------------------------------
+# the work
+
+
+class Bench:
+    """What the parts share: both models, the fixed passages and self-edits, the rows measured so far."""
+
+    def __init__(self, args):
+        self.args, self.fast, self.rows, self.mfu = args, FAST, [], {}
+        self.model, self.tok = load(args)
+        self.passages = load_passages(WORK)
+        by_id = {p.id: p for p in self.passages}
+        self.candidates = [Candidate(by_id[e["passage"]], tuple(e["notes"])) for e in read_json(WORK)["self_edits"]]
+        self.longest = sorted(self.candidates, key=lambda c: -len(c.notes))[:8]
+        self.prompts = [edit_prompt(self.tok, args.style, p.title, p.text, args.shots) for p in self.passages]
+        try:
+            from tests.baselines import Baseline
+        except ImportError as e:
+            raise SystemExit(f"error: {e}; the other side needs: pip install -r requirements-dev.txt") from e
+        self.other = Baseline(args.model, self.model.dtype)
+
+    def examples(self, candidates):
+        return [study_examples(self.tok, c.passage.title, [c.passage.text, *c.notes]) for c in candidates]
+
+    def fresh(self, config: LoRAConfig, n: int) -> Adapters:
+        return Adapters.init(self.model, config, n, self.args.seed)
+
+    def train(self, candidates, config, study):
+        """Ours: all candidates as one population."""
+        adapters = self.last = self.fresh(config, len(candidates))
+        return inner_update(self.model, adapters, self.examples(candidates), [study] * len(candidates), self.args.seed)
+
+    def batches(self, examples, study) -> list:
+        """The sequences of each step, in the order in which inner_update takes them."""
+        rows = pack([len(e.ids) for e in examples], study.row_len)
+        plan = plan_steps(len(rows), study, self.args.seed)
+        return [[examples[i] for r in step for i in rows[r]] for step in plan]
+
+    def train_other(self, candidates, config, study) -> list:
+        """The other: one candidate after another, the same sequences in each step. Returns each one's losses."""
+        one = self.fresh(config, 1)
+        return [self.other.train(one, self.batches(mine, study), study) for mine in self.examples(candidates)]
+
+    def other_time(self, run, part: float = 1.0, setups: float = 1.0) -> float:
+        """Seconds of run(), of which the loop is timed `part` times as long, and the set-up counted `setups` times."""
+        before = self.other.setup
+        seconds = timed(run)
+        setup = self.other.setup - before
+        return (seconds - setup) * part + setup * setups
+
+    def versus(self, work, ours, name, other, note="", part=1.0, other_part=1.0, setups=1.0):
+        """Time both in turns, and keep the row. Where only a part of the work is timed, its seconds are scaled."""
+        seconds = [[], []]
+        for _ in range(self.args.repeats):
+            seconds[0].append(timed(ours) * part)
+            seconds[1].append(self.other_time(other, other_part, setups))
+        a, b = map(statistics.median, seconds)
+        row = {"work": work, "ours_s": a, "other": name, "other_s": b, "ratio": b / a, "note": note, "turns": seconds}
+        self.add(row | {"scaled": other_part != 1})
+
+    def add(self, row: dict) -> None:
+        self.rows.append(row)
+        seconds = f"{row['ours_s']:8.2f} s {row['other_s']:9.2f} s"
+        print(f"{row['work']:<16} {seconds} {row['ratio']:7.2f}  {row['other']}", flush=True)
+
+
+def write_work(args) -> None:
+    """The first 16 train passages, four self-edits each, as the default settings sample them from the model."""
+    model, tok = load(args)
+    passages = load_passages("data/passages.json", "train", 0, 16)
+    edits = write_self_edits(model, tok, passages, 4, args, args.seed)
+    entries = {p["id"]: p for p in read_json("data/passages.json")["passages"]}
+    about = "The work of bench.py: passages out of passages.json, and self-edits that SmolLM2-135M-Instruct wrote of them."
+    content = {"about": about, "command": "python bench.py --write-work", "passages": [entries[p.id] for p in passages]}
+    write_json(WORK, content | {"self_edits": [{"passage": e.passage, "text": e.text, "notes": e.notes} for e in edits]})
+
+
+# -----------------------------------------------------------------------------
+# the inner update
+
+
+def inner_strict(b: Bench) -> None:
+    config, full = STRICT
+    study, part = replace(full, epochs=2), full.epochs / 2
+    note = f"8 candidates, the paper's recipe; {study.epochs} of {full.epochs} epochs timed on both sides, and scaled"
+    compare_training(b, "inner-strict", b.longest, config, study, note, part=part, other_part=part)
+
+
+def inner_fast(b: Bench) -> None:
+    """The default recipe. The other side's steps are ours: the sequences of a packed row are one padded batch."""
+    config, study = FAST
+    note = "8 candidates, the default recipe; the other: the same LoRA and the same steps, a padded batch each"
+    compare_training(b, "inner-fast", b.longest, config, study, note)
+
+
+def compare_training(b, work, candidates, config, study, note, **scale) -> None:
+    """Time the same training on both sides, and refuse if their losses are not alike."""
+    ours, theirs = [], []
+    b.versus(
+        work,
+        lambda: ours.append(b.train(candidates, config, study)),
+        "peft, tuned loop",
+        lambda: theirs.append(b.train_other(candidates, config, study)),
+        note,
+        **scale,
+    )
+    gap = [abs(x - y) for mine, losses in zip(ours[0], theirs[0]) for x, y in zip(mine.losses, losses, strict=True)]
+    b.rows[-1]["loss_gap"] = {"mean": float(np.mean(gap)), "max": max(gap), "steps": len(gap)}
+    if np.mean(gap) > 0.05:  # nats; the losses themselves run from about 6 to 2
+        raise SystemExit(f"error: the two sides do not train alike, their losses differ by {np.mean(gap):.3f} on average")
+
+
+def inner_paper(b: Bench) -> None:
+    config, study = STRICT
+    examples = b.examples(b.longest)
+    total = sum(len(plan_steps(len(mine), study, 0)) for mine in examples)
+    b.versus(
+        "inner-paper",
+        lambda: b.train(b.longest, config, replace(study, epochs=1)),
+        "peft, Trainer, padded to 2048",
+        lambda: b.other.trainer_steps(b.fresh(config, 1), examples[0], study, 1),
+        f"as inner-strict; timed: ours 1 of {study.epochs} epochs, the other 1 of {total} steps, and scaled",
+        part=study.epochs,
+        other_part=total,
+        setups=8,
+    )
+
+
+# -----------------------------------------------------------------------------
+# generation
+
+
+def quiz(b: Bench) -> None:
+    """Five questions under each of 8 adapters, three ways on the other side: a batch of 5 under one adapter after another,
+    each adapter merged first, and all 40 questions in one batch of mixed adapters."""
+    b.train(b.longest, FAST[0], replace(FAST[1], epochs=1))
+    adapters, items = b.last, [item for n, c in enumerate(b.longest) for item in quiz_items(b.tok, c.passage, n)[:5]]
+    prompts, owner = [list(i.prompt) for i in items], [i.owner for i in items]
+    theirs = b.other.attach(adapters).eval()
+
+    def one_by_one(merge: bool):
+        for n in range(8):
+            theirs.set_adapter(str(n))
+            theirs.merge_adapter() if merge else None
+            b.other.generate(prompts[5 * n : 5 * n + 5], 32, theirs)
+            theirs.unmerge_adapter() if merge else None
+
+    def mixed():
+        b.other.generate(prompts, 32, theirs, adapter_names=[str(o) for o in owner])
+
+    def ours():
+        generate(b.model, prompts, 32, (), adapters=adapters, owner=owner)
+
+    note = "8 adapters, 5 questions each, 32 tokens"
+    b.versus("quiz", ours, "generate, adapter by adapter", lambda: one_by_one(False), note)
+    b.versus("quiz-merged", ours, "generate, each adapter merged", lambda: one_by_one(True), note)
+    b.versus("quiz-mixed", ours, "generate, adapter_names", mixed, note)
+    theirs.unload()
+
+
+def sampling(b: Bench) -> None:
+    how, note = {"copies": 4, "temperature": b.args.temperature, "top_p": b.args.top_p}, "16 prompts x 4, 128 tokens each"
+    ours = lambda: generate(b.model, b.prompts, 128, (), seed=b.args.seed, **how)  # noqa: E731
+    b.versus("sampling", ours, "generate, num_return_sequences", lambda: b.other.generate(b.prompts, 128, **how), note)
+
+
+def outer(b: Bench) -> None:
+    """One whole outer round of 16 passages x 4. The other side's parts are timed on a share of the work and added up."""
+    import train_outer
+
+    sampling(b) if not any(row["work"] == "sampling" for row in b.rows) else None
+    sampled = next(row for row in b.rows if row["work"] == "sampling")
+    args = train_outer.parse_arguments(["--samples", "4", "--model", b.args.model, "--seed", str(b.args.seed)])
+    config, study = FAST
+    policy = LoRAConfig(args.outer_rank, args.outer_alpha, tuple(PROJECTIONS), 0, b.model.config.n_layer)
+    outer_study = Study(lr=args.outer_lr, epochs=args.outer_epochs, row_len=0, batch=args.outer_batch)
+    # The other side studies the recorded self-edits, ours the ones that it has just sampled in the same way.
+    some, tokens = b.candidates[::16], [sum(len(e.ids) for e in mine) for mine in b.examples(b.candidates)]
+    brief, part = replace(study, epochs=2), study.epochs / 2 * sum(tokens) / sum(tokens[::16])
+    sft = [policy_example(b.tok, p, "\n".join(b.candidates[4 * n].notes)) for n, p in enumerate(b.prompts)]
+    steps = b.batches(sft, outer_study)
+
+    def ours():
+        with tempfile.TemporaryDirectory() as out:
+            train_outer.outer_round(b.model, b.tok, b.passages, b.fresh(policy, 1), 1, args, Path(out))
+
+    def other() -> dict:
+        spent = {"sample": sampled["other_s"] * args.max_new / 128}
+        spent["study"] = b.other_time(lambda: b.train_other(some, config, brief), part, 64 / len(some))
+        model = b.other.attach(b.fresh(config, 1)).eval()
+        prompts = [[list(i.prompt) for i in quiz_items(b.tok, c.passage)] for c in some]
+        ends = [*b.tok.end_ids, *b.tok.newline_ids]
+        spent["quiz"] = timed(lambda: [b.other.generate(p, 24, model, ends=ends) for p in prompts]) * 64 / len(some)
+        model.unload()
+        run = lambda: b.other.train(b.fresh(policy, 1), steps, outer_study, steps=4)  # noqa: E731
+        return spent | {"reinforce": b.other_time(run, len(steps) / 4)}
+
+    turns = [(timed(ours), other()) for _ in range(b.args.repeats)]
+    a, o = statistics.median(t[0] for t in turns), statistics.median(sum(t[1].values()) for t in turns)
+    note = f"16 passages x 4; the other: sampling from its row, {len(some)} of 64 candidates x 2 epochs, "
+    note += f"4 of {len(steps)} outer steps, scaled"
+    row = {"work": "round", "ours_s": a, "other": "transformers + peft", "other_s": o, "ratio": o / a, "note": note}
+    b.add(row | {"turns": turns, "scaled": True})
+
+
+OURS_TO_FIRST_TOKEN = """
+from quiz import load, make_parser
+from selfedit import generate
+args = ["--model", {model!r}, "--device", "cpu", "--dtype", "{dtype}"]
+model, tok = load(make_parser("").parse_args(args))
+generate(model, [tok.encode("The bell was cast in")], 1, ())
+"""
+OTHER_TO_FIRST_TOKEN = """
+import torch, transformers
+model = transformers.AutoModelForCausalLM.from_pretrained({model!r}, dtype=torch.{dtype})
+tok = transformers.AutoTokenizer.from_pretrained({model!r})
+model.generate(**tok("The bell was cast in", return_tensors="pt"), max_new_tokens=1, do_sample=False)
+"""
+PEAK = "import resource; print('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)"
+
+
+def startup(b: Bench) -> None:
+    """A new process, from the start of Python to the first token; and its peak memory."""
+    peaks = {}
+
+    def run(code):
+        program = code.format(model=b.args.model, dtype=str(b.model.dtype)[6:]) + PEAK
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+        peaks[code] = int(done.stdout.split("peak")[1])
+
+    ours, other = lambda: run(OURS_TO_FIRST_TOKEN), lambda: run(OTHER_TO_FIRST_TOKEN)
+    b.versus("load", ours, "transformers", other, "a process from its start to the first token")
+    b.rows[-1] |= {"peak_mb": peaks[OURS_TO_FIRST_TOKEN], "other_peak_mb": peaks[OTHER_TO_FIRST_TOKEN]}
+
+
+def compiled(b: Bench) -> None:
+    """--compile inductor, after it has compiled. Last of all, for it changes the model."""
+    run = lambda: b.train(b.longest, *FAST)  # noqa: E731
+    eager = statistics.median(timed(run) for _ in range(b.args.repeats))
+    b.model.compile_blocks("inductor")
+    first = timed(run)
+    later = statistics.median(timed(run) for _ in range(b.args.repeats))
+    note = f"default recipe, 8 candidates, --compile inductor; its first run took {first - later:.0f} s more, to compile"
+    b.add(
+        {
+            "work": "compile",
+            "ours_s": later,
+            "other": "ours, --compile off",
+            "other_s": eager,
+            "ratio": eager / later,
+            "note": note,
+        }
+    )
+
+
+# -----------------------------------------------------------------------------
+
+PARTS = {
+    "load": startup,
+    "inner-strict": inner_strict,
+    "inner-paper": inner_paper,
+    "inner-fast": inner_fast,
+    "quiz": quiz,
+    "sampling": sampling,
+    "round": outer,
+    "population": scaling.population,
+    "sequence": scaling.sequence,
+    "mfu": scaling.utilization,
+    "compile": compiled,
+}
+
+
+def main() -> None:
+    args = parse_arguments()
+    if args.write_work:
+        return write_work(args)
+    start, b = time.perf_counter(), Bench(args)
+    machine = f"{platform.machine()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+    print(f"{'work':<16} {'ours':>10} {'other':>11} {'ratio':>7}  other side", flush=True)
+    for name in (part for part in PARTS if part in args.only):
+        PARTS[name](b)
+        result = {
+            "command": "python " + " ".join(sys.argv),
+            "seed": args.seed,
+            "machine": machine,
+            "torch": torch.__version__,
+        }
+        result |= {"dtype": str(b.model.dtype), "repeats": args.repeats, "minutes": (time.perf_counter() - start) / 60}
+        write_json(args.out, result | {"rows": b.rows, "mfu": b.mfu})
+    print("\n".join(["", *scaling.table(b.rows)]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,139 @@
+"""What bench.py reports: its table; and where the time of the inner update goes, as a share of the machine's GEMM rate.
+
+python bench.py --only mfu --out runs/mfu.json
+"""
+
+import statistics
+import time
+from dataclasses import replace
+
+import torch
+
+from data.qa import load_passages
+from inner import Example, Study, inner_update
+from lora import PROJECTIONS
+
+
+def timed(run) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def population(b) -> None:
+    """The same 16 candidates in populations of 1, 2, 4, 8 and 16: seconds for each candidate."""
+    some, study, seconds = b.candidates[::4], replace(b.fast[1], epochs=1), {}
+    for _ in range(b.args.repeats):
+        for P in (1, 2, 4, 8, 16):
+            run = lambda P=P: [b.train(some[n : n + P], b.fast[0], study) for n in range(0, 16, P)]  # noqa: E731
+            seconds.setdefault(P, []).append(timed(run) / 16)
+    each = {P: statistics.median(s) for P, s in seconds.items()}
+    for P in each:
+        row = {"work": f"population-{P}", "ours_s": each[P], "other": "ours with P = 1", "other_s": each[1]}
+        b.add(row | {"ratio": each[1] / each[P], "note": "seconds per candidate, 1 epoch of the default recipe"})
+
+
+def sequence(b) -> None:
+    """Steps of 2048 tokens in sequences of one length: seconds for each token."""
+    text = b.tok.encode(" ".join(p.text for p in load_passages("data/passages.json")))
+    ids = [(text * 2)[i : i + 1024] for i in range(0, 4096, 1024)]
+    seconds, lengths = {}, (64, 128, 256, 512, 1024)
+    for _ in range(b.args.repeats):
+        for length in lengths:
+            pieces = [tuple(i[s : s + length]) for i in ids for s in range(0, 1024, length)]
+            mine = [[Example(piece, (True,) * length) for piece in half] for half in (pieces[::2], pieces[1::2])]
+            study = Study(epochs=1, row_len=0, batch=len(mine[0]) // 2)
+            config = replace(b.fast[0], start=0)
+            spent = timed(lambda: inner_update(b.model, b.fresh(config, 2), mine, [study] * 2, 0))  # noqa: B023
+            seconds.setdefault(length, []).append(spent / 4096)
+    each = {length: statistics.median(s) for length, s in seconds.items()}
+    for length in lengths:
+        row = {"work": f"sequence-{length}", "ours_s": each[length], "other": "ours with 64", "other_s": each[64]}
+        b.add(row | {"ratio": each[64] / each[length], "note": "seconds per token, all layers adapted, 2048 tokens a step"})
+
+
+def utilization(b) -> None:
+    """Model FLOPs of the inner update, over its seconds times the GEMM rate at the same shapes; and a profile."""
+    config, study = b.fast
+    examples = b.examples(b.longest)
+    seconds, outcomes = [], []
+    for _ in range(b.args.repeats):
+        seconds.append(timed(lambda: outcomes.append(b.train(b.longest, config, study))))
+    tokens, steps = sum(o.tokens for o in outcomes[0]), max(o.steps for o in outcomes[0])
+    flops = inner_flops(b, examples, config, study, tokens)
+    rates = {how: gemm_rate(b, config, tokens // steps, how) for how in ("plain", "blocked")}
+    with torch.profiler.profile(record_shapes=True) as profile:
+        wall = timed(lambda: b.train(b.longest, config, replace(study, epochs=2)))
+    second = statistics.median(seconds)
+    b.mfu |= {"inner": flops / second / rates["plain"], "gemm_gflops": rates["plain"] / 1e9}
+    b.mfu |= {"inner_blocked": flops / second / rates["blocked"], "gemm_blocked_gflops": rates["blocked"] / 1e9}
+    b.mfu |= {"tokens_per_s": tokens / second, "shares": shares(profile, wall, len(b.longest))}
+    print("mfu", {k: round(v, 3) if isinstance(v, float) else v for k, v in b.mfu.items() if k != "accuracy"}, flush=True)
+
+
+def inner_flops(b, examples, config, study, tokens) -> float:
+    """2 FLOPs per weight and token, forward and again for the gradient of the input; a frozen weight has no other."""
+    c, (layer, *_) = b.model.config, b.model.layers
+    weights = {name: layer.get_submodule(f"{home}.{name}").weight for name, home in PROJECTIONS.items()}
+    block = sum(w.numel() for w in weights.values())
+    lora = config.rank * sum(sum(weights[t].shape) for t in config.targets)
+    lengths = [len(e.ids) for mine in examples for e in mine]
+    distinct = sum(map(len, {e.ids for mine in examples for e in mine}))
+    predicted = tokens - study.epochs * len(lengths)  # all but the first of each sequence
+    n = config.stop - config.start
+    total = 2 * config.start * block * distinct + n * (4 * block + 6 * lora) * tokens
+    total -= 2 * sum(weights[q].numel() for q in ("q_proj", "k_proj", "v_proj")) * tokens  # nothing below asks for it
+    total += 4 * c.vocab_size * c.n_embd * predicted
+    return total + n * 12 * c.n_head * c.head_dim * study.epochs * sum(T * T / 2 for T in lengths)  # attention, causal
+
+
+@torch.no_grad()
+def gemm_rate(b, config, M, how) -> float:
+    """FLOP/s of only the products of one step: M tokens through the adapted layers' weights and the head, and back."""
+    linears = [m for layer in b.model.layers[config.start :] for m in layer.modules() if isinstance(m, torch.nn.Linear)]
+    linears.append(b.model.lm_head)
+    inputs = {n: torch.randn(M, n, dtype=b.model.dtype) for linear in linears for n in linear.weight.shape}
+
+    def run():
+        for m in linears:
+            out, into = m.weight.shape
+            for x, y in zip(
+                inputs[into].split(256 if m is linears[-1] else M), inputs[out].split(256 if m is linears[-1] else M)
+            ):
+                if how == "plain":
+                    x @ m.weight.T, y @ m.weight
+                else:
+                    m(x), m.backward_input(y)
+
+    run()
+    return sum(4 * M * m.weight.numel() for m in linears) / statistics.median(timed(run) for _ in range(5))
+
+
+def shares(profile, wall: float, P: int) -> dict:
+    """Share of the wall time by kind of operation; "Python" is what no operation of torch accounts for."""
+    total = dict.fromkeys(["GEMM", "LoRA", "attention", "loss", "optimiser", "copies", "elementwise", "Python"], 0.0)
+    kinds = {"mkldnn::_linear_pointwise": "GEMM", "aten::mm": "GEMM", "aten::_fused_adamw_": "optimiser"}
+    kinds |= dict.fromkeys(["aten::copy_", "aten::cat", "aten::index_select", "aten::index_fill_", "aten::index"], "copies")
+    for event in profile.key_averages(group_by_input_shape=True):
+        shape = event.input_shapes[0] if event.input_shapes else []
+        kind = kinds.get(event.key, "elementwise" if event.key.startswith("aten::") else "Python")
+        if event.key in ("aten::bmm", "aten::baddbmm"):
+            kind = "LoRA" if shape[0] <= P else "attention"
+        elif "softmax" in event.key:
+            kind = "loss" if len(shape) == 2 else "attention"
+        total[kind] += event.self_cpu_time_total / 1e6 / wall
+    total["Python"] += max(0.0, 1 - sum(total.values()))
+    return {k: round(v, 4) for k, v in total.items()}
+
+
+def table(rows: list[dict]) -> list[str]:
+    """The rows as lines of Markdown."""
+    lines = ["| work | ours | other | ratio | other side | note |", "| --- | ---: | ---: | ---: | --- | --- |"]
+    for row in rows:
+        ours, other = (
+            f"{t:.1f} s" if t >= 10 else f"{t:.2f} s" if t >= 0.1 else f"{1e3 * t:.2f} ms"
+            for t in (row["ours_s"], row["other_s"])
+        )
+        about = "~" * row.get("scaled", False)
+        lines.append(f"| `{row['work']}` | {ours} | {about}{other} | {row['ratio']:.2f} | {row['other']} | {row['note']} |")
+    return lines
