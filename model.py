@@ -281,7 +281,7 @@ class Transformer(nn.Module):
     """Token ids in, logits out; the three stages are public because training and sampling call them apart.
 
     model(ids) runs all. `embed` -> `run_layers` (any range of layers) -> `head` gives the same; the inner update runs
-    the frozen lower layers once and the upper ones every step, and asks `head` only for positions with a label.
+    the frozen lower layers once and the upper ones every step, and does `head`'s part itself, only where there is a label.
     """
 
     def __init__(self, config: Config):
