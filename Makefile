@@ -1,7 +1,7 @@
 # Each target sets up what it needs, the virtual environment included, from a bare Python 3.11+.
 #   make demo    the whole loop on a real model, about 15 minutes on two cores
 #   make test    linter and tests
-#   make bench   speed, side by side with transformers + peft, under 40 minutes on two cores
+#   make bench   speed, side by side with transformers + peft, about 45 minutes on two cores
 PYTHON ?= python3
 PY := .venv/bin/python
 

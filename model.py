@@ -134,9 +134,10 @@ class Linear(nn.Linear):
         return blocked_product(grad, self.blocked(transposed=True)) if self.may_block() else grad @ self.weight
 
     def may_block(self) -> bool:
+        if torch.compiler.is_compiling():
+            return False
         w = self.weight
-        fits = w.device.type == "cpu" and w.dtype == torch.bfloat16 and not w.requires_grad
-        return fits and has_bf16_products() and not torch.compiler.is_compiling()
+        return w.device.type == "cpu" and w.dtype == torch.bfloat16 and not w.requires_grad and has_bf16_products()
 
     def blocked(self, transposed: bool = False):
         weight, version, form = self.kept.get(transposed, (None, 0, None))
