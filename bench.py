@@ -30,7 +30,7 @@ from common import read_json, write_json
 from data.qa import load_passages
 from inner import Study, inner_update, pack, plan_steps
 from lora import PROJECTIONS, Adapters, LoRAConfig
-from quiz import Candidate, load, make_parser, quiz_items
+from quiz import Candidate, at_least, load, make_parser, quiz_items
 from scaling import timed
 from selfedit import edit_prompt, generate, policy_example, study_examples, write_self_edits
 
@@ -43,7 +43,7 @@ def parse_arguments():
     parser = make_parser(__doc__)
     add = parser.add_argument_group("bench").add_argument
     add("--only", nargs="+", default=list(PARTS), choices=PARTS, help="parts to run")
-    add("--repeats", type=int, default=3, help="turns of each side")
+    add("--repeats", type=at_least(1), default=3, help="turns of each side")
     add("--out", default="results/bench.json", help="result file, written after every part")
     add("--write-work", action="store_true", help=f"sample the self-edits of {WORK} anew, and stop")
     parser.set_defaults(device="cpu")

@@ -42,17 +42,18 @@ def pack(lengths: list[int], row_len: int) -> list[list[int]]:
     row_len 0 puts each sequence in a row of its own.
     """
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    own = [[i] for i in order if lengths[i] >= row_len or not row_len]
-    order = order[len(own) :]
-    for n in range(math.ceil(sum(lengths[i] for i in order) / (row_len or 1)), len(order) + 1):
+    own = [[i] for i in order if not row_len or lengths[i] >= row_len]
+    rest = order[len(own) :]
+    if not rest:
+        return own
+    for n in range(math.ceil(sum(lengths[i] for i in rest) / row_len), len(rest) + 1):
         rows, filled = [[] for _ in range(n)], [0] * n
-        for i in order if n else []:  # the longest first, each to the emptiest row
+        for i in rest:  # the longest first, each to the emptiest row
             r = filled.index(min(filled))
             rows[r].append(i)
             filled[r] += lengths[i]
-        if max(filled, default=0) <= row_len:
+        if max(filled) <= row_len:  # at the latest with a row for each
             return own + sorted(rows, key=lambda row: -sum(lengths[i] for i in row))
-    return own
 
 
 @dataclass(frozen=True)
@@ -250,7 +251,8 @@ def inner_update(model, adapters: Adapters, examples: list[list[Example]], studi
     for mine, study in zip(examples, studies):
         packed = pack([len(e.ids) for e in mine], study.row_len)
         rows.append([make_row([mine[i] for i in r], [states[mine[i].ids] for i in r]) for r in packed])
-    plans = [plan_steps(len(mine), study, seed, max(map(len, rows))) for mine, study in zip(rows, studies)]
+    slots = max(map(len, rows))
+    plans = [plan_steps(len(mine), study, seed, slots) for mine, study in zip(rows, studies)]
     totals = [sum(map(bool, plan)) for plan in plans]
     outcomes = [Outcome() for _ in studies]
     params = [nn.Parameter(row) for row in adapters.flat]  # views: the optimiser writes into adapters.flat

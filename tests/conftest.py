@@ -38,6 +38,13 @@ def write_checkpoint(folder, family: str, vocab_size: int = 211, shard: str = "5
     return Path(folder)
 
 
+def run_script(monkeypatch, script, folder, *args):
+    """script.main() as from the command line, on the model in `folder`, in float32 whatever the machine prefers."""
+    command = [f"{script.__name__}.py", "--model", folder, "--device", "cpu", "--dtype", "float32", *args]
+    monkeypatch.setattr(sys, "argv", [str(a) for a in command])
+    script.main()
+
+
 @pytest.fixture(scope="session", params=FAMILIES)
 def family_folder(request, tmp_path_factory):
     return write_checkpoint(tmp_path_factory.mktemp(request.param), request.param)

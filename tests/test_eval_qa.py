@@ -1,10 +1,10 @@
 """eval_qa.py: statistics, and the whole ladder on a tiny model."""
 
 import json
-import sys
 
 import numpy as np
 import pytest
+from conftest import run_script
 
 import eval_qa
 from eval_qa import bootstrap, per_passage, summarize
@@ -39,22 +39,9 @@ def test_directions_are_averaged_apart():
 
 
 def ladder(monkeypatch, tiny_folder, passages_file, tmp_path, *extra):
-    args = [
-        "--model",
-        tiny_folder,
-        "--device",
-        "cpu",
-        "--dtype",
-        "float32",
-        "--data",
-        passages_file,
-        "--out",
-        tmp_path / "ladder.json",
-        "--work",
-    ]
-    args += [tmp_path / "work", "--max-new", 8, "--epochs", 2, "--top-layers", 2, "--rank", 2, *extra]
-    monkeypatch.setattr(sys, "argv", ["eval_qa.py", *map(str, args)])
-    eval_qa.main()
+    args = ["--data", passages_file, "--out", tmp_path / "ladder.json", "--work", tmp_path / "work", "--max-new", 8]
+    args += ["--epochs", 2, "--top-layers", 2, "--rank", 2]
+    run_script(monkeypatch, eval_qa, tiny_folder, *args, *extra)
 
 
 def test_the_ladder(tiny, tiny_folder, passages_file, tmp_path, monkeypatch, capsys):

@@ -1,9 +1,8 @@
 """learn.py: study a text, ask about it, keep the result as an adapter and as a whole model."""
 
-import sys
-
 import pytest
 import torch
+from conftest import run_script
 
 import learn
 from checkpoint import load_model
@@ -11,9 +10,7 @@ from lora import attached, load_adapter
 
 
 def run(monkeypatch, tiny_folder, *args):
-    tiny = ["--model", tiny_folder, "--device", "cpu", "--dtype", "float32", "--max-new", 8, "--rank", 2, "--top-layers", 2]
-    monkeypatch.setattr(sys, "argv", ["learn.py", *map(str, [*args, *tiny])])
-    learn.main()
+    run_script(monkeypatch, learn, tiny_folder, *args, "--max-new", 8, "--rank", 2, "--top-layers", 2)
 
 
 def test_study_then_ask(tiny, tiny_folder, tmp_path, monkeypatch, capsys):

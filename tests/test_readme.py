@@ -15,7 +15,7 @@ from common import read_json
 from data import prepare
 
 SCRIPTS = {"bench.py": bench, "train_outer.py": train_outer, "eval_qa.py": eval_qa, "learn.py": learn}
-SOURCES = ["README.md", "Makefile", *SCRIPTS, "data/prepare.py"]
+SOURCES = ["README.md", "Makefile", *SCRIPTS, "scaling.py", "data/prepare.py"]
 
 
 def commands():

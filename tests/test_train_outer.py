@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from conftest import run_script
 
 import train_outer
 from common import read_jsonl
@@ -13,25 +14,9 @@ from train_outer import select
 
 
 def run(monkeypatch, tiny_folder, passages_file, out, *extra):
-    args = [
-        "--model",
-        tiny_folder,
-        "--device",
-        "cpu",
-        "--dtype",
-        "float32",
-        "--data",
-        passages_file,
-        "--out",
-        out,
-        "--samples",
-        3,
-        "--rounds",
-        2,
-    ]
-    args += ["--max-new", 12, "--epochs", 2, "--top-layers", 2, "--rank", 2, "--outer-rank", 2, "--population", 4, *extra]
-    monkeypatch.setattr(sys, "argv", ["train_outer.py", *map(str, args)])
-    train_outer.main()
+    args = ["--data", passages_file, "--out", out, "--samples", 3, "--rounds", 2, "--max-new", 12, "--epochs", 2]
+    args += ["--top-layers", 2, "--rank", 2, "--outer-rank", 2, "--population", 4]
+    run_script(monkeypatch, train_outer, tiny_folder, *args, *extra)
 
 
 def files(folder):
