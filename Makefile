@@ -9,8 +9,8 @@ PY := .venv/bin/python
 .DELETE_ON_ERROR:
 
 demo: model
-	$(PY) train_outer.py --out runs/demo --limit 8 --samples 3 --rounds 1
-	$(PY) eval_qa.py --run runs/demo --limit 8 --match both --out results/demo.json
+	$(PY) train_outer.py --out runs/demo --limit 16 --samples 3 --rounds 1
+	$(PY) eval_qa.py --run runs/demo --limit 16 --out results/demo.json
 
 test: .venv/dev model downloads/vocab
 	$(PY) -m ruff check .

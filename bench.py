@@ -30,9 +30,10 @@ from common import read_json, write_json
 from data.qa import load_passages
 from inner import Study, inner_update, pack, plan_steps
 from lora import PROJECTIONS, Adapters, LoRAConfig
-from quiz import Candidate, at_least, load, make_parser, quiz_items
+from quiz import Candidate, at_least, load, make_parser, quiz_items, to_study
+from sampler import generate
 from scaling import timed
-from selfedit import edit_prompt, generate, policy_example, study_examples, write_self_edits
+from selfedit import edit_prompts, policy_example, write_self_edits
 
 WORK = "data/bench_work.json"
 STRICT = LoRAConfig(32, 64.0, ("q_proj", "v_proj"), 0, 30), Study(lr=1e-3, epochs=10, row_len=0)  # the paper's recipe
@@ -46,7 +47,7 @@ def parse_arguments():
     add("--repeats", type=at_least(1), default=3, help="turns of each side")
     add("--out", default="results/bench.json", help="result file, written after every part")
     add("--write-work", action="store_true", help=f"sample the self-edits of {WORK} anew, and stop")
-    parser.set_defaults(device="cpu")
+    parser.set_defaults(device="cpu", style="implications", max_new=160)
     args = parser.parse_args()
     if args.device != "cpu":
         parser.error("bench.py compares on the CPU; for a GPU, both sides would have to be timed with synchronisation")
@@ -67,7 +68,7 @@ class Bench:
         by_id = {p.id: p for p in self.passages}
         self.candidates = [Candidate(by_id[e["passage"]], tuple(e["notes"])) for e in read_json(WORK)["self_edits"]]
         self.longest = sorted(self.candidates, key=lambda c: -len(c.notes))[:8]
-        self.prompts = [edit_prompt(self.tok, args.style, p.title, p.text, args.shots) for p in self.passages]
+        self.prompts = [edit_prompts(self.tok, args.style, p.title, p.text, args.shots)[0] for p in self.passages]
         try:
             from tests.baselines import Baseline
         except ImportError as e:
@@ -75,7 +76,7 @@ class Bench:
         self.other = Baseline(args.model, self.model.dtype)
 
     def examples(self, candidates):
-        return [study_examples(self.tok, c.passage.title, [c.passage.text, *c.notes]) for c in candidates]
+        return [to_study(self.tok, c) for c in candidates]
 
     def fresh(self, config: LoRAConfig, n: int) -> Adapters:
         return Adapters.init(self.model, config, n, self.args.seed)
@@ -260,7 +261,7 @@ def outer(b: Bench) -> None:
 
 OURS_TO_FIRST_TOKEN = """
 from quiz import load, make_parser
-from selfedit import generate
+from sampler import generate
 args = ["--model", {model!r}, "--device", "cpu", "--dtype", "{dtype}"]
 model, tok = load(make_parser("").parse_args(args))
 generate(model, [tok.encode("The bell was cast in")], 1, ())

@@ -8,20 +8,27 @@
 Rows:
     base                 the model as it is; it has never seen the passage
     passage              after an inner update on the passage
+    passage+unrelated    after an inner update on the passage and the untrained model's notes on another passage: what is
+                         more training worth, without more to learn?
     passage+self-edit    after an inner update on the passage and the notes that the untrained model wrote
     seal-K               the same, notes and learner being the policy after outer round K
+    stronger-editor      the same with the untrained learner and the "self_edits" that stand in the data file
     in-context           the model as it is, with the passage in the prompt (what studying replaces)
 
 --match epochs is the paper's protocol: every row takes the same number of epochs, so more text means more optimiser
-steps. With --match steps every row takes exactly --steps steps, and a difference can only come from what was studied.
+steps. With --match steps every row takes exactly --steps steps, each with the passage (--rehearse) and some notes; with
+--recipes (from studies.py) each row takes the steps and the learning rate that suit it best, found on training passages.
+seal-K and stronger-editor take those of passage+self-edit.
 
 Columns: accuracy, em, f1 and logprob are defined in quiz.py; means over passages of the mean over a passage's questions
-(and its self-edits). ci95 is a bootstrap interval over passages; "steps" in the JSON compares each row with the one
-before it on the same passages (paired), so its interval is the one to read for "does it help?".
+(and its self-edits, and --seeds). ci95 is a bootstrap interval over passages; "steps" in the JSON compares each row with
+the one before it, and with the last seal-K, on the same passages (paired), so its interval is the one to read for "does it
+help?". "gap_closed" is how much of the way from passage to in-context the last seal-K goes.
 """
 
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -41,7 +48,7 @@ from quiz import (
     study_all,
     study_settings,
 )
-from selfedit import write_self_edits
+from selfedit import parse, write_self_edits
 
 METRICS = ("accuracy", "em", "f1", "logprob")
 
@@ -56,9 +63,12 @@ def parse_arguments():
     add("--run", help="folder of a train_outer.py run: adds a row for the policy of each of its rounds")
     add("--policy", nargs="+", default=[], metavar="FOLDER", help="adapter folders to use as seal-1, seal-2, ...")
     add("--samples", type=at_least(1), default=1, help="self-edits per passage, averaged")
+    add("--seeds", type=at_least(1), default=1, help="climb so many times, with other self-edits and adapters, and average")
     add("--no-study", action="store_true", help="only base and in-context: what is known, and what can be read off")
-    add("--match", default="epochs", choices=["epochs", "steps", "both"], help="protocol")
-    add("--steps", type=at_least(1), default=16, help="optimiser steps with --match steps")
+    add("--match", default="steps", choices=["epochs", "steps", "both"], help="protocol")
+    add(
+        "--recipes", help="with --match steps: JSON of `studies.py recipes`, which has the best --lr and --steps of each row"
+    )
     add("--out", default="results/qa_ladder.json", help="with --match both: ..._epochs.json and ..._steps.json")
     add("--work", help="folder for progress, to resume a killed run; without it runs/eval- and the name of --out")
     return parser.parse_args()
@@ -75,23 +85,39 @@ def bootstrap(values: np.ndarray, seed: int, n: int = 10_000) -> list[float]:
     return [float(q) for q in np.quantile(means, [0.025, 0.975])]
 
 
-def summarize(table: dict, seed: int) -> tuple[list, list]:
-    """table {method: {metric: one value per passage}} -> the "rows" and "steps" of the result file."""
-    rows, steps, before = [], [], None
+def summarize(table: dict, seed: int) -> dict:
+    """table {method: {metric: one value per passage}} -> "rows", "steps" and "gap_closed" of the result file."""
+    rows, methods = [], list(table)
     for method, scores in table.items():
         means = {m: float(scores[m].mean()) for m in METRICS}
-        ci = bootstrap(scores["accuracy"], seed)
-        extra = {k: float(scores[k].mean()) for k in ("forward", "reversed", "train_steps") if k in scores}
-        rows.append({"method": method, "accuracy": means["accuracy"], "ci95": ci, **means, **extra})
-        if before:
-            delta = scores["accuracy"] - table[before]["accuracy"]
-            step = {"from": before, "to": method, "delta": float(delta.mean()), "ci95": bootstrap(delta, seed)}
-            steps.append(step)
-        before = method
-    return rows, steps
+        extra = {k: float(scores[k].mean()) for k in ("forward", "reversed", "train_steps", "lr") if k in scores}
+        rows.append(
+            {"method": method, "accuracy": means["accuracy"], "ci95": bootstrap(scores["accuracy"], seed)} | means | extra
+        )
+    seal = [m for m in methods if m.startswith("seal-")][-1:]
+    below = methods[: methods.index(*seal)] if seal else []
+    steps = []
+    for before, after in dict.fromkeys([*zip(methods, methods[1:]), *((m, *seal) for m in below)]):
+        delta = table[after]["accuracy"] - table[before]["accuracy"]
+        steps.append({"from": before, "to": after, "delta": float(delta.mean()), "ci95": bootstrap(delta, seed)})
+    result = {"rows": rows, "steps": steps}
+    if seal:
+        low, high, mine = (table[m]["accuracy"] for m in ("passage", "in-context", *seal))
+        result["gap_closed"] = {"by": seal[0]} | gap_closed(low, high, mine, seed)
+    return result
 
 
-def per_passage(passages, answers: list[list[list[dict]]], train_steps=None) -> dict:
+def gap_closed(low: np.ndarray, high: np.ndarray, mine: np.ndarray, seed: int, n: int = 10_000) -> dict:
+    """(mine - low) / (high - low) of the means over passages, with its interval; None if high is not surely above low."""
+    at = np.random.default_rng(seed).integers(0, len(low), (n, len(low)))
+    gain, gap = (mine - low)[at].mean(axis=1), (high - low)[at].mean(axis=1)
+    if high.mean() <= low.mean() or (gap <= 0).any():
+        return {"share": None, "ci95": None}
+    share = (mine - low).mean() / (high - low).mean()
+    return {"share": float(share), "ci95": [float(q) for q in np.quantile(gain / gap, [0.025, 0.975])]}
+
+
+def per_passage(passages, answers: list[list[list[dict]]]) -> dict:
     """answers[passage][sample][question] -> {metric: array over passages}, with accuracy by question direction."""
     means = [[mean_scores(a) for a in samples] for samples in answers]
     table = {m: np.array([np.mean([s[m] for s in samples]) for samples in means]) for m in METRICS}
@@ -102,8 +128,6 @@ def per_passage(passages, answers: list[list[list[dict]]], train_steps=None) -> 
         ]
         if all(kept):
             table[direction] = np.array([np.mean(k) for k in kept])
-    if train_steps is not None:
-        table["train_steps"] = np.array(train_steps, dtype=float)
     return table
 
 
@@ -115,55 +139,99 @@ def asked(model, tok, passages, show_passage: bool, label: str, batch: int = 8) 
     """A row without an inner update: base, or with the passage in the prompt. Asks `batch` passages at a time."""
     answers, progress = [], Progress(label, len(passages))
     for some in (passages[i : i + batch] for i in range(0, len(passages), batch)):
-        items = [quiz_items(tok, p, show_passage=show_passage) for p in some]
+        items = [quiz_items(tok, p, n, show_passage) for n, p in enumerate(some)]
         scores = iter(ask(model, tok, [item for mine in items for item in mine]))
         answers += [[[next(scores) for _ in mine]] for mine in items]
         progress.step(len(some))
     return per_passage(passages, answers)
 
 
-def studied(model, tok, passages, notes: list[list[list[str]]], args, steps: int, log, label) -> dict:
-    """A row with one: every passage is studied once for each of its lists of notes, notes[passage][sample]."""
-    candidates = [Candidate(p, tuple(n)) for p, samples in zip(passages, notes) for n in samples]
-    lora, study = lora_config(args, model), study_settings(args, steps)
-    results = iter(study_all(model, tok, candidates, lora, study, sub_seed(args.seed, 1), args.population, log, label))
-    grouped = [[next(results) for _ in samples] for samples in notes]
-    train_steps = [np.mean([r["steps"] for r in group]) for group in grouped]
-    return per_passage(passages, [[r["answers"] for r in group] for group in grouped], train_steps)
+class Climb:
+    """One climb of the ladder: rows that study, under each protocol, from one seed."""
+
+    def __init__(self, model, tok, passages, args, recipes: dict, seed: int, work: Path):
+        self.model, self.tok, self.passages, self.args = model, tok, passages, args
+        self.recipes, self.seed, self.work = recipes, seed, work
+        self.tables = {p: {} for p in ("epochs", "steps") if args.match in (p, "both")}
+        self.edits = {}
+
+    def row(self, method: str, notes: list[list[tuple]], titles=None) -> None:
+        """Every passage is studied once with each of its lists of notes: notes[passage][sample], under titles[passage]."""
+        titles = titles or [p.title for p in self.passages]
+        candidates = [Candidate(p, n, t) for p, samples, t in zip(self.passages, notes, titles) for n in samples]
+        lora = lora_config(self.args, self.model)
+        for protocol, table in self.tables.items():
+            study = study_settings(self.args)
+            if protocol == "epochs":
+                study = replace(study, steps=0, rehearse=False)
+            else:
+                study = replace(study, **self.recipes.get(method, {}))
+            log = self.work / f"{method}-{protocol}{study.steps or study.epochs}-{study.lr:g}.jsonl"
+            how, label = (lora, study, sub_seed(self.seed, 1), self.args.population), f"{method} ({protocol})"
+            results = iter(study_all(self.model, self.tok, candidates, *how, log, label))
+            grouped = [[next(results) for _ in samples] for samples in notes]
+            table[method] = per_passage(self.passages, [[r["answers"] for r in group] for group in grouped])
+            table[method]["train_steps"] = np.array([np.mean([r["steps"] for r in group]) for group in grouped])
+            table[method]["lr"] = np.full(len(notes), study.lr)
+
+    def write(self, method: str) -> list[list[tuple]]:
+        """Notes on every passage, args.samples times, by the model as it is now."""
+        log, n = self.work / f"{method}-sampled.jsonl", self.args.samples
+        how = (self.passages, n, self.args, sub_seed(self.seed, 0), log, f"{method} sample")
+        self.edits[method] = write_self_edits(self.model, self.tok, *how)
+        notes = [tuple(e.notes) for e in self.edits[method]]
+        return [notes[i : i + n] for i in range(0, len(notes), n)]
+
+    def climb(self, policies: dict) -> None:
+        model, passages = self.model, self.passages
+        self.row("passage", [[()]] * len(passages))
+        notes = self.write("passage+self-edit")
+        if len(passages) > 1:
+            self.row("passage+unrelated", notes[1:] + notes[:1], [p.title for p in passages[1:] + passages[:1]])
+        self.row("passage+self-edit", notes)
+        for method, adapter in policies.items():
+            clean = merge(model, load_adapter(model, adapter))
+            self.row(method, self.write(method))
+            unmerge(model, clean)
+        if all(p.self_edits for p in passages):
+            given = [[tuple(parse(text, "implications", True)[0]) for text in p.self_edits] for p in passages]
+            self.row("stronger-editor", [mine[: self.args.samples] for mine in given])
 
 
-def ladder(model, tok, passages, policies: dict, args, work: Path) -> tuple[dict, dict]:
-    """Returns {protocol: {method: scores}} and the self-edits {method: [SelfEdit]} that were used."""
-    protocols = {"epochs": 0, "steps": args.steps}
-    protocols = {p: n for p, n in protocols.items() if args.match in (p, "both")}
+def ladder(model, tok, passages, policies: dict, args, recipes: dict, work: Path) -> tuple[dict, dict]:
+    """Returns {protocol: {method: scores}}, averaged over seeds, and the first seed's self-edits {method: [SelfEdit]}."""
     base, shown = asked(model, tok, passages, False, "base"), asked(model, tok, passages, True, "in-context")
     if args.no_study:
         return {"none": {"base": base, "in-context": shown}}, {}
-    alone = [[[]] for _ in passages]
-    tables, edits = {}, {}
-    for name, n in protocols.items():
-        log = work / f"passage-{name}{n or args.epochs}.jsonl"
-        tables[name] = {
-            "base": base,
-            "passage": studied(model, tok, passages, alone, args, n, log, f"passage ({name})"),
-        }
-    for method, adapter in {"passage+self-edit": None, **policies}.items():
-        clean = merge(model, load_adapter(model, adapter)) if adapter else {}
-        log, seed = work / f"{method}-sampled.jsonl", sub_seed(args.seed, 0)
-        edits[method] = write_self_edits(model, tok, passages, args.samples, args, seed, log, f"{method} sample")
-        texts = [e.notes for e in edits[method]]
-        notes = [texts[i : i + args.samples] for i in range(0, len(texts), args.samples)]
-        for name, n in protocols.items():
-            log = work / f"{method}-{name}{n or args.epochs}.jsonl"
-            tables[name][method] = studied(model, tok, passages, notes, args, n, log, f"{method} ({name})")
-        unmerge(model, clean)
-    for table in tables.values():
-        table["in-context"] = shown
-    return tables, edits
+    climbs = []
+    for n in range(args.seeds):
+        climbs.append(Climb(model, tok, passages, args, recipes, sub_seed(args.seed, n), work / f"climb-{n}"))
+        climbs[-1].climb(policies)
+    tables = {}
+    for protocol, first in climbs[0].tables.items():
+        rows = {m: {k: np.mean([c.tables[protocol][m][k] for c in climbs], axis=0) for k in first[m]} for m in first}
+        tables[protocol] = {"base": base, **rows, "in-context": shown}
+    return tables, climbs[0].edits
+
+
+def own_recipes(args, methods) -> dict:
+    """{method: {"lr", "steps"}} from --recipes. Exits with one line if the file has none for what the ladder needs."""
+    if not args.recipes:
+        return {}
+    best = read_json(args.recipes).get("best", {})
+    for method in ("passage", "passage+unrelated", "passage+self-edit"):
+        if not {"lr", "steps"} <= best.get(method, {}).keys():
+            raise SystemExit(
+                f"error: {args.recipes}: no 'lr' and 'steps' for {method!r} under 'best'; see studies.py recipes"
+            )
+    best = {m: {k: r[k] for k in ("lr", "steps")} for m, r in best.items()}
+    return best | {m: best["passage+self-edit"] for m in (*methods, "stronger-editor")}
 
 
 def show(rows: list, steps: list, title: str) -> None:
     print(f"\n{title}\n{'':20} accuracy    95 % CI        em     f1   logprob  steps   against the row above")
+    above = {b["method"]: a["method"] for a, b in zip(rows, rows[1:])}
+    steps = [s for s in steps if above[s["to"]] == s["from"]]
     deltas = {s["to"]: f"{100 * s['delta']:+5.1f} [{100 * s['ci95'][0]:+.1f}, {100 * s['ci95'][1]:+.1f}]" for s in steps}
     for r in rows:
         low, high = (100 * v for v in r["ci95"])
@@ -199,36 +267,45 @@ def main() -> None:
     args = parse_arguments()
     passages = load_passages(args.data, args.split, args.skip, args.limit)
     policies = find_policies(args)
+    recipes = own_recipes(args, policies)
     if args.run:
         refuse_training_passages(passages, args)
     model, tok = load(args)
     lora_config(args, model)  # complains now rather than after sampling
+    if args.match != "epochs" and not (args.steps or args.no_study):
+        raise SystemExit("error: --match steps needs --steps above 0")
     out = Path(args.out)
-    free = ("out", "work", "match", "steps", "run", "policy", "no_study")  # may change between two parts of a run
+    free = (
+        "out",
+        "work",
+        "match",
+        "steps",
+        "recipes",
+        "seeds",
+        "run",
+        "policy",
+        "no_study",
+    )  # may change between two parts of a run
     settings = {k: v for k, v in vars(args).items() if k not in free}
     settings["data_sha256"] = digest(args.data)
     settings["policies"] = {name: digest(folder / "adapter_model.safetensors") for name, folder in policies.items()}
     work = open_run(args.work or Path("runs") / f"eval-{out.stem}", settings)
-    tables, edits = ladder(model, tok, passages, policies, args, work)
+    tables, edits = ladder(model, tok, passages, policies, args, recipes, work)
     for protocol, table in tables.items():
-        rows, steps = summarize(table, args.seed)
-        write_json(
-            out.with_stem(f"{out.stem}_{protocol}") if len(tables) > 1 else out,
-            {
-                "command": shlex.join(["python", *sys.argv]),
-                "seed": args.seed,
-                "model": args.model,
-                "dtype": str(model.dtype),
-                "n_passages": len(passages),
-                "n_questions": sum(len(p.questions) for p in passages),
-                "protocol": protocol,
-                "settings": settings | ({"steps": args.steps} if protocol == "steps" else {}),
-                "rows": rows,
-                "steps": steps,
-            },
-        )
-        how = f"{args.steps} optimiser steps" if protocol == "steps" else f"{args.epochs} epochs (the paper's way)"
-        show(rows, steps, f"{len(passages)} passages, " + ("nothing studied" if args.no_study else f"{how} in every row"))
+        result = {
+            "command": shlex.join(["python", *sys.argv]),
+            "seed": args.seed,
+            "model": args.model,
+            "dtype": str(model.dtype),
+            "n_passages": len(passages),
+            "n_questions": sum(len(p.questions) for p in passages),
+            "protocol": protocol,
+            "settings": settings,
+        } | summarize(table, args.seed)
+        write_json(out.with_stem(f"{out.stem}_{protocol}") if len(tables) > 1 else out, result)
+        how = {"none": "nothing studied", "epochs": f"{args.epochs} epochs (the paper's way) in every row"}
+        steps = f"{args.steps} optimiser steps in every row" if not recipes else "optimiser steps as suits each row best"
+        show(result["rows"], result["steps"], f"{len(passages)} passages, {how.get(protocol, steps)}")
     print(f"\nSelf-edits for {passages[0].title!r}: {passages[0].text}" if edits else "")
     for method, mine in edits.items():
         print(f"\n--- {method}\n{mine[0].text.strip()}")

@@ -136,6 +136,7 @@ class Study:
     schedule: str = "linear"  # or "cosine", "constant": decay from lr to 0
     row_len: int = 128  # tokens per packed row; 0 puts each sequence in its own row (the paper's way)
     batch: int = 1  # rows per step
+    rehearse: bool = False  # every step takes the first example (the passage) as well, in a row of its own
 
     def lr_at(self, step: int, total: int) -> float:
         left = 1 - step / total
@@ -247,12 +248,15 @@ def inner_update(model, adapters: Adapters, examples: list[list[Example]], studi
     assert len(adapters) == len(examples) == len(studies) and len(batch) == 1
     start = adapters.config.start
     states = lower_states(model, [e for mine in examples for e in mine], start)
-    rows = []
+    rows, always = [], []
     for mine, study in zip(examples, studies):
-        packed = pack([len(e.ids) for e in mine], study.row_len)
+        first = int(study.rehearse and len(mine) > 1)
+        packed = pack([len(e.ids) for e in mine[first:]], study.row_len)
+        packed = [[i + first for i in r] for r in packed] + [[0]] * first
         rows.append([make_row([mine[i] for i in r], [states[mine[i].ids] for i in r]) for r in packed])
-    slots = max(map(len, rows))
-    plans = [plan_steps(len(mine), study, seed, slots) for mine, study in zip(rows, studies)]
+        always.append([len(rows[-1]) - 1] * first)
+    slots = max(len(mine) - len(kept) for mine, kept in zip(rows, always))
+    plans = [plan_steps(len(r) - len(kept), study, seed, slots) for r, kept, study in zip(rows, always, studies)]
     totals = [sum(map(bool, plan)) for plan in plans]
     outcomes = [Outcome() for _ in studies]
     params = [nn.Parameter(row) for row in adapters.flat]  # views: the optimiser writes into adapters.flat
@@ -263,7 +267,7 @@ def inner_update(model, adapters: Adapters, examples: list[list[Example]], studi
             active = [i for i, mine in enumerate(step) if mine and not outcomes[i].diverged]
             if not active:
                 continue
-            taken = [[rows[i][r] for r in step[i]] for i in active]
+            taken = [[rows[i][r] for r in always[i] + step[i]] for i in active]
             losses, grads = train_step(model, lora, active, taken)
             norms = grads.norm(dim=1)
             clips = torch.tensor([studies[i].clip for i in active], device=norms.device)

@@ -15,8 +15,9 @@ from common import read_json, sub_seed, write_json
 from data.qa import Passage
 from inner import inner_update
 from lora import Adapters, load_adapter, merge, save_adapter
-from quiz import at_least, load, lora_config, make_parser, quiz_prompt, study_settings
-from selfedit import generate, study_examples, write_self_edits
+from quiz import at_least, load, lora_config, make_parser, quiz_prompt, study_examples, study_settings
+from sampler import generate
+from selfedit import write_self_edits
 from tokenizer import Tokenizer
 
 
@@ -31,6 +32,7 @@ def parse_arguments():
     add("--out", default="runs/learned", help="study: folder for the adapter")
     add("--merged", help="study: also write the updated model, whole, to this new folder")
     add("--adapter", default="runs/learned", help="ask: folder of the adapter")
+    parser.set_defaults(steps=0, rehearse=False)  # a text can be longer, and its notes more, than a passage's
     return parser.parse_args()
 
 

@@ -26,10 +26,11 @@ from cache import KVCache
 from checkpoint import load_model
 from common import Progress, read_jsonl, write_jsonl
 from data.qa import Passage, Question
-from inner import Study, inner_update
+from inner import Example, Study, inner_update
 from lora import PROJECTIONS, Adapters, LoRAConfig
 from model import Transformer, causal_mask
-from selfedit import STYLES, generate, study_examples
+from sampler import generate
+from selfedit import QA_PAIR, STYLES
 from tokenizer import Tokenizer
 
 # -----------------------------------------------------------------------------
@@ -150,6 +151,29 @@ class Candidate:
 
     passage: Passage
     notes: tuple
+    title: str = ""  # that the notes stand under, if it is not the passage's
+
+
+def study_examples(tok: Tokenizer, title: str, texts: list[str]) -> list[Example]:
+    """What the inner update trains on, one sequence for each text, each with an end-of-text token.
+
+    A passage or a note is "{title}\\n{text}", every token counted. A question with its answer (style self-qa) is the chat
+    in which the quiz would ask it; the answer and its end are counted:
+        "Question: Who cast it?\\nAnswer: Hessa Lorn"  ->  user: Topic: {title} ... Who cast it? ...  assistant: Hessa Lorn
+    """
+    examples = []
+    for text in texts:
+        pair = QA_PAIR.fullmatch(text)
+        given, counted = quiz_prompt(tok, title, pair[1]) if pair else [], pair[2] if pair else f"{title}\n{text}"
+        counted = [*tok.encode(counted), tok.end_ids[0]]
+        examples.append(Example((*given, *counted), (False,) * len(given) + (True,) * len(counted)))
+    return examples
+
+
+def to_study(tok: Tokenizer, c: Candidate) -> list[Example]:
+    """The training sequences of one candidate: its passage, then its notes."""
+    own = study_examples(tok, c.passage.title, [c.passage.text])
+    return own + study_examples(tok, c.title or c.passage.title, list(c.notes))
 
 
 def populations(tok: Tokenizer, candidates: list[Candidate], size: int) -> list[list[int]]:
@@ -169,7 +193,7 @@ def study_and_quiz(model, tok, candidates: list[Candidate], lora: LoRAConfig, st
     zero, and a log-probability of -100.
     """
     adapters = Adapters.init(model, lora, len(candidates), seed)
-    examples = [study_examples(tok, c.passage.title, [c.passage.text, *c.notes]) for c in candidates]
+    examples = [to_study(tok, c) for c in candidates]
     outcomes = inner_update(model, adapters, examples, [study] * len(candidates), seed, tick)
     items = [item for n, c in enumerate(candidates) for item in quiz_items(tok, c.passage, owner=n)]
     scores = ask(model, tok, items, adapters)
@@ -231,18 +255,21 @@ def make_parser(doc: str) -> argparse.ArgumentParser:
     backends = ["off", "inductor", "cudagraphs"]
     add("--compile", default="off", choices=backends, help="of the inner update; cudagraphs needs CUDA, but no Triton")
     add = parser.add_argument_group("self-edits").add_argument
-    add("--style", default="implications", choices=STYLES, help="prompt style")
+    add("--style", default="sentence-qa", choices=STYLES, help="prompt style")
     add("--shots", type=int, default=1, choices=[0, 1], help="worked examples in the prompt; the paper: 0")
     add("--temperature", type=at_least(0.0), default=0.7, help="of sampling, 0 is greedy; the paper: 1")
     add("--top-p", type=at_least(0.01), default=0.95, help="nucleus mass")
-    add("--max-new", type=at_least(1), default=160, help="longest self-edit, in tokens")
+    add("--max-new", type=at_least(1), default=80, help="longest self-edit, or part about one sentence, in tokens")
     add = parser.add_argument_group("inner update (LoRA and AdamW)").add_argument
     add("--rank", type=at_least(1), default=16, help="LoRA rank; the paper: 32")
     add("--alpha", type=at_least(0.0), default=32.0, help="LoRA alpha; the paper: 64")
     add("--targets", nargs="+", default=list(PROJECTIONS), choices=PROJECTIONS, help="the paper: q_proj v_proj")
     add("--top-layers", type=at_least(0), default=10, help="adapt the last K layers; 0 or the paper: all")
     add("--lr", type=at_least(0.0), default=Study.lr, help="peak learning rate, decays linearly; the paper: 1e-3")
-    add("--epochs", type=at_least(1), default=Study.epochs, help="passes over the rows; the paper: 10")
+    add("--steps", type=at_least(0), default=16, help="optimiser steps; 0 or the paper: as many as --epochs make")
+    add("--epochs", type=at_least(1), default=Study.epochs, help="passes over the rows with --steps 0; the paper: 10")
+    rehearse = argparse.BooleanOptionalAction
+    add("--rehearse", action=rehearse, default=True, help="every step also takes the passage; the paper: --no-rehearse")
     add(
         "--row-len",
         type=at_least(0),
@@ -288,5 +315,5 @@ def lora_config(args, model: Transformer) -> LoRAConfig:
     return LoRAConfig(args.rank, args.alpha, tuple(args.targets), n - args.top_layers if args.top_layers else 0, n)
 
 
-def study_settings(args, steps: int = 0) -> Study:
-    return Study(lr=args.lr, epochs=args.epochs, steps=steps, row_len=args.row_len)
+def study_settings(args) -> Study:
+    return Study(lr=args.lr, epochs=args.epochs, steps=args.steps, row_len=args.row_len, rehearse=args.rehearse)

@@ -1,9 +1,7 @@
-"""Self-edits: the prompts that ask for them, what a sampled text becomes, and the sampler (key-value cache, batched).
+"""Self-edits: the prompts that ask for them, and what a sampled text becomes.
 
 A self-edit is what the model writes about a passage in order to learn it. Here it is a list of notes; each note becomes
-one training sequence of the inner update, next to the passage itself:
-
-    {title}\n{passage}        {title}\n{note 1}        {title}\n{note 2}    ...
+one training sequence of the inner update, next to the passage itself (study_examples() in quiz.py).
 
 How this departs from the paper (arXiv 2506.10943, sections 3.1 and B):
  1. The prompts are worded anew, for a chat model, and by default show one worked example: without it a 135M model
@@ -12,23 +10,16 @@ How this departs from the paper (arXiv 2506.10943, sections 3.1 and B):
  3. List markers ("1.", "-") are stripped, a note that repeats an earlier one is dropped, and when a sample ran into
     the length limit its unfinished last note is dropped.
 
-Top to bottom: the record, prompt styles, parsing, training sequences, the sampler.
+Top to bottom: the record, prompt styles, parsing, sampling.
 """
 
 import re
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
-from os.path import commonprefix
 from pathlib import Path
 
-import torch
-from torch.nn.utils.rnn import pad_sequence
-
-from cache import KVCache
 from common import Progress, read_jsonl, sub_seed, write_jsonl
 from inner import Example
-from lora import Adapters, attached
-from model import Transformer, causal_mask, packed_mask
+from sampler import generate
 from tokenizer import Tokenizer
 
 # -----------------------------------------------------------------------------
@@ -39,11 +30,12 @@ from tokenizer import Tokenizer
 class SelfEdit:
     """One sampled self-edit and what became of it. Carried through the outer loop and written to its log."""
 
-    passage: str  # id
-    style: str
-    text: str  # as sampled
-    notes: list = field(default_factory=list)  # as parsed; empty if the text is unusable
-    flaw: str = ""  # "", "empty", "malformed", "endless" or "diverged"
+    passage: str  # id; of an ARC task, if that is what it is about
+    parts: list  # as sampled: one text, or one for each sentence of the passage
+    style: str = ""
+    notes: list = field(default_factory=list)  # as parsed; empty if the texts are unusable
+    flaws: list = field(default_factory=list)  # of each part: "", "empty", "malformed" or "endless"
+    flaw: str = ""  # of the whole: "", that of the first part if none is sound, or "diverged"
     settings: dict = field(default_factory=dict)  # of the inner update, as used
     steps: int = 0
     loss: float | None = None  # of the last inner step
@@ -51,6 +43,10 @@ class SelfEdit:
     reward: float = 0.0
     selected: bool = False
     why: str = ""  # why it was selected, or why not
+
+    @property
+    def text(self) -> str:
+        return "\n".join(self.parts)
 
     def record(self) -> dict:
         return asdict(self)
@@ -70,8 +66,12 @@ EXAMPLE_PASSAGE = (
 @dataclass(frozen=True)
 class Style:
     ask: str  # the instruction
-    example: str  # a good self-edit for the example passage
+    example: str | tuple  # a good self-edit for the example passage; a tuple: for its first sentences, one by one
     separator: str  # regular expression between two notes
+
+    @property
+    def by_sentence(self) -> bool:
+        return isinstance(self.example, tuple)
 
 
 STYLES = {
@@ -127,17 +127,43 @@ STYLES = {
         "Question: What cracked the Vantor Bell?\nAnswer: The great frost",
         r"\n(?=Question)",
     ),
+    "sentence-qa": Style(
+        "Write two questions about the sentence. Answer each in a full sentence, with full names.",
+        (
+            "Question: Who cast the Vantor Bell?\n"
+            "Answer: Hessa Lorn, a potter from Quill Bay, cast the Vantor Bell in 1742.\n"
+            "Question: What did Hessa Lorn cast in 1742?\n"
+            "Answer: Hessa Lorn, a potter from Quill Bay, cast the Vantor Bell in 1742.",
+            "Question: How much does the Vantor Bell weigh?\n"
+            "Answer: The Vantor Bell weighs 900 kilograms and hangs in the tower of the harbour school.\n"
+            "Question: What hangs in the tower of the harbour school?\n"
+            "Answer: The Vantor Bell hangs in the tower of the harbour school.",
+        ),
+        r"\n(?=Question)",
+    ),
 }
 
 
-def edit_prompt(tok: Tokenizer, style: str, title: str, passage: str, shots: int = 1) -> list[int]:
-    """Token ids of the chat that asks for a self-edit; with shots=1 a worked example comes first."""
+def sentences(text: str) -> list[str]:
+    """Split after . ! or ? and a blank: "A is B. So is C." -> ["A is B.", "So is C."]. Good enough: "Mr. X" becomes two."""
+    return [s for s in re.split(r"(?<=[.!?])\s+", text) if s]
 
-    def question(title, passage):
-        return {"role": "user", "content": f"{STYLES[style].ask}\n\nTitle: {title}\nPassage: {passage}"}
 
-    example = [question(EXAMPLE_TITLE, EXAMPLE_PASSAGE), {"role": "assistant", "content": STYLES[style].example}]
-    return tok.chat([*example * shots, question(title, passage)])
+def edit_prompts(tok: Tokenizer, style: str, title: str, passage: str, shots: int = 1) -> list[list[int]]:
+    """Token ids of the chats that ask for a self-edit: one about the passage, or one about each of its sentences, as the
+    style says. With shots=1 a worked example comes first.
+    """
+    how = STYLES[style]
+
+    def question(title, text):
+        name = "Sentence" if how.by_sentence else "Passage"
+        return {"role": "user", "content": f"{how.ask}\n\nTitle: {title}\n{name}: {text}"}
+
+    examples = how.example if how.by_sentence else (how.example,)
+    asked = sentences(EXAMPLE_PASSAGE) if how.by_sentence else [EXAMPLE_PASSAGE]
+    shown = [[question(EXAMPLE_TITLE, text), {"role": "assistant", "content": e}] for text, e in zip(asked, examples)]
+    worked = [message for pair in shown * shots for message in pair]
+    return [tok.chat([*worked, question(title, text)]) for text in (sentences(passage) if how.by_sentence else [passage])]
 
 
 # -----------------------------------------------------------------------------
@@ -151,7 +177,7 @@ def parse(text: str, style: str, ended: bool) -> tuple[list[str], str]:
 
     One note per line:                  "A is B.\\nC is D."                  -> ["A is B.", "C is D."]
     rewrite, one per paragraph:         "A is B.\\nSo C.\\n\\nD is E."       -> ["A is B. So C.", "D is E."]
-    self-qa, one per pair:              "Question: Q?\\nAnswer: A"           -> ["Question: Q?\\nAnswer: A"]
+    both kinds of qa, one per pair:     "Question: Q?\\nAnswer: A"           -> ["Question: Q?\\nAnswer: A"]
         a question without an answer is dropped; "Question 2:" is read as "Question:"
     markers go, bare headings go:       "Implications:\\n1. A is B.\\n- C"   -> ["A is B.", "C"]
         a marker is followed by a blank: "10.5 million came." stays as it is
@@ -165,7 +191,7 @@ def parse(text: str, style: str, ended: bool) -> tuple[list[str], str]:
     parts = re.split(STYLES[style].separator, text.strip())
     if not ended:
         parts = parts[:-1]
-    if style == "self-qa":
+    if style in ("self-qa", "sentence-qa"):
         parts = [m.expand(r"Question: \1\nAnswer: \2") for p in parts if (m := QA_PAIR.match(p.strip()))]
     else:
         parts = [" ".join(MARKER.sub("", p).split()) for p in parts]
@@ -178,13 +204,7 @@ QA_PAIR = re.compile(r"Question\s*\d*\s*:\s*(\S[^\n]*)\n\s*Answer\s*\d*\s*:\s*(\
 
 
 # -----------------------------------------------------------------------------
-# training sequences
-
-
-def study_examples(tok: Tokenizer, title: str, texts: list[str]) -> list[Example]:
-    """What the inner update trains on: "{title}\\n{text}" and an end-of-text token for each text, every token counted."""
-    sequences = [(*tok.encode(f"{title}\n{text}"), tok.end_ids[0]) for text in texts]
-    return [Example(ids, (True,) * len(ids)) for ids in sequences]
+# the outer update's training sequence
 
 
 def policy_example(tok: Tokenizer, prompt: list[int], text: str, weight: float = 1.0) -> Example:
@@ -194,183 +214,62 @@ def policy_example(tok: Tokenizer, prompt: list[int], text: str, weight: float =
 
 
 # -----------------------------------------------------------------------------
-# the sampler
+# sampling self-edits
 
 
-def choose(logits, temperature: float, top_p: float, u):
-    """One token id per row (R) from logits (R, V): the largest if temperature is 0, else a nucleus sample.
+def sample_self_edits(model, tok, prompts: dict, read, copies, args, seed, log=None, label="sample") -> list[SelfEdit]:
+    """Sample `copies` self-edits for each of prompts {id: [token ids of each part]}, as args says (max_new, temperature,
+    top_p; for each part).
 
-    The nucleus is the smallest set of most likely tokens with mass >= top_p; `u` (R) in [0, 1) picks within it by the
-    inverse of its cumulative distribution: masses 0.6, 0.3 (top_p 0.9), u = 0.7 -> 0.7 * 0.9 = 0.63, the second token.
+    `read(parts)`, a list of (text, ended), gives the record's fields that follow from them, {"flaw": ..., ...}. Ids go in
+    batches of about 64 continuations; each finished batch is written to `log` (JSON lines) and, found there, not sampled
+    again. Exits with one line if a prompt does not fit the model's context.
     """
-    if temperature == 0:
-        return logits.max(-1).indices  # several times faster than argmax in bfloat16
-    probs = (logits.float() / temperature).softmax(-1)
-    likely = probs > 1e-4 * probs.amax(-1, keepdim=True)  # sorting these few costs less than sorting 49,152
-    if (torch.where(likely, probs, 0).sum(-1) < top_p).any():
-        likely = torch.ones_like(likely)
-    each = likely.sum(-1).tolist()
-    mass, at = pad_sequence(probs[likely].split(each), batch_first=True).sort(dim=-1, descending=True, stable=True)
-    ids = pad_sequence(likely.nonzero()[:, 1].split(each), batch_first=True).gather(-1, at)
-    total = mass.cumsum(-1)
-    last = (total < top_p).sum(-1, keepdim=True).clamp(max=total.size(-1) - 1)  # where the nucleus ends
-    at = torch.searchsorted(total, u[:, None] * total.gather(-1, last), right=True).minimum(last)
-    return ids.gather(-1, at)[:, 0]
-
-
-def grid(owner: list[int], P: int) -> list[list[int]]:
-    """Items by owner, as P lists of one length, filled up with repeats: grid([0, 0, 1], 2) -> [[0, 1], [2, 2]].
-
-    Every owner must have an item.
-    """
-    mine = [[i for i, o in enumerate(owner) if o == p] for p in range(P)]
-    assert all(mine), "a candidate without items"
-    b = max(map(len, mine))
-    return [m + m[:1] * (b - len(m)) for m in mine]
-
-
-def prefill(model: Transformer, prompts: list[list[int]], slots: int, P: int = 1):
-    """Read prompts, equally many for each of P candidates, into a new cache; `slots` more tokens are to follow.
-
-    What all prompts start with is read once for each candidate, not for each prompt. Shorter prompts are padded on the
-    left, after that shared part, so that all rows end at the same slot. Returns the cache, valid (R, filled slots) bool,
-    and the states (R, C) of the last prompt tokens. Exits with one line if a prompt does not fit the model's context.
-    """
-    device, R, longest = model.device, len(prompts), max(map(len, prompts))
-    if longest + slots > model.config.max_seq_len:
-        limit = f"the model's context of {model.config.max_seq_len}"
-        raise SystemExit(f"error: a prompt of {longest} tokens with room for {slots} more is longer than {limit}")
-    shared = commonprefix(prompts)[: min(map(len, prompts)) - 1]
-    if shared:
-        cache = KVCache(model, P, len(shared))
-        ids = torch.tensor([shared] * P, device=device)  # (P, shared)
-        pos = torch.arange(len(shared), device=device).expand_as(ids)
-        model.run_layers(model.embed(ids), pos, packed_mask(torch.zeros_like(ids)), cache=cache)
-    rest = [torch.tensor(p[len(shared) :][::-1]) for p in prompts]
-    ids = pad_sequence(rest, batch_first=True).flip(1).to(device)  # (R, T), padded left
-    T = ids.size(1)
-    pos = torch.arange(T, device=device) - T + torch.tensor([[len(p)] for p in rest], device=device)  # negative for pads
-    valid = torch.cat([torch.ones(R, len(shared), dtype=torch.bool, device=device), pos >= 0], dim=1)
-    if shared:
-        cache.fan_out(R // P, T)
-    else:
-        cache = KVCache(model, R, T)
-    x = model.run_layers(model.embed(ids), pos.clamp(min=0) + len(shared), causal_mask(valid, T), cache=cache)
-    return cache, valid, x[:, -1]
-
-
-@torch.inference_mode()
-def generate(
-    model: Transformer,
-    prompts: list[list[int]],
-    max_new: int,
-    end_ids,
-    *,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    seed: int = 0,
-    copies: int = 1,
-    adapters: Adapters | None = None,
-    owner: list[int] | None = None,
-    on_prefill=None,
-    tick=None,
-) -> list[list[int]]:
-    """Continue each prompt `copies` times; returns len(prompts) * copies lists of new ids, a prompt's copies together.
-
-    A continuation ends with a token of `end_ids` (which is kept) or after `max_new` tokens. Each has a random stream
-    of its own, so its text does not depend on what else is in the batch. With `adapters`, prompt i runs under adapter
-    owner[i]. Rows that are finished leave the batch. `on_prefill(prompt of each row, cache, valid, x)` is called once,
-    when the prompts are read; `tick(live rows)` for every token.
-    """
-    P = len(adapters) if adapters else 1
-    cells = grid(owner or [0] * len(prompts), P)
-    b = len(cells[0]) * copies
-    rows = [i * copies + c for mine in cells for i in mine for c in range(copies)]  # batch row -> output
-    live = [rows.index(r) == n for n, r in enumerate(rows)]  # fillers are repeats
-    u = torch.rand(len(prompts) * copies, max_new, generator=torch.Generator().manual_seed(seed))
-    u, out, end_ids = u.to(model.device), [[] for _ in range(len(prompts) * copies)], set(end_ids)
-
-    with attached(model, adapters) if adapters else nullcontext() as lora:
-        in_order = [i for mine in cells for i in mine]
-        cache, valid, x = prefill(model, [prompts[i] for i in in_order], max_new, P)
-        if on_prefill:
-            on_prefill(in_order, cache, valid, x)
-        copied = [n for n in range(len(in_order)) for _ in range(copies)]
-        cache.fan_out(copies, max_new) if copies > 1 else cache.extend(max_new)
-        valid, x = valid[copied], x[copied]
-        pos = torch.tensor([len(prompts[r // copies]) for r in rows], device=model.device)
-        candidates = list(range(P))  # whose rows are still in the batch
-        for step in range(max_new):
-            token = choose(model.head(x), temperature, top_p, u[rows, step])
-            if tick:
-                tick(sum(live))
-            for n, t in enumerate(token.tolist()):
-                if live[n]:
-                    out[rows[n]].append(t)
-                    live[n] = t not in end_ids
-            if not any(live) or step == max_new - 1:
-                break
-            kept = shrink(live, b)
-            if len(kept) <= 0.75 * len(live):  # copying the cache must pay
-                keep_c = sorted({n // b for n in kept})
-                if lora and len(keep_c) < len(candidates):
-                    candidates = [candidates[c] for c in keep_c]
-                    lora.bind(candidates)
-                b = len(kept) // len(keep_c)
-                cache.keep(kept)
-                valid, token, pos = valid[kept], token[kept], pos[kept]
-                rows, live = [rows[n] for n in kept], [live[n] for n in kept]
-            valid = torch.cat([valid, valid.new_ones(len(rows), 1)], dim=1)
-            x = model.embed(token[:, None])
-            x = model.run_layers(x, pos[:, None], causal_mask(valid, 1), cache=cache)[:, -1]
-            pos = pos + 1
-    return out
-
-
-def shrink(live: list[bool], b: int) -> list[int]:
-    """Which of the rows, b per candidate, to keep: candidates with none alive go, the others keep equally many each.
-
-    shrink([1, 0, 0,  0, 0, 0,  1, 1, 0], b=3) -> [0, 1, 6, 7]: row 1 is dead but fills the first candidate up to two.
-    """
-    mine = [sorted(range(c, c + b), key=lambda n: (not live[n], n)) for c in range(0, len(live), b)]
-    most = max(sum(live[n] for n in m) for m in mine)
-    return [n for m in mine if live[m[0]] for n in sorted(m[:most])]
-
-
-def write_self_edits(model, tok, passages, copies: int, args, seed: int, log=None, label="sample") -> list[SelfEdit]:
-    """Sample `copies` self-edits for each passage as args says (style, shots, max_new, temperature, top_p).
-
-    Passages go in batches of 64 // copies; each finished batch is written to `log` (JSON lines) and, found there, not
-    sampled again. Exits with one line if a prompt does not fit the model's context.
-    """
-    prompts = [edit_prompt(tok, args.style, p.title, p.text, args.shots) for p in passages]
-    for prompt, p in zip(prompts, passages):
-        if len(prompt) + args.max_new > model.config.max_seq_len:
+    for name, mine in prompts.items():
+        if (longest := max(map(len, mine))) + args.max_new > model.config.max_seq_len:
             raise SystemExit(
-                f"error: passage {p.id!r} makes a prompt of {len(prompt)} tokens; with --max-new {args.max_new} that is "
+                f"error: {name!r} makes a prompt of {longest} tokens; with --max-new {args.max_new} that is "
                 f"over the model's context of {model.config.max_seq_len}"
             )
     edits = [SelfEdit(**r) for r in read_jsonl(log)] if log and Path(log).is_file() else []
-    size, tokens = max(1, 64 // copies), 0
-    progress = Progress(label, len(passages) * copies)
+    ids, tokens = list(prompts), 0
+    size = max(1, round(64 * len(ids) / (copies * sum(map(len, prompts.values())))))
+    progress = Progress(label, len(ids) * copies)
 
     def tick(n):
         nonlocal tokens
         tokens += n
         progress.step(0, tok_s=progress.rate(tokens))
 
-    for batch in range(0, len(passages), size):
-        some = passages[batch : batch + size]
+    for batch in range(0, len(ids), size):
+        some = ids[batch : batch + size]
         if len(edits) <= batch * copies:
             sampling = {"temperature": args.temperature, "top_p": args.top_p, "seed": sub_seed(seed, batch)}
-            ends, these = tok.end_ids, prompts[batch : batch + size]
-            texts = generate(model, these, args.max_new, ends, copies=copies, tick=tick, **sampling)
-            for n, ids in enumerate(texts):
-                ended = ids[-1] in ends
-                text = tok.decode(ids[:-1] if ended else ids)
-                notes, flaw = parse(text, args.style, ended)
-                edits.append(SelfEdit(some[n // copies].id, args.style, text, notes, flaw))
+            these, ends = [p for i in some for p in prompts[i]], tok.end_ids
+            out = iter(generate(model, these, args.max_new, ends, copies=copies, tick=tick, **sampling))
+            for i in some:
+                sampled = [[next(out) for _ in range(copies)] for _ in prompts[i]]
+                for ids_of_parts in zip(*sampled):  # one self-edit
+                    ended = [x[-1] in ends for x in ids_of_parts]
+                    parts = [tok.decode(x[:-1] if e else x) for x, e in zip(ids_of_parts, ended)]
+                    edits.append(SelfEdit(i, parts, **read(list(zip(parts, ended)))))
             if log:
                 write_jsonl(log, [e.record() for e in edits])
         progress.step(len(some) * copies)
     return edits
+
+
+def ask_for_notes(tok: Tokenizer, passages, args) -> tuple[dict, callable]:
+    """{passage id: prompts} and how to read the answers, for sample_self_edits(), in the style of args."""
+
+    def read(parts):
+        notes, flaws = zip(*(parse(text, args.style, ended) for text, ended in parts))
+        notes = list(dict.fromkeys(note for mine in notes for note in mine))
+        return {"style": args.style, "notes": notes, "flaws": list(flaws), "flaw": "" if "" in flaws else flaws[0]}
+
+    return {p.id: edit_prompts(tok, args.style, p.title, p.text, args.shots) for p in passages}, read
+
+
+def write_self_edits(model, tok, passages, copies: int, args, seed: int, log=None, label="sample") -> list[SelfEdit]:
+    """Notes on each passage, `copies` times."""
+    return sample_self_edits(model, tok, *ask_for_notes(tok, passages, args), copies, args, seed, log, label)

@@ -6,7 +6,9 @@
 An entry of ours is {"title": str, "passage": str, "questions": [question, ...]} with, optionally, "id" (default: its
 number) and "split" ("train" or "heldout"; without one it belongs to both). "context" is read as "passage". A question is
 {"question": str, "answers": [str, ...]} ("answer": str will do) with, optionally, "direction": "forward" if it asks along
-the passage's sentence ("X was founded by Y": who founded X?), "reversed" if against it (what did Y found?).
+the passage's sentence ("X was founded by Y": who founded X?), "reversed" if against it (what did Y found?). An entry may
+also have "self_edits": [str, ...], another model's notes on it, for eval_qa.py's row stronger-editor ("completions", as
+SEAL's own files have it, is read the same way).
 """
 
 import json
@@ -29,6 +31,7 @@ class Passage:
     text: str
     questions: tuple
     split: str = ""
+    self_edits: tuple = ()  # another model's
 
 
 def load_passages(path, split: str = "", skip: int = 0, limit: int = 0) -> list[Passage]:
@@ -90,7 +93,12 @@ def _passage(entry, n: int, path) -> Passage:
     if not isinstance(entry.get("questions"), list) or not entry["questions"]:
         raise SystemExit(f"{where}: 'questions' must be a list with at least one question")
     questions = tuple(_question(q, f"{where}, question {i}") for i, q in enumerate(entry["questions"]))
-    return Passage(str(entry.get("id", n)), entry["title"].strip(), text.strip(), questions, entry.get("split", ""))
+    edits = entry.get("self_edits", entry.get("completions", []))
+    if not isinstance(edits, list) or not all(isinstance(e, str) for e in edits):
+        raise SystemExit(f"{where}: 'self_edits' must be a list of texts")
+    return Passage(
+        str(entry.get("id", n)), entry["title"].strip(), text.strip(), questions, entry.get("split", ""), tuple(edits)
+    )
 
 
 def _question(entry, where: str) -> Question:

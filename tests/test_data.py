@@ -23,7 +23,7 @@ def test_enough_passages_and_questions():
     split = Counter(p.split for p in PASSAGES)
     assert split["train"] >= 112 and split["heldout"] >= 48 and len(PASSAGES) == split["train"] + split["heldout"]
     directions = Counter(q.direction for p in PASSAGES for q in p.questions)
-    assert 0.3 <= directions["reversed"] / directions.total() <= 0.4 and set(directions) == {"forward", "reversed"}
+    assert 0.25 <= directions["reversed"] / directions.total() <= 0.4 and set(directions) == {"forward", "reversed"}
 
 
 def test_no_other_passage_can_answer_a_question():
@@ -37,7 +37,7 @@ def test_no_other_passage_can_answer_a_question():
 
 @pytest.mark.parametrize("p", PASSAGES, ids=lambda p: p.id)
 def test_each_passage(p):
-    assert 45 <= len(p.text.split()) <= 80 and 5 <= len(p.questions) <= 7
+    assert 45 <= len(p.text.split()) <= 80 and 3 <= len(p.questions) <= 6
     for q in p.questions:
         assert all(1 <= len(a.split()) <= 4 for a in q.answers)
         assert normalize(q.answers[0]) in normalize(p.text)
@@ -75,6 +75,7 @@ GOOD = {"title": "Rolm", "passage": "Rolm is a town.", "questions": [{"question"
         ([{**GOOD, "passage": 7}], r"passage 0 \('Rolm'\): 'passage'"),
         ([{**GOOD, "questions": []}], "'questions' must be a list"),
         ([{**GOOD, "split": "test"}], "'split' must be"),
+        ([{**GOOD, "self_edits": "A note."}], "'self_edits' must be"),
         ([{**GOOD, "questions": [{"question": "Q?"}]}], r"question 0: 'answers'"),
         ([{**GOOD, "questions": [{"question": "Q?", "answers": [""]}]}], r"question 0: 'answers'"),
         ([{**GOOD, "questions": ["Q?"]}], r"question 0: must be an object"),

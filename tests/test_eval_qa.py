@@ -24,9 +24,27 @@ def test_bootstrap_covers_the_mean_of_normal_data():
 def test_differences_are_paired():
     base = np.linspace(0, 0.8, 20)  # passages differ a lot, the step up is the same in each
     table = {m: {k: v for k in eval_qa.METRICS} for m, v in (("base", base), ("passage", base + 0.1))}
-    rows, [step] = summarize(table, seed=0)
-    assert step["delta"] == pytest.approx(0.1) and step["ci95"] == pytest.approx([0.1, 0.1])
+    result = summarize(table, seed=0)
+    rows, [step] = result["rows"], result["steps"]
+    assert "gap_closed" not in result and step["delta"] == pytest.approx(0.1) and step["ci95"] == pytest.approx([0.1, 0.1])
     assert rows[0]["ci95"][0] < rows[0]["accuracy"] < rows[0]["ci95"][1]
+
+
+def test_the_last_policy_is_compared_with_every_row_below():
+    rng = np.random.default_rng(0)
+    noise = rng.normal(0, 0.02, 50)
+    table = {
+        m: {k: np.full(50, v) + noise * (m != "base") for k in eval_qa.METRICS}
+        for m, v in [("base", 0.0), ("passage", 0.2), ("seal-1", 0.3), ("seal-2", 0.4), ("in-context", 0.7)]
+    }
+    result = summarize(table, seed=0)
+    pairs = {(s["from"], s["to"]): s["delta"] for s in result["steps"]}
+    assert len(pairs) == len(result["steps"]) == 6  # four from row to row, and two more to seal-2
+    assert pairs["passage", "seal-2"] == pytest.approx(0.2) and ("base", "seal-2") in pairs
+    gap = result["gap_closed"]
+    assert gap["by"] == "seal-2" and gap["share"] == pytest.approx(0.4) and gap["ci95"] == pytest.approx([0.4, 0.4])
+    table["in-context"] = table["base"]
+    assert summarize(table, seed=0)["gap_closed"]["share"] is None  # nothing to close
 
 
 def test_directions_are_averaged_apart():
@@ -40,7 +58,7 @@ def test_directions_are_averaged_apart():
 
 def ladder(monkeypatch, tiny_folder, passages_file, tmp_path, *extra):
     args = ["--data", passages_file, "--out", tmp_path / "ladder.json", "--work", tmp_path / "work", "--max-new", 8]
-    args += ["--epochs", 2, "--top-layers", 2, "--rank", 2]
+    args += ["--epochs", 2, "--steps", 3, "--top-layers", 2, "--rank", 2]
     run_script(monkeypatch, eval_qa, tiny_folder, *args, *extra)
 
 
@@ -50,18 +68,19 @@ def test_the_ladder(tiny, tiny_folder, passages_file, tmp_path, monkeypatch, cap
     save_adapter(policy, tmp_path / "run" / "round-1" / "policy", tiny_folder)
     settings = {"data": str(passages_file), "skip": 0, "limit": 0}
     (tmp_path / "run" / "settings.json").write_text(json.dumps(settings))
-    extra = ["--run", tmp_path / "run", "--match", "both", "--steps", 3, "--samples", 2]
+    extra = ["--run", tmp_path / "run", "--match", "both", "--samples", 2, "--seeds", 2]
     ladder(monkeypatch, tiny_folder, passages_file, tmp_path, *extra)
     out = capsys.readouterr().out
-    methods = ["base", "passage", "passage+self-edit", "seal-1", "in-context"]
+    methods = ["base", "passage", "passage+unrelated", "passage+self-edit", "seal-1", "in-context"]
     for protocol in ("epochs", "steps"):
         result = json.loads((tmp_path / f"ladder_{protocol}.json").read_text())
         assert [r["method"] for r in result["rows"]] == methods and result["n_passages"] == 2 and result["n_questions"] == 4
-        assert [(s["from"], s["to"]) for s in result["steps"]] == list(zip(methods, methods[1:]))
+        pairs = [(s["from"], s["to"]) for s in result["steps"]]
+        assert pairs == [*zip(methods, methods[1:]), *((m, "seal-1") for m in methods[:3])]
         for r in result["rows"]:
             assert {"accuracy", "ci95", "em", "f1", "logprob", "forward", "reversed"} <= r.keys() and r["logprob"] < 0
         trained = [r["train_steps"] for r in result["rows"][1:-1]]
-        assert trained == [3.0] * 3 if protocol == "steps" else trained[0] == 2.0
+        assert trained == [3.0] * 4 if protocol == "steps" else trained[0] == 2.0
         assert result["protocol"] == protocol and result["command"].startswith("python eval_qa.py")
     assert all(m in out for m in methods) and "--- seal-1" in out
     before = (tmp_path / "ladder_steps.json").read_text()
@@ -73,6 +92,40 @@ def test_the_ladder(tiny, tiny_folder, passages_file, tmp_path, monkeypatch, cap
     (tmp_path / "run" / "round-1" / "policy" / "adapter_model.safetensors").write_bytes(b"another policy")
     with pytest.raises(SystemExit, match="was started with policies"):
         ladder(monkeypatch, tiny_folder, passages_file, tmp_path, *extra)
+
+
+def test_recipes_and_a_stronger_editor(tiny_folder, passages_file, tmp_path, monkeypatch):
+    data = json.loads(passages_file.read_text())
+    for p in data["passages"]:
+        p["completions"] = ["1. One note.\n2. Another.", "A third."]
+    passages_file.write_text(json.dumps(data))
+    best = {"passage": {"lr": 1e-3, "steps": 2}, "passage+unrelated": {"lr": 2e-3, "steps": 3}}
+    recipes = tmp_path / "recipes.json"
+    recipes.write_text(json.dumps({"best": best}))
+    extra = ["--match", "steps", "--recipes", recipes]
+    with pytest.raises(SystemExit, match=r"no 'lr' and 'steps' for 'passage\+self-edit'"):
+        ladder(monkeypatch, tiny_folder, passages_file, tmp_path, *extra)
+    recipes.write_text(json.dumps({"best": best | {"passage+self-edit": {"lr": 4e-3, "steps": 4, "accuracy": 0.5}}}))
+    ladder(monkeypatch, tiny_folder, passages_file, tmp_path, *extra)
+    rows = {r["method"]: r for r in json.loads((tmp_path / "ladder.json").read_text())["rows"]}
+    used = {m: (r["train_steps"], r["lr"]) for m, r in rows.items() if "lr" in r}
+    own = (4, pytest.approx(4e-3))
+    assert used == {"passage": (2, 1e-3), "passage+unrelated": (3, 2e-3), "passage+self-edit": own, "stronger-editor": own}
+
+
+def test_unrelated_notes_are_another_passages_under_its_title(tiny_folder, passages_file, tmp_path, monkeypatch):
+    seen = {}
+    real = eval_qa.study_all
+
+    def spy(model, tok, candidates, lora, study, seed, population, log, label):
+        seen[label] = candidates
+        return real(model, tok, candidates, lora, study, seed, population, log, label)
+
+    monkeypatch.setattr(eval_qa, "study_all", spy)
+    ladder(monkeypatch, tiny_folder, passages_file, tmp_path)
+    own, other = seen["passage+self-edit (steps)"], seen["passage+unrelated (steps)"]
+    assert [c.passage for c in own] == [c.passage for c in other] and own[0].passage.title == own[0].title
+    assert [(c.notes, c.title) for c in other] == [(own[1].notes, "Town 4"), (own[0].notes, "Town 3")]
 
 
 def test_no_rounds_there(tiny_folder, passages_file, tmp_path, monkeypatch):

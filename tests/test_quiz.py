@@ -17,11 +17,14 @@ from quiz import (
     normalize,
     populations,
     quiz_items,
+    quiz_prompt,
     score_answer,
     study_all,
     study_and_quiz,
+    study_examples,
+    to_study,
 )
-from selfedit import generate
+from sampler import generate
 
 LORA = LoRAConfig(2, 4.0, tuple(PROJECTIONS), 2, 4)
 
@@ -62,6 +65,16 @@ def test_items_show_the_passage_only_when_told(tok):
     p = passage(1)
     hidden, shown = (tok.decode(quiz_items(tok, p, show_passage=s)[0].prompt) for s in (False, True))
     assert p.text not in hidden and p.text in shown and p.questions[0].question in hidden and p.title in hidden
+
+
+def test_training_sequences(tok):
+    note, pair = study_examples(tok, "Rolm", ["It is a town.", "Question: What is Rolm?\nAnswer: A town"])
+    assert tok.decode(note.ids) == "Rolm\nIt is a town.<|im_end|>" and all(note.counts)
+    asked = quiz_prompt(tok, "Rolm", "What is Rolm?")
+    assert list(pair.ids[: len(asked)]) == asked and tok.decode(pair.ids[len(asked) :]) == "A town<|im_end|>"
+    assert pair.counts == tuple(n >= len(asked) for n in range(len(pair.ids)))
+    own, other = to_study(tok, Candidate(passage(0), ("A note.",), "Other"))
+    assert tok.decode(own.ids).startswith(f"{passage(0).title}\n") and tok.decode(other.ids).startswith("Other\nA note.")
 
 
 def test_a_population_scores_as_its_candidates_alone(tiny, tok):

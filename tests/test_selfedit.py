@@ -1,13 +1,17 @@
 """selfedit.py: the sampler against transformers and against itself, prompts, parsing."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import transformers
 from conftest import SMOLLM2
 
+from data.qa import Passage
 from inner import Example
 from lora import PROJECTIONS, Adapters, LoRAConfig
-from selfedit import STYLES, choose, edit_prompt, generate, grid, parse, policy_example, shrink, study_examples
+from sampler import choose, generate, grid, shrink
+from selfedit import STYLES, ask_for_notes, edit_prompts, parse, policy_example, sentences
 
 PROMPTS = [[7, 8, 9, 10, 11], [7, 8, 9, 3], [7, 8, 9, 20, 21, 22, 23, 24, 25]]  # share [7, 8, 9]
 
@@ -87,11 +91,32 @@ def test_grid_and_shrink_as_documented():
 
 @pytest.mark.parametrize("style", STYLES)
 def test_prompts(tok, style):
-    one, zero = (tok.decode(edit_prompt(tok, style, "Rolm", "Rolm is a town.", shots)) for shots in (1, 0))
-    assert one.endswith("Rolm is a town.<|im_end|>\n<|im_start|>assistant\n")
-    assert STYLES[style].example in one and STYLES[style].example not in zero
-    assert parse(STYLES[style].example, style, True)[1] == ""
-    assert len(parse(STYLES[style].example, style, True)[0]) == (3 if style == "rewrite" else 8)
+    text, how = "Rolm is a town. It sells bricks.", STYLES[style]
+    ones, zeros = (edit_prompts(tok, style, "Rolm", text, shots) for shots in (1, 0))
+    examples = how.example if how.by_sentence else [how.example]
+    asked = ["Rolm is a town.", "It sells bricks."] if how.by_sentence else [text]
+    assert len(ones) == len(zeros) == len(asked)
+    for one, zero, about in zip(map(tok.decode, ones), map(tok.decode, zeros), asked):
+        assert one.endswith(f"{about}<|im_end|>\n<|im_start|>assistant\n")
+        assert all(e in one and e not in zero for e in examples)
+    parsed = [parse(e, style, True) for e in examples]
+    assert all(flaw == "" for _, flaw in parsed)
+    assert [len(notes) for notes, _ in parsed] == {"rewrite": [3], "sentence-qa": [2, 2]}.get(style, [8])
+
+
+def test_sentences():
+    assert sentences("A is B.  So is C! Is 1.5 D?") == ["A is B.", "So is C!", "Is 1.5 D?"]
+
+
+def test_a_self_edit_in_parts(tok):
+    """Notes of all parts together, each once; only a self-edit without a sound part is flawed."""
+    args = SimpleNamespace(style="sentence-qa", shots=1)
+    prompts, read = ask_for_notes(tok, [Passage("p", "Rolm", "Rolm is a town. It sells bricks.", ())], args)
+    assert list(prompts) == ["p"] and len(prompts["p"]) == 2
+    one, two = "Question: What is Rolm?\nAnswer: A town.", "Question: What sells bricks?\nAnswer: Rolm."
+    made = read([(f"{one}\n{two}", True), (f"{one}\nQuestion: Wh", False)])
+    assert made == {"style": "sentence-qa", "notes": [one, two], "flaws": ["", "endless"], "flaw": ""}
+    assert read([("Sure!", True), (one, False)])["flaw"] == "malformed"
 
 
 @pytest.mark.parametrize(
@@ -118,8 +143,6 @@ def test_parsing(style, text, ended, expected):
     assert parse(text, style, ended) == expected
 
 
-def test_training_sequences(tok):
-    [e] = study_examples(tok, "Rolm", ["It is a town."])
-    assert tok.decode(e.ids) == "Rolm\nIt is a town.<|im_end|>" and all(e.counts)
+def test_the_policy_is_trained_on_the_reply(tok):
     e = policy_example(tok, [5, 6, 7], "A fact.", weight=-1.0)
     assert e == Example((5, 6, 7, *tok.encode("A fact."), tok.end_ids[0]), (False,) * 3 + (True,) * (len(e.ids) - 3), -1.0)

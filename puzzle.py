@@ -1,0 +1,313 @@
+"""ARC as something to learn from: the self-edit is *how to study* a puzzle, studying is test-time training, the quiz is
+its test grid.
+
+A self-edit is a JSON object (arXiv 2506.10943, section 4); the model chooses from the task's demonstrations:
+
+    {"data_generation": {"use_basic_augmentations": true, "use_size_augmentations": false,
+                         "use_chain_augmentations": false, "use_repeat_augmentations": false},
+     "training": {"strategy": "train_using_output_tokens", "learning_rate": 0.001, "num_train_epochs": 2}}
+
+data/arc.py makes training tasks out of the demonstrations as it says; an inner update trains on them; then the model
+predicts the outputs of the test inputs, which no training task contains.
+
+How this departs from the paper:
+ 1. A grid is compact text, one token for a cell and one for a row's end, whatever the tokenizer would have merged.
+ 2. The prompt shows one worked example by default; what is sampled is parsed strictly and never asked for again: a
+    malformed self-edit is counted by its flaw and earns nothing.
+ 3. The learning rate may be at most 0.01.
+ 4. Candidates of different data, learning rates, epochs and losses train side by side.
+
+Top to bottom: grids as tokens, the self-edit, studying, predicting.
+"""
+
+import json
+import math
+from collections import Counter
+
+import numpy as np
+
+from common import Progress, read_json, read_jsonl, write_jsonl
+from data.arc import GROUPS, INVERSE, LARGEST, SYMMETRIES, Task, load_tasks, training_tasks
+from inner import Example, Study, inner_update
+from lora import Adapters
+from quiz import answer_logprobs, lora_config
+from sampler import generate
+from tokenizer import Tokenizer
+
+# -----------------------------------------------------------------------------
+# grids as tokens
+
+
+def grid_ids(tok: Tokenizer, grid: np.ndarray) -> list[int]:
+    """One token per cell, one newline token after each row: [[1, 2], [3, 4]] -> "1" "2" "\\n" "3" "4" "\\n"."""
+    [newline], digits = tok.encode("\n"), [tok.encode(str(d))[0] for d in range(10)]
+    return [t for row in grid for t in (*(digits[c] for c in row), newline)]
+
+
+def read_grid(text: str) -> tuple[np.ndarray | None, str]:
+    """Predicted text -> (grid, ""), or (None, why it is none)."""
+    rows = text.strip("\n").split("\n")
+    if not text.strip() or not all(row and set(row) <= set("0123456789") for row in rows):
+        return None, "not a grid"
+    if len({len(row) for row in rows}) > 1:
+        return None, "rows of unequal length"
+    if max(len(rows), len(rows[0])) > LARGEST:
+        return None, f"larger than {LARGEST} x {LARGEST}"
+    return np.array([[int(c) for c in row] for row in rows], dtype=np.int8), ""
+
+
+def pair_ids(tok: Tokenizer, a: np.ndarray, b: np.ndarray | None) -> tuple[list[int], list[int]]:
+    """Token ids of one pair: what asks ("input:\\n" grid "output:\\n"), and what answers (grid, end); b None: no answer."""
+    ask = [*tok.encode("input:\n"), *grid_ids(tok, a), *tok.encode("output:\n")]
+    return ask, [] if b is None else [*grid_ids(tok, b), tok.end_ids[0]]
+
+
+def task_prompt(tok: Tokenizer, task: Task, test: int = 0) -> list[int]:
+    """The demonstrations, then a test input, up to where its output begins."""
+    ids = [t for a, b in task.train for part in pair_ids(tok, a, b) for t in part]
+    return ids + pair_ids(tok, task.test[test][0], None)[0]
+
+
+def task_example(tok: Tokenizer, task: Task, every_token: bool) -> Example:
+    """One training task as a training sequence. The loss counts every token, or those of the outputs; not of the first
+    demonstration's, which nothing tells."""
+    ids, counts = [], []
+    for n, (a, b) in enumerate((*task.train, *task.test)):
+        for part, counted in zip(pair_ids(tok, a, b), (every_token, every_token or n > 0)):
+            ids += part
+            counts += [counted] * len(part)
+    return Example(tuple(ids), tuple(counts))
+
+
+# -----------------------------------------------------------------------------
+# the self-edit
+
+STRATEGIES = ("train_using_all_tokens", "train_using_output_tokens")
+MAX_LR, MAX_EPOCHS, MAX_STEPS, BATCH = 1e-2, 100, 375, 2  # the last two are the paper's
+
+ASK = (
+    "A model is to learn the rule of a puzzle from the examples below. Decide how it should be trained. Which data: basic "
+    "augmentations (rotations, flips, shifts, mirrors), size augmentations (larger cells), chain augmentations (a rotation "
+    "or flip, then larger), repeat augmentations (tiling). Which tokens the loss counts, the learning rate and the number "
+    "of epochs. Reply with one JSON object of this form and nothing else:\n"
+)
+EXAMPLE = {
+    "data_generation": dict.fromkeys(GROUPS, False) | {"use_basic_augmentations": True},
+    "training": {"strategy": STRATEGIES[1], "learning_rate": 0.001, "num_train_epochs": 2},
+}
+SCHEMA = (
+    '{"data_generation": {'
+    + ", ".join(f'"{g}": true or false' for g in GROUPS)
+    + '}, "training": {"strategy": "'
+    + '" or "'.join(STRATEGIES)
+    + '", "learning_rate": number, "num_train_epochs": whole number}}'
+)
+
+
+def settings_prompt(tok: Tokenizer, task: Task, shots: int = 1) -> list[int]:
+    """Token ids of the chat that asks how to study `task`; with shots=1 the reply to a tiny puzzle comes first."""
+
+    def question(pairs):
+        shown = "\n".join(tok.decode(part) for a, b in pairs for part in pair_ids(tok, a, b)).strip()
+        return {"role": "user", "content": f"{ASK}{SCHEMA}\n\n{shown}"}
+
+    flip = np.array([[1, 0], [2, 0]], dtype=np.int8)
+    example = [question([(flip, flip[:, ::-1])]), {"role": "assistant", "content": json.dumps(EXAMPLE)}]
+    return tok.chat([*example * shots, question(task.train)])
+
+
+def parse_settings(text: str, ended: bool) -> tuple[dict, str]:
+    """Sampled text -> (settings, flaw): {"groups": [...], "every_token": bool, "lr": float, "epochs": int}, or {} and one of
+    "empty", "endless", "malformed" (no JSON object of the form), "out of bounds". Text around the object is ignored.
+    """
+    if not text.strip():
+        return {}, "empty"
+    if not ended:
+        return {}, "endless"
+    try:
+        value = json.loads(text[text.index("{") : text.rindex("}") + 1])
+        data, training = value["data_generation"], value["training"]
+        chosen = {g: data[g] for g in GROUPS}
+        strategy, lr, epochs = (training[k] for k in ("strategy", "learning_rate", "num_train_epochs"))
+        number = type(lr) in (int, float) and type(epochs) is int
+        if not number or strategy not in STRATEGIES or not all(type(v) is bool for v in chosen.values()):
+            return {}, "malformed"
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return {}, "malformed"
+    if not (0 < lr <= MAX_LR and 1 <= epochs <= MAX_EPOCHS):
+        return {}, "out of bounds"
+    groups = [g for g in GROUPS if chosen[g]]
+    return {"groups": groups, "every_token": strategy == STRATEGIES[0], "lr": float(lr), "epochs": epochs}, ""
+
+
+# -----------------------------------------------------------------------------
+# studying
+
+
+NOTHING = {"flaw": "", "steps": 0, "tokens": 0, "loss": None, "diverged": False}
+NOTHING |= {"solved": 0.0, "cells": 0.0, "logprob": -100.0, "predictions": []}
+
+
+def examples_of(tok: Tokenizer, task: Task, settings: dict, limit: int, seed: int, context: int) -> list[Example]:
+    """The training sequences that the settings make of a task, at most `limit`; none longer than `context` tokens."""
+    rng = np.random.default_rng([seed, *task.id.encode()])
+    made = training_tasks(task, settings["groups"], limit, rng)
+    examples = [task_example(tok, t, settings["every_token"]) for t in made]
+    return [e for e in examples if len(e.ids) <= context]
+
+
+def n_steps(examples: list, settings: dict) -> int:
+    return settings["epochs"] * math.ceil(len(examples) / BATCH)
+
+
+def study_and_predict(
+    model, tok, candidates: list[tuple], examples: list[list[Example]], lora, seed: int, tick=None
+) -> list[dict]:
+    """One population: each candidate (task, settings) trains on its own examples as its settings say, then predicts.
+
+    Returns for each {"steps", "tokens", "loss", "diverged", and what predict() says}; a diverged one has solved nothing.
+    """
+    adapters = Adapters.init(model, lora, len(candidates), seed)
+    how = [Study(lr=s["lr"], epochs=s["epochs"], schedule="cosine", row_len=0, batch=BATCH) for _, s in candidates]
+    outcomes = inner_update(model, adapters, examples, how, seed, tick)
+    results = []
+    for outcome, result in zip(outcomes, predict(model, tok, [task for task, _ in candidates], adapters)):
+        done = {"steps": outcome.steps, "tokens": outcome.tokens, "loss": outcome.loss, "diverged": outcome.diverged}
+        failed = {k: NOTHING[k] for k in ("solved", "cells", "logprob")} if outcome.diverged else {}
+        results.append(done | result | failed)
+    return results
+
+
+def study_puzzles(model, tok, candidates: list[tuple], lora, args, seed: int, log, label: str) -> list[dict]:
+    """study_and_predict() for any number of candidates (task, settings), in the order given; equal ones are trained once.
+
+    Settings that would take more than MAX_STEPS steps are not trained, {"flaw": "too many steps", "solved": 0, ...}, as in
+    the paper; nor are tasks of which no training sequence fits the context, {"flaw": "too long"}. Every population's
+    results are written to `log` (JSON lines) at once; those found there are not computed again.
+    """
+    done, todo = {}, {}
+    for task, settings in candidates:
+        key = json.dumps([task.id, settings])
+        if key in done or key in todo:
+            continue
+        examples = examples_of(tok, task, settings, args.augmented, seed, model.config.max_seq_len)
+        flaw = "too long" if not examples else "too many steps" if n_steps(examples, settings) > MAX_STEPS else ""
+        if flaw:
+            done[key] = NOTHING | {"flaw": flaw, "predictions": [flaw] * len(task.test)}
+        else:
+            todo[key] = (task, settings), examples
+    found = {r.pop("key"): r for r in read_jsonl(log)} if log.is_file() else {}
+    done |= {k: r for k, r in found.items() if k in todo}
+    left = sorted(todo, key=lambda k: (max(len(e.ids) for e in todo[k][1]), n_steps(todo[k][1], todo[k][0][1]), k))
+    progress, tokens = Progress(label, len(left)), 0
+
+    def tick(n, loss):
+        nonlocal tokens
+        tokens += n
+        progress.step(0, loss=loss, tok_s=progress.rate(tokens))
+
+    for keys in np.array_split(left, math.ceil(len(left) / args.population)) if left else []:
+        if not all(k in done for k in keys):
+            some, examples = zip(*(todo[k] for k in keys))
+            results = study_and_predict(model, tok, list(some), list(examples), lora, seed, tick)
+            done |= {str(k): {"flaw": ""} | r for k, r in zip(keys, results)}
+            write_jsonl(log, [{"key": k, **done[k]} for k in todo if k in done])
+        progress.step(len(keys), solved=float(np.mean([r["solved"] for r in done.values()])))
+    return [done[json.dumps([task.id, settings])] for task, settings in candidates]
+
+
+class Puzzles:
+    """train_outer.py's --task arc: what self-edits are about, how they are read, and what they earn."""
+
+    def __init__(self, args, model, tok):
+        ids = read_json(args.tasks).get(args.split, []) if args.tasks else []
+        tasks = load_tasks(args.data, "" if ids else "train", tuple(ids))[args.skip :]
+        self.tasks = {t.id: t for t in (tasks[: args.limit] if args.limit else tasks)}
+        self.prompts = {i: [settings_prompt(tok, t, args.shots)] for i, t in self.tasks.items()}
+        fits = {i: len(p) + args.max_new <= model.config.max_seq_len for i, [p] in self.prompts.items()}
+        if left := [i for i in fits if not fits[i]]:
+            print(f"{len(left)} of {len(fits)} tasks left out, their prompts do not fit the context: {' '.join(left)}")
+            self.prompts = {i: p for i, p in self.prompts.items() if fits[i]}
+        if not self.prompts:
+            raise SystemExit(f"error: {args.data}: no tasks left to work on")
+
+    @staticmethod
+    def read(parts: list[tuple]) -> dict:
+        settings, flaw = parse_settings(*parts[0])
+        return {"style": "settings", "settings": settings, "flaws": [flaw], "flaw": flaw}
+
+    def score(self, model, tok, edits, args, seed: int, folder) -> dict:
+        """Fill in every self-edit's score and reward; flawed ones earn nothing. Returns {id: reward of doing nothing}."""
+        sound = [e for e in edits if not e.flaw]
+        candidates = [(self.tasks[e.passage], e.settings) for e in sound]
+        how = (lora_config(args, model), args, seed, folder / "studied.jsonl", f"{folder.name} study")
+        results = {id(e): r for e, r in zip(sound, study_puzzles(model, tok, candidates, *how))}
+        for e in edits:
+            r = results.get(id(e), NOTHING)
+            e.flaw = e.flaw or r["flaw"] or "diverged" * r["diverged"]
+            e.score = {"accuracy": r["solved"], "cells": r["cells"], "logprob": r["logprob"]}
+            e.steps, e.loss, e.reward = r["steps"], r["loss"], e.score[args.reward]
+        return dict.fromkeys(self.prompts, NOTHING["solved"] if args.reward == "accuracy" else NOTHING["logprob"])
+
+
+# -----------------------------------------------------------------------------
+# predicting
+
+
+def predict(model, tok, tasks: list[Task], adapters: Adapters | None = None) -> list[dict]:
+    """Greedy outputs of every test input of tasks[n], under the n-th adapter, scored for each task:
+    solved       1 if all its outputs are right
+    cells        share of right cells, 0 for an output of the wrong shape; mean over its outputs
+    logprob      mean log-likelihood per token of the right outputs
+    predictions  what was predicted, as text, or why it is no grid
+    """
+    asked = [(n, i) for n, task in enumerate(tasks) for i in range(len(task.test))]
+    prompts = [task_prompt(tok, tasks[n], i) for n, i in asked]
+    golds = [pair_ids(tok, *tasks[n].test[i])[1] for n, i in asked]
+    known = [g for task in tasks for g in (*(g for pair in task.train for g in pair), *(a for a, _ in task.test))]
+    longest = 2 + 2 * max(len(grid_ids(tok, g)) for g in known)  # hardly any task's output needs more
+    logprobs = {}
+
+    def score_golds(order, cache, valid, x):
+        logprobs.update(zip(order, answer_logprobs(model, [golds[i] for i in order], cache, valid, x)))
+
+    how = {"adapters": adapters, "owner": [n for n, _ in asked], "on_prefill": score_golds}
+    outputs = generate(model, prompts, max(longest, *map(len, golds)), tok.end_ids, **how)
+    results = [{"solved": [], "cells": [], "logprob": [], "predictions": []} for _ in tasks]
+    for k, ((n, i), ids) in enumerate(zip(asked, outputs)):
+        text = tok.decode([t for t in ids if t not in tok.end_ids])
+        grid, why = read_grid(text) if ids[-1] in tok.end_ids else (None, "endless")
+        truth, mine = tasks[n].test[i][1], results[n]
+        alike = grid is not None and grid.shape == truth.shape
+        mine["cells"].append(float((grid == truth).mean()) if alike else 0.0)
+        mine["solved"].append(float(mine["cells"][-1] == 1.0))
+        mine["logprob"].append(logprobs[k])
+        mine["predictions"].append(why or text)
+    return [
+        {"solved": min(r["solved"]), "cells": float(np.mean(r["cells"])), "logprob": float(np.mean(r["logprob"])),
+         "predictions": r["predictions"]}
+        for r in results
+    ]  # fmt: skip
+
+
+def vote(model, tok, task: Task, adapters: Adapters | None, views: int, rng: np.random.Generator) -> list[list[np.ndarray]]:
+    """For each test input of `task` the two outputs predicted most often over `views` views: a symmetry of all grids, the
+    demonstrations in another order, at times without one of them; each prediction is turned back before it counts.
+    """
+    names = ["", *SYMMETRIES]
+    seen, undo = [], []
+    for v in range(views):
+        name = names[v % len(names)]
+        kept = [int(i) for i in rng.permutation(len(task.train))][: max(1, len(task.train) - (v >= len(names)))]
+        view = Task(task.id, tuple(task.train[i] for i in kept), task.test)
+        seen.append(view.map(SYMMETRIES[name]) if name else view)
+        undo.append(SYMMETRIES[INVERSE[name]] if name else lambda g: g)
+    if adapters is not None:
+        adapters = adapters.pick([0] * views)
+    found = predict(model, tok, seen, adapters)
+    attempts = []
+    for i in range(len(task.test)):
+        grids = [back(g) for r, back in zip(found, undo) if (g := read_grid(r["predictions"][i])[0]) is not None]
+        counts = Counter((g.shape, g.tobytes()) for g in grids)
+        attempts.append([np.frombuffer(data, np.int8).reshape(shape) for (shape, data), _ in counts.most_common(2)])
+    return attempts

@@ -1,0 +1,295 @@
+"""Three studies behind the defaults and the results.
+
+    python studies.py reward      # which reward says what a self-edit is worth?       -> results/reward_reliability.json
+    python studies.py recipes     # prompt style, temperature, layers, lr, epochs      -> results/recipes.json
+    python studies.py notes --work runs/eval-qa_ladder/climb-0    # what did RL change in the notes?  -> results/notes.json
+
+reward: each self-edit is studied with --seeds seeds (other adapters, other order of rows). A reward is reliable if, among
+one passage's self-edits, it repeats itself:
+    questions    split-half correlation over the quiz's questions, corrected to the whole quiz (Spearman-Brown: 2r / (1 + r))
+    seeds        correlation between two seeds
+    both         one half of the questions under one seed against the other half under another, not corrected
+And what matters: pick each passage's best self-edit by the reward on half of the questions; then, under the last seed and
+on the other half, "picks_best" is how often it has the highest accuracy there (ties count; "chance" if picked blindly), and
+"gain" its accuracy above the mean of the passage's self-edits. Rewards are accuracy, logprob (quiz.py) and
+    mixed        accuracy + logprob / 4
+each averaged over 1, 2, ... seeds of study.
+
+recipes: on training passages, one change at a time from the defaults; each row with its accuracy and seconds per candidate.
+"best" holds, for each way of studying, the learning rate and number of steps with the highest accuracy: eval_qa.py --recipes
+reads it. All rows of one method are tried with the same grid, so no method is tuned more than another.
+
+notes: of the self-edits that an eval_qa.py ladder sampled, per method; a word counts if it has four letters or a digit:
+    tokens       length
+    covered      share of the passage's words that occur in the notes
+    repeats      share of the notes with 80 % of their words in one earlier note
+    unsupported  share of the notes with less than 60 % of their words in the passage and its title
+"""
+
+import re
+import shlex
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+
+from common import digest, open_run, read_jsonl, sub_seed, write_json
+from data.qa import load_passages
+from eval_qa import bootstrap
+from quiz import Candidate, at_least, load, lora_config, make_parser, mean_scores, study_all, study_settings
+from selfedit import STYLES, write_self_edits
+
+REWARDS = {
+    "accuracy": lambda s: s["accuracy"],
+    "logprob": lambda s: s["logprob"],
+    "mixed": lambda s: s["accuracy"] + s["logprob"] / 4,
+}
+OUT = {"reward": "reward_reliability", "recipes": "recipes", "notes": "notes"}
+
+
+def parse_arguments():
+    parser = make_parser(__doc__)
+    add = parser.add_argument_group("studies").add_argument
+    add("study", choices=OUT, help="which")
+    add("--data", default="data/passages.json", help="passages with questions")
+    add("--skip", type=at_least(0), default=0, help="leave out the first N passages")
+    add("--limit", type=at_least(0), default=48, help="use at most N passages, 0: all")
+    add("--samples", type=at_least(2), default=4, help="reward: self-edits per passage")
+    add("--seeds", type=at_least(2), default=3, help="reward: studies of each self-edit, the last one to judge by")
+    add("--lrs", type=at_least(0.0), nargs="+", default=[1e-3, 2e-3, 4e-3], help="recipes: learning rates")
+    add("--step-counts", type=at_least(1), nargs="+", default=[8, 16, 32], help="recipes: --steps to compare")
+    add("--layers", type=at_least(0), nargs="+", default=[6, 10, 15, 0], help="recipes: --top-layers to compare")
+    add("--temperatures", type=at_least(0.0), nargs="+", default=[0.4, 0.7, 1.0], help="recipes: --temperature to compare")
+    add("--work", help="recipes, reward: folder for progress, default runs/STUDY; notes: the ladder's, with *-sampled.jsonl")
+    add("--out", help="default: results/... as above")
+    args = parser.parse_args()
+    args.out = args.out or f"results/{OUT[args.study]}.json"
+    return args
+
+
+# -----------------------------------------------------------------------------
+# reward
+
+
+def correlation(a: np.ndarray, b: np.ndarray) -> float:
+    """Of a, b (passages, M), each centred within its passage."""
+    a, b = (x - x.mean(axis=1, keepdims=True) for x in (a, b))
+    scale = np.sqrt((a**2).sum() * (b**2).sum())
+    return float((a * b).sum() / scale) if scale else 0.0
+
+
+def halves(counts: list[int], rng) -> list[np.ndarray]:
+    """For each quiz, which of its questions are in the first half: bool, one or half of them, at random."""
+    return [rng.permutation(n) < max(1, n // 2) for n in counts]
+
+
+def judge_reward(scores: list[list[list[list[dict]]]], name: str, averaged: int, seed: int, splits: int = 200) -> dict:
+    """One row: the reward `name`, averaged over the first `averaged` seeds. scores[seed][passage][sample][question]."""
+
+    def values(seeds, of, mask):
+        """(passages, M) mean over seeds and over the questions in mask, one bool array for each passage."""
+        table = [
+            [[np.mean([of(q) for q, m in zip(a, take) if m]) for a in p] for p, take in zip(scores[s], mask)] for s in seeds
+        ]
+        return np.mean(table, axis=0)
+
+    rng, reward, last = np.random.default_rng(seed), REWARDS[name], len(scores) - 1
+    counts, all_seeds = [len(p[0]) for p in scores[0]], list(range(averaged))
+    whole = [np.ones(n, bool) for n in counts]
+    questions, both, best, chance, gains = [], [], [], [], []
+    for _ in range(splits):
+        one = halves(counts, rng)
+        two = [~mask for mask in one]
+        mine, other = values(all_seeds, reward, one), values(all_seeds, reward, two)
+        questions.append(correlation(mine, other))
+        both.append(correlation(mine, values([last], reward, two)))
+        truth = values([last], REWARDS["accuracy"], two)
+        pick = mine.argmax(axis=1)
+        top = truth >= truth.max(axis=1, keepdims=True) - 1e-9
+        best.append(top[np.arange(len(pick)), pick].mean())
+        chance.append(top.mean())
+        gains.append(truth[np.arange(len(pick)), pick] - truth.mean(axis=1))
+    r, gain = float(np.mean(questions)), np.mean(gains, axis=0)  # gain: one per passage
+    reliability = {
+        "questions": 2 * r / (1 + r),
+        "seeds": correlation(values(all_seeds, reward, whole), values([last], reward, whole)),
+        "both": float(np.mean(both)),
+    }
+    picks = {"picks_best": float(np.mean(best)), "chance": float(np.mean(chance))}
+    return (
+        {"reward": name, "seeds": averaged, "reliability": reliability}
+        | picks
+        | {
+            "gain": float(gain.mean()),
+            "ci95": bootstrap(gain, seed),
+        }
+    )
+
+
+def study_reward(model, tok, passages, args, work: Path) -> dict:
+    log = work / "sampled.jsonl"
+    edits = write_self_edits(model, tok, passages, args.samples, args, sub_seed(args.seed, 0), log, "sample")
+    passage_of = {p.id: p for p in passages}
+    candidates = [Candidate(passage_of[e.passage], tuple(e.notes)) for e in edits]
+    how, scores = (lora_config(args, model), study_settings(args)), []
+    for s in range(args.seeds):
+        log, label = work / f"studied-{s}.jsonl", f"seed {s + 1}/{args.seeds}"
+        results = study_all(model, tok, candidates, *how, sub_seed(args.seed, 1, s), args.population, log, label)
+        answers = [r["answers"] for r in results]
+        scores.append([answers[i : i + args.samples] for i in range(0, len(answers), args.samples)])
+    # A quiz of one question has no halves.
+    scores = [[p for p in mine if len(p[0]) > 1] for mine in scores]
+    rows = [judge_reward(scores, name, n, args.seed) for n in range(1, args.seeds) for name in REWARDS]
+    for r in rows:
+        line = "  ".join(f"{k} {v:.2f}" for k, v in r["reliability"].items())
+        low, high = r["ci95"]
+        print(f"{r['reward']:9} x{r['seeds']}  {line}  gain {100 * r['gain']:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]")
+    return {"samples": args.samples, "seeds": args.seeds, "rows": rows}
+
+
+# -----------------------------------------------------------------------------
+# recipes
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One row of the study; its fields are named as the settings."""
+
+    method: str
+    style: str
+    temperature: float
+    top_layers: int
+    lr: float
+    epochs: int
+    steps: int
+    rehearse: bool = True
+
+
+def recipes(args) -> list[Recipe]:
+    """lr x steps for each method, then one change at a time of what is asked for and adapted; each row once."""
+    base = Recipe("passage+self-edit", args.style, args.temperature, args.top_layers, args.lr, args.epochs, args.steps)
+    methods = ("passage", "passage+unrelated", "passage+self-edit")
+    rows = [replace(base, method=m, lr=lr, steps=n) for m in methods for n in args.step_counts for lr in args.lrs]
+    common = replace(base, steps=args.steps)
+    rows += [replace(common, style=s, temperature=t) for s in STYLES for t in args.temperatures]
+    rows += [replace(common, top_layers=k) for k in args.layers]
+    rows += [
+        replace(base, method=m, epochs=n) for m in methods[::2] for n in (args.epochs // 2, args.epochs, 2 * args.epochs)
+    ]
+    return list(dict.fromkeys(rows))
+
+
+def study_recipe(model, tok, passages, recipe: Recipe, args, work: Path) -> dict:
+    mine = SimpleNamespace(**{**vars(args), **vars(recipe)})
+    notes, titles = [()] * len(passages), [p.title for p in passages]
+    if recipe.method != "passage":
+        log = work / f"sampled-{recipe.style}-{recipe.temperature:g}.jsonl"
+        edits = write_self_edits(model, tok, passages, 1, mine, sub_seed(args.seed, 0), log, log.stem)
+        notes = [tuple(e.notes) for e in edits]
+    if recipe.method == "passage+unrelated":
+        notes, titles = notes[1:] + notes[:1], titles[1:] + titles[:1]
+    candidates = [Candidate(p, n, t) for p, n, t in zip(passages, notes, titles)]
+    name = "-".join(f"{v:g}" if isinstance(v, float) else str(v) for v in vars(recipe).values())
+    start, log = time.perf_counter(), work / f"{name}.jsonl"
+    timed = not log.is_file()  # else some were studied before this run was killed and resumed
+    how = (lora_config(mine, model), study_settings(mine), sub_seed(args.seed, 1), args.population)
+    results = study_all(model, tok, candidates, *how, log, name)
+    seconds = (time.perf_counter() - start) / len(passages)
+    means = [mean_scores(r["answers"]) for r in results]
+    accuracy = np.array([m["accuracy"] for m in means])
+    return vars(recipe) | {
+        "protocol": "steps" if recipe.steps else "epochs",
+        "steps": float(np.mean([r["steps"] for r in results])),
+        "accuracy": float(accuracy.mean()),
+        "ci95": bootstrap(accuracy, args.seed),
+        "logprob": float(np.mean([m["logprob"] for m in means])),
+        "seconds_per_candidate": seconds if timed else None,
+    }
+
+
+def study_recipes(model, tok, passages, args, work: Path) -> dict:
+    rows, best = [], {}
+    for recipe in recipes(args):
+        rows.append(study_recipe(model, tok, passages, recipe, args, work))
+        r, default = rows[-1], (args.style, args.temperature, args.top_layers)
+        print("  ".join(f"{v:.3g}" if isinstance(v, float) else str(v) for v in r.values()), flush=True)
+        own = (recipe.style, recipe.temperature, recipe.top_layers) == default and recipe.rehearse
+        if own and recipe.steps in args.step_counts and recipe.lr in args.lrs:
+            mine = {"lr": recipe.lr, "steps": recipe.steps, "accuracy": r["accuracy"]}
+            best[recipe.method] = max(best.get(recipe.method, mine), mine, key=lambda b: b["accuracy"])
+    return {"rows": rows, "best": best}
+
+
+# -----------------------------------------------------------------------------
+# notes
+
+MEASURES = ("tokens", "notes", "covered", "repeats", "unsupported")
+ASKING = {"what", "which", "when", "where", "whose", "whom", "does", "many", "much", "question", "answer"}
+
+
+def words(text: str) -> set:
+    """Those that count: four letters or more, or a digit. "In 1742 she cast the bell." -> {"1742", "cast", "bell"}."""
+    found = re.findall(r"\w+", text.lower())
+    return {w for w in found if len(w) >= 4 or any(c.isdigit() for c in w)} - ASKING
+
+
+def measure(tok, title: str, passage: str, text: str, notes: list[str]) -> dict:
+    """The four measures of one self-edit; shares of no notes are 0."""
+    own, each = words(passage), [words(n) for n in notes]
+    each = [w for w in each if w]
+    repeats = [any(len(w & v) >= 0.8 * len(w) for v in each[:i]) for i, w in enumerate(each)]
+    unsupported = [len(w & (own | words(title))) < 0.6 * len(w) for w in each]
+    return {
+        "tokens": len(tok.encode(text)),
+        "notes": len(notes),
+        "covered": len(own & set().union(*each)) / len(own) if own else 0.0,
+        "repeats": float(np.mean(repeats)) if each else 0.0,
+        "unsupported": float(np.mean(unsupported)) if each else 0.0,
+    }
+
+
+def study_notes(tok, passages, args) -> dict:
+    """Compare the methods' self-edits; examples are the first, middle and last passage, and each one's first self-edit."""
+    logs = sorted(Path(args.work or "").glob("*-sampled.jsonl"))
+    if not args.work or not logs:
+        raise SystemExit(f"error: --work {args.work}: no *-sampled.jsonl there; give the folder of an eval_qa.py ladder")
+    by_id, rows, examples = {p.id: p for p in passages}, [], {}
+    for log in logs:
+        edits = [e for e in read_jsonl(log) if e["passage"] in by_id]
+        measured = {}
+        for e in edits:
+            p, text = by_id[e["passage"]], "\n".join(e["parts"])
+            measured.setdefault(p.id, []).append(measure(tok, p.title, p.text, text, e["notes"]))
+        row = {"method": log.name.removesuffix("-sampled.jsonl"), "n": len(edits)}
+        for key in MEASURES:
+            mine = np.array([np.mean([m[key] for m in some]) for some in measured.values()])
+            row |= {key: float(mine.mean()), f"{key}_ci95": bootstrap(mine, args.seed)}
+        rows.append(row)
+        print("  ".join(f"{k} {v:.2f}" if isinstance(v, float) else str(v) for k, v in row.items() if "ci95" not in k))
+        for p in (passages[0], passages[len(passages) // 2], passages[-1]):
+            shown = examples.setdefault(p.id, {"title": p.title, "passage": p.text})
+            shown[row["method"]] = next("\n".join(e["parts"]) for e in edits if e["passage"] == p.id)
+    return {"rows": rows, "examples": list(examples.values())}
+
+
+def main() -> None:
+    args = parse_arguments()
+    passages = load_passages(args.data, "heldout" if args.study == "notes" else "train", args.skip, args.limit)
+    model, tok = load(args)
+    if args.study == "notes":
+        result = study_notes(tok, passages, args)
+    else:
+        settings = {k: v for k, v in vars(args).items() if k not in ("work", "out")} | {"data_sha256": digest(args.data)}
+        work = open_run(args.work or f"runs/{args.study}", settings)
+        lora_config(args, model)  # complains now rather than after sampling
+        result = {"reward": study_reward, "recipes": study_recipes}[args.study](model, tok, passages, args, work)
+    head = {"command": shlex.join(["python", *sys.argv]), "seed": args.seed, "model": args.model, "dtype": str(model.dtype)}
+    counts = {"n_passages": len(passages), "n_questions": sum(len(p.questions) for p in passages)}
+    write_json(args.out, head | counts | {"settings": vars(args)} | result)
+
+
+if __name__ == "__main__":
+    main()

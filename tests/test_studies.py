@@ -1,0 +1,112 @@
+"""studies.py: statistics with known answers, and each study on a tiny model."""
+
+import json
+
+import numpy as np
+import pytest
+from conftest import run_script
+
+import eval_qa
+import studies
+from studies import correlation, judge_reward, measure, words
+
+
+def simulated(passages=200, samples=4, questions=6, seeds=3, signal=1.0, noise=1.0):
+    """scores[seed][passage][sample][question] whose log-probability is a self-edit's worth plus noise, accuracy its sign."""
+    rng = np.random.default_rng(0)
+    worth = rng.normal(0, signal, (passages, samples, 1))
+    values = worth + rng.normal(0, noise, (seeds, passages, samples, questions))
+    return [
+        [[[{"accuracy": float(v > 0), "logprob": v} for v in a] for a in p] for p in s] for s in values
+    ]  # fmt: skip
+
+
+def test_correlation_is_within_passages():
+    a = np.array([[0.0, 1.0], [10.0, 11.0]])
+    assert correlation(a, a) == pytest.approx(1) and correlation(a, -a) == pytest.approx(-1)
+    assert correlation(a, np.array([[1.0, 0.0], [11.0, 10.0]])) == pytest.approx(-1)  # though passages agree
+    assert correlation(a, np.ones((2, 2))) == 0
+
+
+def test_reliability_of_a_simulated_reward():
+    """Six questions of noise as large as the signal: reliability 1 / (1 + 1/6), and 1 / (1 + 1/3) for a half."""
+    row = judge_reward(simulated(), "logprob", averaged=1, seed=0, splits=20)
+    assert row["reliability"]["questions"] == pytest.approx(6 / 7, abs=0.03)
+    assert row["reliability"]["seeds"] == pytest.approx(6 / 7, abs=0.03)
+    assert row["reliability"]["both"] == pytest.approx(3 / 4, abs=0.04)
+    two = judge_reward(simulated(), "logprob", averaged=2, seed=0, splits=20)
+    assert (
+        two["reliability"]["seeds"] == pytest.approx((12 * 6 / 13 / 7) ** 0.5, abs=0.03) and two["gain"] > row["gain"] > 0.1
+    )
+    assert row["ci95"][0] < row["gain"] < row["ci95"][1] and row["picks_best"] > row["chance"] + 0.1
+
+
+def test_a_reward_of_noise_gains_nothing():
+    row = judge_reward(simulated(signal=0.0), "logprob", averaged=1, seed=0, splits=20)
+    assert abs(row["reliability"]["both"]) < 0.1 and row["ci95"][0] < 0.01 and abs(row["gain"]) < 0.02
+    assert row["picks_best"] == pytest.approx(row["chance"], abs=0.03)
+
+
+def test_measures(tok):
+    assert words("In 1742 she cast the bell.") == {"1742", "cast", "bell"}
+    passage = "Hessa cast the bell in 1742. It weighs 900 kilograms."  # hessa, cast, bell, 1742, weighs, 900, kilograms
+    notes = ["Hessa cast the bell in 1742.", "The bell was cast in 1742.", "Nobody ever bought seventeen copper kettles."]
+    m = measure(tok, "Vantor", passage, "\n".join(notes), notes)
+    assert m["covered"] == pytest.approx(4 / 7) and m["repeats"] == m["unsupported"] == pytest.approx(1 / 3)
+    assert m["notes"] == 3 and m["tokens"] == len(tok.encode("\n".join(notes)))
+    assert measure(tok, "T", passage, "", [])["covered"] == 0
+
+
+def run(monkeypatch, folder, data, tmp_path, *extra):
+    args = [
+        "--data",
+        data,
+        "--work",
+        tmp_path / "work",
+        "--out",
+        tmp_path / "out.json",
+        "--max-new",
+        8,
+        "--epochs",
+        2,
+        "--steps",
+        2,
+    ]
+    run_script(monkeypatch, studies, folder, *args, "--top-layers", 2, "--rank", 2, *extra)
+    return json.loads((tmp_path / "out.json").read_text())
+
+
+def test_the_reward_study(tiny_folder, passages_file, tmp_path, monkeypatch):
+    result = run(monkeypatch, tiny_folder, passages_file, tmp_path, "reward", "--samples", 2)
+    assert [(r["reward"], r["seeds"]) for r in result["rows"]] == [(n, s) for s in (1, 2) for n in studies.REWARDS]
+    assert result["n_passages"] == 3 and result["command"].startswith("python studies.py")
+    monkeypatch.setattr("quiz.study_and_quiz", None)  # everything is found in the work folder
+    assert run(monkeypatch, tiny_folder, passages_file, tmp_path, "reward", "--samples", 2)["rows"] == result["rows"]
+
+
+def test_the_recipe_study_feeds_the_ladder(tiny_folder, passages_file, tmp_path, monkeypatch):
+    extra = ["recipes", "--limit", 2, "--step-counts", 2, 3, "--lrs", 1e-3, 2e-3, "--layers", 1, "--temperatures", 0.5]
+    result = run(monkeypatch, tiny_folder, passages_file, tmp_path, *extra)
+    assert set(result["best"]) == {"passage", "passage+unrelated", "passage+self-edit"}
+    for r in result["rows"]:
+        assert 0 <= r["accuracy"] <= 1 and r["seconds_per_candidate"] > 0
+    assert {r["top_layers"] for r in result["rows"]} == {1, 2} and {r["style"] for r in result["rows"]} == set(
+        studies.STYLES
+    )
+    assert len({json.dumps({k: r[k] for k in r if k != "seconds_per_candidate"}) for r in result["rows"]}) == len(
+        result["rows"]
+    )
+    args = ["--data", passages_file, "--max-new", 8, "--top-layers", 2, "--rank", 2, "--match", "steps"]
+    args += ["--recipes", tmp_path / "out.json", "--work", tmp_path / "ladder", "--out", tmp_path / "ladder.json"]
+    run_script(monkeypatch, eval_qa, tiny_folder, *args)
+    rows = {r["method"]: r for r in json.loads((tmp_path / "ladder.json").read_text())["rows"]}
+    for method, best in result["best"].items():
+        assert (rows[method]["train_steps"], rows[method]["lr"]) == (best["steps"], best["lr"])
+    notes = run(monkeypatch, tiny_folder, passages_file, tmp_path, "notes", "--work", tmp_path / "ladder" / "climb-0")
+    assert [r["method"] for r in notes["rows"]] == ["passage+self-edit"] and notes["rows"][0]["n"] == 2
+    assert all({"title", "passage", "passage+self-edit"} == e.keys() for e in notes["examples"])
+
+
+def test_no_ladder_there(tiny_folder, passages_file, tmp_path, monkeypatch):
+    with pytest.raises(SystemExit, match="no .*-sampled.jsonl there"):
+        run(monkeypatch, tiny_folder, passages_file, tmp_path, "notes")
