@@ -1,16 +1,18 @@
 # Each target sets up what it needs, the virtual environment included, from a bare Python 3.11+.
-#   make demo    the whole loop on a real model, about 15 minutes on two cores
+#   make demo    the whole loop on a real model, about half an hour on two slow cores
 #   make test    linter and tests
 #   make bench   speed, side by side with transformers + peft, about 45 minutes on two cores
+#   make results the studies, a full run, its ladders and their figures: hours; killed, it goes on where it was
 PYTHON ?= python3
 PY := .venv/bin/python
 
-.PHONY: demo test bench model data clean
+.PHONY: demo test bench results model data clean
 .DELETE_ON_ERROR:
 
 demo: model
 	$(PY) train_outer.py --out runs/demo --limit 16 --samples 3 --rounds 1
 	$(PY) eval_qa.py --run runs/demo --limit 16 --out results/demo.json
+	$(PY) studies.py notes --limit 16 --work runs/eval-demo/climb-0 --out results/demo_notes.json
 
 test: .venv/dev model downloads/vocab
 	$(PY) -m ruff check .
@@ -18,6 +20,18 @@ test: .venv/dev model downloads/vocab
 
 bench: .venv/dev model
 	$(PY) bench.py
+
+QA := --samples 2 --seeds 2 --work runs/qa-ladder
+results: .venv/dev model
+	$(PY) eval_qa.py --split "" --no-study --out results/passages.json
+	$(PY) studies.py reward
+	$(PY) studies.py recipes --limit 24
+	$(PY) train_outer.py --out runs/qa --rounds 2 --samples 4
+	cp runs/qa/metrics.jsonl results/qa_rounds.jsonl
+	$(PY) eval_qa.py --run runs/qa $(QA) --recipes results/recipes.json --out results/qa_ladder.json
+	$(PY) eval_qa.py --run runs/qa $(QA) --match epochs --out results/qa_ladder_epochs.json
+	$(PY) studies.py notes --limit 0 --work runs/qa-ladder/climb-0
+	$(PY) plot.py
 
 model: checkpoints/smollm2-135m-instruct
 data: downloads/arc

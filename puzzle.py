@@ -145,7 +145,7 @@ def parse_settings(text: str, ended: bool) -> tuple[dict, str]:
 
 
 NOTHING = {"flaw": "", "steps": 0, "tokens": 0, "loss": None, "diverged": False}
-NOTHING |= {"solved": 0.0, "cells": 0.0, "logprob": -100.0, "predictions": []}
+NOTHING |= {"solved": 0.0, "voted": 0.0, "cells": 0.0, "logprob": -100.0, "predictions": []}
 
 
 def examples_of(tok: Tokenizer, task: Task, settings: dict, limit: int, seed: int, context: int) -> list[Example]:
@@ -160,12 +160,11 @@ def n_steps(examples: list, settings: dict) -> int:
     return settings["epochs"] * math.ceil(len(examples) / BATCH)
 
 
-def study_and_predict(
-    model, tok, candidates: list[tuple], examples: list[list[Example]], lora, seed: int, tick=None
-) -> list[dict]:
+def study_and_predict(model, tok, candidates: list[tuple], examples: list, lora, seed, views=0, tick=None) -> list[dict]:
     """One population: each candidate (task, settings) trains on its own examples as its settings say, then predicts.
 
     Returns for each {"steps", "tokens", "loss", "diverged", and what predict() says}; a diverged one has solved nothing.
+    With `views`, also "voted": 1 if every test output is one of vote()'s two.
     """
     adapters = Adapters.init(model, lora, len(candidates), seed)
     how = [Study(lr=s["lr"], epochs=s["epochs"], schedule="cosine", row_len=0, batch=BATCH) for _, s in candidates]
@@ -175,6 +174,10 @@ def study_and_predict(
         done = {"steps": outcome.steps, "tokens": outcome.tokens, "loss": outcome.loss, "diverged": outcome.diverged}
         failed = {k: NOTHING[k] for k in ("solved", "cells", "logprob")} if outcome.diverged else {}
         results.append(done | result | failed)
+    for n, (task, _) in enumerate(candidates if views else []):
+        attempts = vote(model, tok, task, adapters.pick([n]), views, np.random.default_rng(seed))
+        right = [any(np.array_equal(g, b) for g in mine) for mine, (_, b) in zip(attempts, task.test)]
+        results[n]["voted"] = float(all(right) and not results[n]["diverged"])
     return results
 
 
@@ -209,7 +212,7 @@ def study_puzzles(model, tok, candidates: list[tuple], lora, args, seed: int, lo
     for keys in np.array_split(left, math.ceil(len(left) / args.population)) if left else []:
         if not all(k in done for k in keys):
             some, examples = zip(*(todo[k] for k in keys))
-            results = study_and_predict(model, tok, list(some), list(examples), lora, seed, tick)
+            results = study_and_predict(model, tok, list(some), list(examples), lora, seed, args.vote, tick)
             done |= {str(k): {"flaw": ""} | r for k, r in zip(keys, results)}
             write_jsonl(log, [{"key": k, **done[k]} for k in todo if k in done])
         progress.step(len(keys), solved=float(np.mean([r["solved"] for r in done.values()])))
@@ -219,32 +222,38 @@ def study_puzzles(model, tok, candidates: list[tuple], lora, args, seed: int, lo
 class Puzzles:
     """train_outer.py's --task arc: what self-edits are about, how they are read, and what they earn."""
 
-    def __init__(self, args, model, tok):
+    def __init__(self, args, model, tok, only=()):
         ids = read_json(args.tasks).get(args.split, []) if args.tasks else []
-        tasks = load_tasks(args.data, "" if ids else "train", tuple(ids))[args.skip :]
-        self.tasks = {t.id: t for t in (tasks[: args.limit] if args.limit else tasks)}
-        self.prompts = {i: [settings_prompt(tok, t, args.shots)] for i, t in self.tasks.items()}
-        fits = {i: len(p) + args.max_new <= model.config.max_seq_len for i, [p] in self.prompts.items()}
-        if left := [i for i in fits if not fits[i]]:
-            print(f"{len(left)} of {len(fits)} tasks left out, their prompts do not fit the context: {' '.join(left)}")
-            self.prompts = {i: p for i, p in self.prompts.items() if fits[i]}
-        if not self.prompts:
-            raise SystemExit(f"error: {args.data}: no tasks left to work on")
+        tasks = load_tasks(args.data, "" if ids else "train", tuple(ids))
+        tasks = [t for t in tasks if not only or t.id in only][args.skip :]
+        tasks = {t.id: t for t in (tasks[: args.limit] if args.limit else tasks)}
+        prompts = {i: settings_prompt(tok, t, args.shots) for i, t in tasks.items()}
+        self.left_out = [i for i, p in prompts.items() if len(p) + args.max_new > model.config.max_seq_len]
+        if self.left_out:
+            some = f"{len(self.left_out)} of {len(prompts)} tasks left out"
+            print(f"{some}, their prompts are longer than the context: {' '.join(self.left_out)}")
+        self.prompts = {i: [p] for i, p in prompts.items() if i not in self.left_out}
+        self.tasks = {i: tasks[i] for i in self.prompts}
+        if not self.tasks:
+            raise SystemExit(f"error: {args.tasks or args.data}: no tasks left to work on")
 
     @staticmethod
     def read(parts: list[tuple]) -> dict:
         settings, flaw = parse_settings(*parts[0])
         return {"style": "settings", "settings": settings, "flaws": [flaw], "flaw": flaw}
 
-    def score(self, model, tok, edits, args, seed: int, folder) -> dict:
-        """Fill in every self-edit's score and reward; flawed ones earn nothing. Returns {id: reward of doing nothing}."""
+    def results(self, model, tok, edits, args, seed: int, log, label: str) -> list[dict]:
+        """What study_puzzles() says of every self-edit; flawed ones are not studied and earn nothing."""
         sound = [e for e in edits if not e.flaw]
         candidates = [(self.tasks[e.passage], e.settings) for e in sound]
-        how = (lora_config(args, model), args, seed, folder / "studied.jsonl", f"{folder.name} study")
-        results = {id(e): r for e, r in zip(sound, study_puzzles(model, tok, candidates, *how))}
-        for e in edits:
-            r = results.get(id(e), NOTHING)
-            e.flaw = e.flaw or r["flaw"] or "diverged" * r["diverged"]
+        studied = iter(study_puzzles(model, tok, candidates, lora_config(args, model), args, seed, log, label))
+        return [NOTHING | {"flaw": e.flaw, "predictions": [e.flaw]} if e.flaw else next(studied) for e in edits]
+
+    def score(self, model, tok, edits, args, seed: int, folder) -> dict:
+        """Fill in every self-edit's scores and reward. Returns {id: reward of doing nothing}."""
+        results = self.results(model, tok, edits, args, seed, folder / "studied.jsonl", f"{folder.name} study")
+        for e, r in zip(edits, results):
+            e.flaw = r["flaw"] or "diverged" * r["diverged"]
             e.score = {"accuracy": r["solved"], "cells": r["cells"], "logprob": r["logprob"]}
             e.steps, e.loss, e.reward = r["steps"], r["loss"], e.score[args.reward]
         return dict.fromkeys(self.prompts, NOTHING["solved"] if args.reward == "accuracy" else NOTHING["logprob"])

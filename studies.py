@@ -24,6 +24,7 @@ notes: of the self-edits that an eval_qa.py ladder sampled, per method; a word c
     covered      share of the passage's words that occur in the notes
     repeats      share of the notes with 80 % of their words in one earlier note
     unsupported  share of the notes with less than 60 % of their words in the passage and its title
+"changes" compares each method with the first one, on the same passages.
 """
 
 import re
@@ -256,23 +257,28 @@ def study_notes(tok, passages, args) -> dict:
     logs = sorted(Path(args.work or "").glob("*-sampled.jsonl"))
     if not args.work or not logs:
         raise SystemExit(f"error: --work {args.work}: no *-sampled.jsonl there; give the folder of an eval_qa.py ladder")
-    by_id, rows, examples = {p.id: p for p in passages}, [], {}
+    by_id, rows, examples, first, changes = {p.id: p for p in passages}, [], {}, None, []
     for log in logs:
         edits = [e for e in read_jsonl(log) if e["passage"] in by_id]
-        measured = {}
+        measured, method = {p.id: [] for p in passages}, log.name.removesuffix("-sampled.jsonl")
         for e in edits:
             p, text = by_id[e["passage"]], "\n".join(e["parts"])
-            measured.setdefault(p.id, []).append(measure(tok, p.title, p.text, text, e["notes"]))
-        row = {"method": log.name.removesuffix("-sampled.jsonl"), "n": len(edits)}
-        for key in MEASURES:
-            mine = np.array([np.mean([m[key] for m in some]) for some in measured.values()])
+            measured[p.id].append(measure(tok, p.title, p.text, text, e["notes"]))
+        means = {key: np.array([np.mean([m[key] for m in some]) for some in measured.values()]) for key in MEASURES}
+        row = {"method": method, "n": len(edits)}
+        for key, mine in means.items():
             row |= {key: float(mine.mean()), f"{key}_ci95": bootstrap(mine, args.seed)}
+            if first:
+                change = {"from": rows[0]["method"], "to": method, "measure": key}
+                delta = mine - first[key]
+                changes.append(change | {"delta": float(delta.mean()), "ci95": bootstrap(delta, args.seed)})
+        first = first or means
         rows.append(row)
         print("  ".join(f"{k} {v:.2f}" if isinstance(v, float) else str(v) for k, v in row.items() if "ci95" not in k))
         for p in (passages[0], passages[len(passages) // 2], passages[-1]):
             shown = examples.setdefault(p.id, {"title": p.title, "passage": p.text})
-            shown[row["method"]] = next("\n".join(e["parts"]) for e in edits if e["passage"] == p.id)
-    return {"rows": rows, "examples": list(examples.values())}
+            shown[method] = "\n".join(next(e["parts"] for e in edits if e["passage"] == p.id))
+    return {"rows": rows, "changes": changes, "examples": list(examples.values())}
 
 
 def main() -> None:

@@ -56,6 +56,7 @@ def add_task_arguments(parser, split: str) -> None:
     add("--split", default=split, help="qa: of the passages; arc: of --tasks")
     add("--skip", type=at_least(0), default=0, help="leave out the first N passages or tasks")
     add("--limit", type=at_least(0), default=0, help="use at most N passages or tasks, 0: all")
+    add("--vote", type=at_least(0), default=0, help="arc: also predict by majority over N views of the test")
     add("--augmented", type=at_least(1), default=64, help="arc: most training tasks made of one task")
 
 

@@ -8,21 +8,30 @@ import pytest
 from conftest import ROOT
 
 import bench
+import eval_arc
 import eval_qa
 import learn
 import plot
 import studies
 import train_outer
-from common import read_json
+from common import digest, read_json
 from data import prepare
 
-SCRIPTS = {s.__name__ + ".py": s for s in (bench, eval_qa, learn, plot, studies, train_outer)}
+SCRIPTS = {s.__name__ + ".py": s for s in (bench, eval_arc, eval_qa, learn, plot, studies, train_outer)}
+QA = re.search(r"^QA := (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)[1]
 SOURCES = ["README.md", "Makefile", *SCRIPTS, "scaling.py", "data/prepare.py"]
 
 
 def commands():
     for source in SOURCES:
-        text = (ROOT / source).read_text().replace("$(PY)", "python").replace("\\\\\n", " ").replace("\\\n", " ")
+        text = (
+            (ROOT / source)
+            .read_text()
+            .replace("$(PY)", "python")
+            .replace("$(QA)", QA)
+            .replace("\\\\\n", " ")
+            .replace("\\\n", " ")
+        )
         for line in re.findall(r"^(?:[ \t]*)(python (?:data/)?\w+\.py .*)$", text, re.MULTILINE):
             yield source, line.replace("$(notdir $@)", "arc").split("->")[0]
 
@@ -59,10 +68,21 @@ def test_files_stay_short():
         assert len(path.read_text().splitlines()) <= 380, path.name
 
 
-@pytest.mark.parametrize("protocol", ["epochs", "steps"])
-def test_the_readmes_tables_are_the_committed_results(protocol, capsys):
-    result = read_json(ROOT / "results" / f"demo_{protocol}.json")
+def test_the_readmes_table_is_the_committed_result(capsys):
+    result = read_json(ROOT / "results" / "demo.json")
     eval_qa.show(result["rows"], result["steps"], "")
     for line in capsys.readouterr().out.splitlines():
         assert line.strip() in (ROOT / "README.md").read_text(), line
-    assert result["n_passages"] == 8 and result["command"].endswith("--match both --out results/demo.json")
+    assert (
+        result["n_passages"] == 16
+        and result["command"] == "python eval_qa.py --run runs/demo --limit 16 --out results/demo.json"
+    )
+
+
+def test_the_passages_gates():
+    """With the figures of the committed command, and of this very file."""
+    result = read_json(ROOT / "results" / "passages.json")
+    assert result["settings"]["data_sha256"] == digest(ROOT / "data" / "passages.json")
+    base, shown = result["rows"]
+    assert (base["method"], shown["method"]) == ("base", "in-context")
+    assert base["accuracy"] <= 0.08 and shown["accuracy"] >= 0.70 and result["n_passages"] == 208

@@ -8,6 +8,7 @@ from conftest import run_script
 
 import eval_qa
 import studies
+from common import read_jsonl
 from studies import correlation, judge_reward, measure, words
 
 
@@ -104,7 +105,14 @@ def test_the_recipe_study_feeds_the_ladder(tiny_folder, passages_file, tmp_path,
         assert (rows[method]["train_steps"], rows[method]["lr"]) == (best["steps"], best["lr"])
     notes = run(monkeypatch, tiny_folder, passages_file, tmp_path, "notes", "--work", tmp_path / "ladder" / "climb-0")
     assert [r["method"] for r in notes["rows"]] == ["passage+self-edit"] and notes["rows"][0]["n"] == 2
-    assert all({"title", "passage", "passage+self-edit"} == e.keys() for e in notes["examples"])
+    assert all({"title", "passage", "passage+self-edit"} == e.keys() for e in notes["examples"]) and notes["changes"] == []
+    log = tmp_path / "ladder" / "climb-0" / "passage+self-edit-sampled.jsonl"
+    better = [e | {"parts": ["A b."], "notes": []} for e in read_jsonl(log)]
+    (log.parent / "seal-1-sampled.jsonl").write_text("\n".join(map(json.dumps, better)))
+    notes = run(monkeypatch, tiny_folder, passages_file, tmp_path, "notes", "--work", tmp_path / "ladder" / "climb-0")
+    [change] = [c for c in notes["changes"] if c["measure"] == "tokens"]
+    tokens = {r["method"]: r["tokens"] for r in notes["rows"]}
+    assert tokens["seal-1"] == 3 and change["delta"] == pytest.approx(3 - tokens["passage+self-edit"])
 
 
 def test_no_ladder_there(tiny_folder, passages_file, tmp_path, monkeypatch):

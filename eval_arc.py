@@ -1,0 +1,207 @@
+"""The ARC ladder: how many puzzles does the model solve after each way of studying their demonstrations?
+
+    python eval_arc.py --choose --limit 60 --out results/arc_tasks.json    # which tasks can be solved at all? (hours)
+    python train_outer.py --task arc --tasks results/arc_tasks.json --out runs/arc --samples 5
+    python eval_arc.py --tasks results/arc_tasks.json --run runs/arc       # the ladder on the held-out half
+    python eval_arc.py --limit 2 --samples 2 --show                        # two tasks of ARC-AGI-1, with pictures
+
+Rows, each with the share of tasks whose every test output is right, and its 95 % bootstrap interval over tasks:
+    icl          the model as it is, the demonstrations in its prompt; as do all rows below, it predicts greedily
+    ttt-fixed    after test-time training with one setting for all tasks (FIXED)
+    self-edit    after training as the untrained model's self-edits say; mean over --samples of them
+    seal-K       the same, writer and learner being the policy after outer round K
+    best-of-M    a task counts if any of the last policy's M self-edits solves it
+    oracle       a task counts if any setting of a grid (GRID) solves it
+With --vote N there is a second number for each row that trains, "voted": two attempts by majority over N views of the test
+(symmetries, orders and subsets of the demonstrations), turned back.
+
+--choose tries every setting of GRID on small tasks (--largest) and writes those that some setting solves, by turns to
+"train" and "heldout". A task with a prompt longer than the context is left out and counted.
+"""
+
+import shlex
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from common import Progress, digest, open_run, sub_seed, write_json
+from data.arc import GROUPS, Task, load_tasks
+from eval_qa import bootstrap, find_policies
+from lora import load_adapter, merge, unmerge
+from puzzle import Puzzles, predict, read_grid, study_puzzles
+from quiz import at_least, load, lora_config, make_parser
+from selfedit import sample_self_edits
+from train_outer import ARC, add_task_arguments
+
+BASIC = ["use_basic_augmentations"]
+FIXED = {"groups": BASIC, "every_token": False, "lr": 1e-3, "epochs": 2}
+GRID = [
+    {"groups": groups, "every_token": every_token, "lr": lr, "epochs": epochs}
+    for groups in ([], BASIC, list(GROUPS))
+    for every_token in (False, True)
+    for lr, epochs in ((1e-3, 2), (2e-3, 4))
+]
+
+
+def parse_arguments():
+    parser = make_parser(__doc__)
+    add_task_arguments(parser, "heldout")
+    add = parser.add_argument_group("ladder").add_argument
+    add("--run", help="folder of a train_outer.py --task arc run: adds a row for the policy of each of its rounds")
+    add("--policy", nargs="+", default=[], metavar="FOLDER", help="adapter folders to use as seal-1, seal-2, ...")
+    add("--samples", type=at_least(1), default=5, help="self-edits per task, averaged; M of best-of-M")
+    add("--oracle", action="store_true", help="also try every setting of the grid on every task")
+    add("--largest", type=at_least(1), default=10, help="--choose: largest side of a task's grids")
+    add("--choose", action="store_true", help="no ladder: find the tasks that the grid can solve")
+    add("--show", action="store_true", help="print each task with its first prediction, in colour")
+    add("--out", default="results/arc_ladder.json", help="result file")
+    add("--work", help="folder for progress, to resume a killed run; without it runs/eval- and the name of --out")
+    parser.set_defaults(**ARC, task="arc")
+    return parser.parse_args()
+
+
+# -----------------------------------------------------------------------------
+# pictures
+
+PALETTE = (16, 27, 196, 34, 220, 245, 201, 208, 51, 88)  # ARC's colours in the 256 of a terminal
+
+
+def picture(grid: np.ndarray) -> list[str]:
+    """A grid as lines for a terminal, two blanks of colour for each cell."""
+    return ["".join(f"\x1b[48;5;{PALETTE[c]}m  " for c in row) + "\x1b[0m" for row in grid]
+
+
+def show_task(task: Task, predictions: list[str], title: str) -> None:
+    """Demonstrations, then each test with the truth and the prediction beside it."""
+    print(f"\n{task.id}: {title}")
+    tests = [(a, b, read_grid(p)[0] if read_grid(p)[0] is not None else p) for (a, b), p in zip(task.test, predictions)]
+    for row in (*task.train, *tests):
+        blocks = [[g] if isinstance(g, str) else picture(g) for g in row]
+        widths = [len(g) if isinstance(g, str) else 2 * g.shape[1] for g in row]
+        for n in range(max(map(len, blocks))):
+            print("   ".join(b[n] if n < len(b) else " " * w for b, w in zip(blocks, widths)))
+        print()
+
+
+# -----------------------------------------------------------------------------
+# rows
+
+
+class Ladder:
+    """Rows of results[task][attempt], and the record of every attempt."""
+
+    def __init__(self, model, tok, puzzles: Puzzles, args, work: Path):
+        self.model, self.tok, self.puzzles, self.args, self.work = model, tok, puzzles, args, work
+        self.tasks = [puzzles.tasks[i] for i in puzzles.prompts]
+        self.solved, self.voted, self.records = {}, {}, []
+
+    def add(self, method: str, results: list[list[dict]], configs: list[list], best: bool = False) -> None:
+        """A row of results[task][attempt]; best: a task counts if any attempt solved it."""
+        pool = max if best else np.mean
+        self.solved[method] = np.array([pool([r["solved"] for r in mine]) for mine in results])
+        if all("voted" in r for mine in results for r in mine):
+            self.voted[method] = np.array([pool([r["voted"] for r in mine]) for mine in results])
+        if not best:
+            for task, mine, settings in zip(self.tasks, results, configs):
+                for r, s in zip(mine, settings):
+                    record = {"id": task.id, "method": method, "solved": r["solved"], "cells": r["cells"], "config": s}
+                    self.records.append(record | {"flaw": r.get("flaw", ""), "prediction": r["predictions"]})
+                if self.args.show:
+                    show_task(task, mine[0]["predictions"], method)
+
+    def study(self, method: str, configs: list[list[dict]], name: str = "") -> list[list[dict]]:
+        """Every task is studied as each of its configs says: configs[task][attempt]."""
+        candidates = [(t, s) for t, mine in zip(self.tasks, configs) for s in mine]
+        log, seed = self.work / f"{name or method}-studied.jsonl", sub_seed(self.args.seed, 1)
+        how = (lora_config(self.args, self.model), self.args, seed, log, method)
+        results = iter(study_puzzles(self.model, self.tok, candidates, *how))
+        return [[next(results) for _ in mine] for mine in configs]
+
+    def self_edits(self, method: str) -> list:
+        """The row of the model as it is now: it writes self-edits, and learns as they say."""
+        n, log = self.args.samples, self.work / f"{method}-sampled.jsonl"
+        how = (n, self.args, sub_seed(self.args.seed, 0), log, f"{method} sample")
+        edits = sample_self_edits(self.model, self.tok, self.puzzles.prompts, self.puzzles.read, *how)
+        how = (self.args, sub_seed(self.args.seed, 1), self.work / f"{method}-studied.jsonl", method)
+        results = self.puzzles.results(self.model, self.tok, edits, *how)
+        grouped = [results[i : i + n] for i in range(0, len(results), n)]
+        self.add(method, grouped, [[e.settings for e in edits[i : i + n]] for i in range(0, len(edits), n)])
+        return grouped
+
+    def climb(self, policies: dict) -> None:
+        progress, icl = Progress("icl", len(self.tasks)), []
+        for task in self.tasks:
+            icl.append(predict(self.model, self.tok, [task]))
+            progress.step()
+        self.add("icl", icl, [[None]] * len(icl))
+        fixed = [[FIXED]] * len(self.tasks)
+        self.add("ttt-fixed", self.study("ttt-fixed", fixed), fixed)
+        last = self.self_edits("self-edit")
+        for method, adapter in policies.items():
+            clean = merge(self.model, load_adapter(self.model, adapter))
+            last = self.self_edits(method)
+            unmerge(self.model, clean)
+        self.add(f"best-of-{self.args.samples}", last, [], best=True)
+        if self.args.oracle:
+            grid = [GRID] * len(self.tasks)
+            self.add("oracle", self.study("oracle", grid), grid, best=True)
+
+    def summary(self) -> dict:
+        rows, seed = [], self.args.seed
+        for method, solved in self.solved.items():
+            row = {"method": method, "solved": float(solved.sum()), "n": len(solved), "rate": float(solved.mean())}
+            row |= {"ci95": bootstrap(solved, seed), "attempts": 1}
+            if method in self.voted:
+                row["voted"] = {
+                    "rate": float(self.voted[method].mean()),
+                    "ci95": bootstrap(self.voted[method], seed),
+                    "attempts": 2,
+                }
+            rows.append(row)
+        steps, methods = [], list(self.solved)
+        for before, after in zip(methods, methods[1:]):
+            delta = self.solved[after] - self.solved[before]
+            steps.append({"from": before, "to": after, "delta": float(delta.mean()), "ci95": bootstrap(delta, seed)})
+        return {"rows": rows, "steps": steps, "tasks": self.records}
+
+
+def choose(ladder: Ladder) -> dict:
+    """{"train": ids, "heldout": ids, "solved_by": {id: numbers of the settings in GRID that solve it}}."""
+    results = ladder.study("choose", [GRID] * len(ladder.tasks))
+    by = {t.id: [n for n, r in enumerate(mine) if r["solved"]] for t, mine in zip(ladder.tasks, results)}
+    solvable = [i for i in by if by[i]]
+    print(f"{len(solvable)} of {len(by)} tasks solved by some setting")
+    return {"tried": len(by), "grid": GRID, "train": solvable[::2], "heldout": solvable[1::2], "solved_by": by}
+
+
+def main() -> None:
+    args = parse_arguments()
+    policies = find_policies(args)
+    model, tok = load(args)
+    lora_config(args, model)  # complains now rather than after sampling
+    if args.choose:
+        small = {t.id for t in load_tasks(args.data, "train", largest=args.largest)}
+        puzzles = Puzzles(args, model, tok, only=small)
+    else:
+        puzzles = Puzzles(args, model, tok)
+    out = Path(args.out)
+    settings = {k: v for k, v in vars(args).items() if k not in ("out", "work", "run", "policy", "oracle", "show")}
+    settings["data_sha256"] = digest(args.data) if Path(args.data).is_file() else None
+    settings["policies"] = {name: digest(folder / "adapter_model.safetensors") for name, folder in policies.items()}
+    ladder = Ladder(model, tok, puzzles, args, open_run(args.work or Path("runs") / f"eval-{out.stem}", settings))
+    head = {"command": shlex.join(["python", *sys.argv]), "seed": args.seed, "model": args.model, "dtype": str(model.dtype)}
+    head |= {"n_tasks": len(ladder.tasks), "left_out": puzzles.left_out, "settings": settings}
+    if args.choose:
+        write_json(out, head | choose(ladder))
+        return
+    ladder.climb(policies)
+    result = ladder.summary()
+    write_json(out, head | result)
+    for r in result["rows"]:
+        low, high = (100 * v for v in r["ci95"])
+        print(f"{r['method']:12} {r['solved']:5.1f} of {r['n']}  {100 * r['rate']:5.1f} %  [{low:4.1f}, {high:5.1f}]")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,55 @@
+"""plot.py: figures from results made up here, and one clear line when there is nothing to draw."""
+
+import json
+import sys
+
+import pytest
+
+import plot
+
+
+def rows(shift: float):
+    methods = ["base", "passage", "passage+self-edit", "seal-1", "in-context"]
+    return [
+        {
+            "method": m,
+            "accuracy": 0.1 * n + shift,
+            "ci95": [0.1 * n, 0.1 * n + 0.1],
+            "forward": 0.1 * n,
+            "reversed": 0.05 * n,
+        }
+        for n, m in enumerate(methods)
+    ]
+
+
+@pytest.fixture
+def results(tmp_path):
+    for name, protocol in (("qa_ladder", "steps"), ("qa_ladder_epochs", "epochs")):
+        value = {"rows": rows(0.05), "protocol": protocol, "n_passages": 48}
+        (tmp_path / f"{name}.json").write_text(json.dumps(value))
+    metrics = [{"round": k, "reward_mean": 0.3, "reward_kept": None if k == 2 else 0.5} for k in (1, 2)]
+    (tmp_path / "qa_rounds.jsonl").write_text("\n".join(map(json.dumps, metrics)))
+    return tmp_path
+
+
+def draw(monkeypatch, folder):
+    monkeypatch.setattr(sys, "argv", ["plot.py", "--results", str(folder)])
+    plot.main()
+
+
+def test_every_figure_is_drawn_the_same_each_time(results, monkeypatch):
+    draw(monkeypatch, results)
+    figures = {p.name: p.read_text() for p in results.glob("*.svg")}
+    assert set(figures) == {"ladder.svg", "directions.svg", "rounds.svg"}
+    assert all(m["method"] in figures["ladder.svg"] for m in rows(0)) and "equal epochs" in figures["ladder.svg"]
+    assert ">35.0<" in figures["ladder.svg"] and "reversed" in figures["directions.svg"]
+    draw(monkeypatch, results)
+    assert figures == {p.name: p.read_text() for p in results.glob("*.svg")}
+
+
+def test_what_is_missing_or_malformed(results, tmp_path, monkeypatch):
+    (results / "qa_ladder.json").write_text(json.dumps({"rows": [{}]}))
+    with pytest.raises(SystemExit, match=r"^error: .*qa_ladder.json is not as its script writes it"):
+        draw(monkeypatch, results)
+    with pytest.raises(SystemExit, match="no results there to draw"):
+        draw(monkeypatch, tmp_path / "nowhere")
