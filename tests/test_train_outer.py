@@ -3,6 +3,7 @@
 import json
 import sys
 from operator import attrgetter
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -170,3 +171,20 @@ def test_another_setting_in_the_same_folder_is_refused(finished, tiny_folder, mo
     data, out = finished
     with pytest.raises(SystemExit, match="was started with temperature = 0.7, now it is 0.1"):
         run(monkeypatch, tiny_folder, data, out, "--temperature", "0.1")
+
+
+def test_only_sound_parts_of_selected_self_edits_are_imitated(tok, monkeypatch):
+    seen = []
+
+    def spy(model, policy, examples, *args, **kwargs):
+        seen.extend(examples[0])
+        return [SimpleNamespace(diverged=False, loss=1.0)]
+
+    monkeypatch.setattr(train_outer, "inner_update", spy)
+    args = SimpleNamespace(outer_lr=1e-3, outer_epochs=1, outer_batch=2)
+    edits = [
+        SelfEdit("a", ["good", "cut"], flaws=["", "endless"], selected=True),
+        SelfEdit("a", ["not best", "nor this"], flaws=["", ""]),
+    ]
+    train_outer.reinforce(None, tok, {"a": [[5], [6]]}, edits, None, args, 0, "test")
+    assert [tok.decode(e.ids[1:]) for e in seen] == ["good<|im_end|>"] and seen[0].ids[0] == 5
