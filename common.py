@@ -115,7 +115,7 @@ class Progress:
     """A status line, "study 12/64  loss 1.204  tok/s 580  eta 0:41": rewritten in place at a terminal, else every 10 s."""
 
     def __init__(self, label: str, total: int):
-        self.label, self.total, self.done, self.fields = label, total, 0, {}
+        self.label, self.total, self.done, self.fields, self.n_tokens = label, total, 0, {}, 0
         self.tty = sys.stdout.isatty()
         self.start = self.last = time.perf_counter()  # last: when `done` last grew
         self.shown = 0.0 if self.tty else self.start
@@ -137,6 +137,12 @@ class Progress:
         line = "  ".join(parts)
         print(f"\r{line:<110}" if self.tty else line, end="\n" if last or not self.tty else "", flush=True)
 
-    def rate(self, amount: float) -> int:
-        """`amount` per second since the start, for a field such as tokens per second."""
-        return round(amount / (time.perf_counter() - self.start))
+    def tokens(self, n: int, **fields) -> None:
+        """Count `n` more tokens, shown per second since the start; nothing more is done."""
+        self.n_tokens += n
+        self.step(0, **fields, tok_s=round(self.n_tokens / (time.perf_counter() - self.start)))
+
+
+def chunks(items: list, n: int) -> list[list]:
+    """n at a time: chunks([1, 2, 3, 4, 5], 2) -> [[1, 2], [3, 4], [5]]."""
+    return [items[i : i + n] for i in range(0, len(items), n)]

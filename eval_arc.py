@@ -19,18 +19,16 @@ With --vote N there is a second number for each row that trains, "voted": two at
 "train" and "heldout". A task with a prompt longer than the context is left out and counted.
 """
 
-import shlex
-import sys
 from pathlib import Path
 
 import numpy as np
 
-from common import Progress, digest, open_run, sub_seed, write_json
+from common import Progress, chunks, digest, open_run, sub_seed, write_json
 from data.arc import GROUPS, Task, load_tasks
-from eval_qa import bootstrap, find_policies
+from eval_qa import bootstrap, find_policies, paired_steps, policy_digests
 from lora import load_adapter, merge, unmerge
 from puzzle import Puzzles, predict, read_grid, study_puzzles
-from quiz import at_least, load, lora_config, make_parser
+from quiz import at_least, load, lora_config, make_parser, result_head
 from selfedit import sample_self_edits
 from train_outer import ARC, add_task_arguments
 
@@ -57,7 +55,7 @@ def parse_arguments():
     add("--show", action="store_true", help="print each task with its first prediction, in colour")
     add("--out", default="results/arc_ladder.json", help="result file")
     add("--work", help="folder for progress, to resume a killed run; without it runs/eval- and the name of --out")
-    parser.set_defaults(**ARC, task="arc")
+    parser.set_defaults(**ARC)
     return parser.parse_args()
 
 
@@ -110,10 +108,10 @@ class Ladder:
                 if self.args.show:
                     show_task(task, mine[0]["predictions"], method)
 
-    def study(self, method: str, configs: list[list[dict]], name: str = "") -> list[list[dict]]:
+    def study(self, method: str, configs: list[list[dict]]) -> list[list[dict]]:
         """Every task is studied as each of its configs says: configs[task][attempt]."""
         candidates = [(t, s) for t, mine in zip(self.tasks, configs) for s in mine]
-        log, seed = self.work / f"{name or method}-studied.jsonl", sub_seed(self.args.seed, 1)
+        log, seed = self.work / f"{method}-studied.jsonl", sub_seed(self.args.seed, 1)
         how = (lora_config(self.args, self.model), self.args, seed, log, method)
         results = iter(study_puzzles(self.model, self.tok, candidates, *how))
         return [[next(results) for _ in mine] for mine in configs]
@@ -125,8 +123,8 @@ class Ladder:
         edits = sample_self_edits(self.model, self.tok, self.puzzles.prompts, self.puzzles.read, *how)
         how = (self.args, sub_seed(self.args.seed, 1), self.work / f"{method}-studied.jsonl", method)
         results = self.puzzles.results(self.model, self.tok, edits, *how)
-        grouped = [results[i : i + n] for i in range(0, len(results), n)]
-        self.add(method, grouped, [[e.settings for e in edits[i : i + n]] for i in range(0, len(edits), n)])
+        grouped = chunks(results, n)
+        self.add(method, grouped, chunks([e.settings for e in edits], n))
         return grouped
 
     def climb(self, policies: dict) -> None:
@@ -159,10 +157,8 @@ class Ladder:
                     "attempts": 2,
                 }
             rows.append(row)
-        steps, methods = [], list(self.solved)
-        for before, after in zip(methods, methods[1:]):
-            delta = self.solved[after] - self.solved[before]
-            steps.append({"from": before, "to": after, "delta": float(delta.mean()), "ci95": bootstrap(delta, seed)})
+        methods = list(self.solved)
+        steps = paired_steps(self.solved, zip(methods, methods[1:]), seed)
         return {"rows": rows, "steps": steps, "tasks": self.records}
 
 
@@ -180,18 +176,14 @@ def main() -> None:
     policies = find_policies(args)
     model, tok = load(args)
     lora_config(args, model)  # complains now rather than after sampling
-    if args.choose:
-        small = {t.id for t in load_tasks(args.data, "train", largest=args.largest)}
-        puzzles = Puzzles(args, model, tok, only=small)
-    else:
-        puzzles = Puzzles(args, model, tok)
+    small = {t.id for t in load_tasks(args.data, "train", largest=args.largest)} if args.choose else ()
+    puzzles = Puzzles(args, model, tok, only=small)
     out = Path(args.out)
     settings = {k: v for k, v in vars(args).items() if k not in ("out", "work", "run", "policy", "oracle", "show")}
     settings["data_sha256"] = digest(args.data) if Path(args.data).is_file() else None
-    settings["policies"] = {name: digest(folder / "adapter_model.safetensors") for name, folder in policies.items()}
+    settings["policies"] = policy_digests(policies)
     ladder = Ladder(model, tok, puzzles, args, open_run(args.work or Path("runs") / f"eval-{out.stem}", settings))
-    head = {"command": shlex.join(["python", *sys.argv]), "seed": args.seed, "model": args.model, "dtype": str(model.dtype)}
-    head |= {"n_tasks": len(ladder.tasks), "left_out": puzzles.left_out, "settings": settings}
+    head = result_head(args, model) | {"n_tasks": len(ladder.tasks), "left_out": puzzles.left_out, "settings": settings}
     if args.choose:
         write_json(out, head | choose(ladder))
         return

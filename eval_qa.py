@@ -26,14 +26,12 @@ the one before it, and with the last seal-K, on the same passages (paired), so i
 help?". "gap_closed" is how much of the way from passage to in-context the last seal-K goes.
 """
 
-import shlex
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from common import Progress, digest, open_run, read_json, sub_seed, write_json
+from common import Progress, chunks, digest, open_run, read_json, sub_seed, write_json
 from data.qa import load_passages
 from lora import load_adapter, merge, unmerge
 from quiz import (
@@ -45,6 +43,7 @@ from quiz import (
     make_parser,
     mean_scores,
     quiz_items,
+    result_head,
     study_all,
     study_settings,
 )
@@ -85,6 +84,12 @@ def bootstrap(values: np.ndarray, seed: int, n: int = 10_000) -> list[float]:
     return [float(q) for q in np.quantile(means, [0.025, 0.975])]
 
 
+def paired_steps(values: dict, pairs, seed: int) -> list[dict]:
+    """The mean difference of each pair (from, to) of rows, on the same passages; values {method: one per passage}."""
+    deltas = {pair: values[pair[1]] - values[pair[0]] for pair in pairs}
+    return [{"from": a, "to": b, "delta": float(d.mean()), "ci95": bootstrap(d, seed)} for (a, b), d in deltas.items()]
+
+
 def summarize(table: dict, seed: int) -> dict:
     """table {method: {metric: one value per passage}} -> "rows", "steps" and "gap_closed" of the result file."""
     rows, methods = [], list(table)
@@ -96,10 +101,8 @@ def summarize(table: dict, seed: int) -> dict:
         )
     seal = [m for m in methods if m.startswith("seal-")][-1:]
     below = methods[: methods.index(*seal)] if seal else []
-    steps = []
-    for before, after in dict.fromkeys([*zip(methods, methods[1:]), *((m, *seal) for m in below)]):
-        delta = table[after]["accuracy"] - table[before]["accuracy"]
-        steps.append({"from": before, "to": after, "delta": float(delta.mean()), "ci95": bootstrap(delta, seed)})
+    pairs = dict.fromkeys([*zip(methods, methods[1:]), *((m, *seal) for m in below)])
+    steps = paired_steps({m: scores["accuracy"] for m, scores in table.items()}, pairs, seed)
     result = {"rows": rows, "steps": steps}
     if seal:
         low, high, mine = (table[m]["accuracy"] for m in ("passage", "in-context", *seal))
@@ -146,6 +149,11 @@ def asked(model, tok, passages, show_passage: bool, label: str, batch: int = 8) 
     return per_passage(passages, answers)
 
 
+def unrelated(passages, notes: list) -> tuple[list, list]:
+    """For each passage the next one's notes, and the title that they stand under; for the last passage the first one's."""
+    return notes[1:] + notes[:1], [p.title for p in passages[1:] + passages[:1]]
+
+
 class Climb:
     """One climb of the ladder: rows that study, under each protocol, from one seed."""
 
@@ -179,15 +187,14 @@ class Climb:
         log, n = self.work / f"{method}-sampled.jsonl", self.args.samples
         how = (self.passages, n, self.args, sub_seed(self.seed, 0), log, f"{method} sample")
         self.edits[method] = write_self_edits(self.model, self.tok, *how)
-        notes = [tuple(e.notes) for e in self.edits[method]]
-        return [notes[i : i + n] for i in range(0, len(notes), n)]
+        return chunks([tuple(e.notes) for e in self.edits[method]], n)
 
     def climb(self, policies: dict) -> None:
         model, passages = self.model, self.passages
         self.row("passage", [[()]] * len(passages))
         notes = self.write("passage+self-edit")
         if len(passages) > 1:
-            self.row("passage+unrelated", notes[1:] + notes[:1], [p.title for p in passages[1:] + passages[:1]])
+            self.row("passage+unrelated", *unrelated(passages, notes))
         self.row("passage+self-edit", notes)
         for method, adapter in policies.items():
             clean = merge(model, load_adapter(model, adapter))
@@ -252,6 +259,11 @@ def find_policies(args) -> dict:
     return policies | {f"seal-{k}": Path(folder) for k, folder in enumerate(args.policy, start)}
 
 
+def policy_digests(policies: dict) -> dict:
+    """What a resumed run must find unchanged."""
+    return {name: digest(folder / "adapter_model.safetensors") for name, folder in policies.items()}
+
+
 def refuse_training_passages(passages, args) -> None:
     """Exit if the run was trained on some of these passages, unless --split train asks for them."""
     before = read_json(Path(args.run) / "settings.json")
@@ -275,33 +287,16 @@ def main() -> None:
     if args.match != "epochs" and not (args.steps or args.no_study):
         raise SystemExit("error: --match steps needs --steps above 0")
     out = Path(args.out)
-    free = (
-        "out",
-        "work",
-        "match",
-        "steps",
-        "recipes",
-        "seeds",
-        "run",
-        "policy",
-        "no_study",
-    )  # may change between two parts of a run
+    free = "out work match steps recipes seeds run policy no_study".split()  # may change between two parts of a run
     settings = {k: v for k, v in vars(args).items() if k not in free}
     settings["data_sha256"] = digest(args.data)
-    settings["policies"] = {name: digest(folder / "adapter_model.safetensors") for name, folder in policies.items()}
+    settings["policies"] = policy_digests(policies)
     work = open_run(args.work or Path("runs") / f"eval-{out.stem}", settings)
     tables, edits = ladder(model, tok, passages, policies, args, recipes, work)
     for protocol, table in tables.items():
-        result = {
-            "command": shlex.join(["python", *sys.argv]),
-            "seed": args.seed,
-            "model": args.model,
-            "dtype": str(model.dtype),
-            "n_passages": len(passages),
-            "n_questions": sum(len(p.questions) for p in passages),
-            "protocol": protocol,
-            "settings": settings,
-        } | summarize(table, args.seed)
+        counts = {"n_passages": len(passages), "n_questions": sum(len(p.questions) for p in passages)}
+        used = settings | {k: getattr(args, k) for k in ("steps", "recipes", "seeds")}
+        result = result_head(args, model) | counts | {"protocol": protocol, "settings": used} | summarize(table, args.seed)
         write_json(out.with_stem(f"{out.stem}_{protocol}") if len(tables) > 1 else out, result)
         how = {"none": "nothing studied", "epochs": f"{args.epochs} epochs (the paper's way) in every row"}
         steps = f"{args.steps} optimiser steps in every row" if not recipes else "optimiser steps as suits each row best"

@@ -248,15 +248,17 @@ def inner_update(model, adapters: Adapters, examples: list[list[Example]], studi
     assert len(adapters) == len(examples) == len(studies) and len(batch) == 1
     start = adapters.config.start
     states = lower_states(model, [e for mine in examples for e in mine], start)
-    rows, always = [], []
+    rows, always = [], []  # per candidate: the rows that its steps take in turn, and those that each step takes
+
+    def lay(some: list[Example]) -> Row:
+        return make_row(some, [states[e.ids] for e in some])
+
     for mine, study in zip(examples, studies):
-        first = int(study.rehearse and len(mine) > 1)
-        packed = pack([len(e.ids) for e in mine[first:]], study.row_len)
-        packed = [[i + first for i in r] for r in packed] + [[0]] * first
-        rows.append([make_row([mine[i] for i in r], [states[mine[i].ids] for i in r]) for r in packed])
-        always.append([len(rows[-1]) - 1] * first)
-    slots = max(len(mine) - len(kept) for mine, kept in zip(rows, always))
-    plans = [plan_steps(len(r) - len(kept), study, seed, slots) for r, kept, study in zip(rows, always, studies)]
+        first, rest = (mine[:1], mine[1:]) if study.rehearse and len(mine) > 1 else ([], mine)
+        always.append([lay([e]) for e in first])
+        rows.append([lay([rest[i] for i in r]) for r in pack([len(e.ids) for e in rest], study.row_len)])
+    slots = max(map(len, rows))
+    plans = [plan_steps(len(mine), study, seed, slots) for mine, study in zip(rows, studies)]
     totals = [sum(map(bool, plan)) for plan in plans]
     outcomes = [Outcome() for _ in studies]
     params = [nn.Parameter(row) for row in adapters.flat]  # views: the optimiser writes into adapters.flat
@@ -267,7 +269,7 @@ def inner_update(model, adapters: Adapters, examples: list[list[Example]], studi
             active = [i for i, mine in enumerate(step) if mine and not outcomes[i].diverged]
             if not active:
                 continue
-            taken = [[rows[i][r] for r in always[i] + step[i]] for i in active]
+            taken = [always[i] + [rows[i][r] for r in step[i]] for i in active]
             losses, grads = train_step(model, lora, active, taken)
             norms = grads.norm(dim=1)
             clips = torch.tensor([studies[i].clip for i in active], device=norms.device)

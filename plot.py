@@ -1,11 +1,12 @@
 """Draw the figures of the README from the JSON in results/ (needs matplotlib, see requirements-dev.txt).
 
-python plot.py                              # every figure whose results are there
-python plot.py --results my/results         # yours
+    python plot.py                              # every figure whose results are there
+    python plot.py --results my/results         # yours
 
-ladder.svg        qa_ladder.json and qa_ladder_epochs.json (eval_qa.py): accuracy of each row, 95 % intervals
-directions.svg    qa_ladder.json: questions along the passage's sentences, and against them
-rounds.svg        qa_rounds.jsonl (metrics.jsonl of train_outer.py): reward of all and of the reinforced self-edits
+Each figure is written beside its JSON:
+    ladder.svg        qa_ladder.json and qa_ladder_epochs.json (eval_qa.py): accuracy of each row, 95 % intervals
+    directions.svg    qa_ladder.json: questions along the passage's sentences, and against them
+    rounds.svg        qa_rounds.jsonl (metrics.jsonl of train_outer.py): reward of all and of the reinforced self-edits
 """
 
 from pathlib import Path

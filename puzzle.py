@@ -26,11 +26,11 @@ from collections import Counter
 
 import numpy as np
 
-from common import Progress, read_json, read_jsonl, write_jsonl
+from common import read_json
 from data.arc import GROUPS, INVERSE, LARGEST, SYMMETRIES, Task, load_tasks, training_tasks
 from inner import Example, Study, inner_update
 from lora import Adapters
-from quiz import answer_logprobs, lora_config
+from quiz import answer_logprobs, even_groups, lora_config, study_groups
 from sampler import generate
 from tokenizer import Tokenizer
 
@@ -185,38 +185,29 @@ def study_puzzles(model, tok, candidates: list[tuple], lora, args, seed: int, lo
     """study_and_predict() for any number of candidates (task, settings), in the order given; equal ones are trained once.
 
     Settings that would take more than MAX_STEPS steps are not trained, {"flaw": "too many steps", "solved": 0, ...}, as in
-    the paper; nor are tasks of which no training sequence fits the context, {"flaw": "too long"}. Every population's
-    results are written to `log` (JSON lines) at once; those found there are not computed again.
+    the paper; nor are tasks of which no training sequence fits the context, {"flaw": "too long"}. `log` as in
+    quiz.study_groups().
     """
-    done, todo = {}, {}
-    for task, settings in candidates:
-        key = json.dumps([task.id, settings])
-        if key in done or key in todo:
-            continue
-        examples = examples_of(tok, task, settings, args.augmented, seed, model.config.max_seq_len)
-        flaw = "too long" if not examples else "too many steps" if n_steps(examples, settings) > MAX_STEPS else ""
+    names = [json.dumps([task.id, settings]) for task, settings in candidates]
+    flawed, todo, examples = {}, {}, {}
+    for name, (task, settings) in dict(zip(names, candidates)).items():
+        made = examples_of(tok, task, settings, args.augmented, seed, model.config.max_seq_len)
+        flaw = "too long" if not made else "too many steps" if n_steps(made, settings) > MAX_STEPS else ""
         if flaw:
-            done[key] = NOTHING | {"flaw": flaw, "predictions": [flaw] * len(task.test)}
+            flawed[name] = NOTHING | {"flaw": flaw, "predictions": [flaw] * len(task.test)}
         else:
-            todo[key] = (task, settings), examples
-    found = {r.pop("key"): r for r in read_jsonl(log)} if log.is_file() else {}
-    done |= {k: r for k, r in found.items() if k in todo}
-    left = sorted(todo, key=lambda k: (max(len(e.ids) for e in todo[k][1]), n_steps(todo[k][1], todo[k][0][1]), k))
-    progress, tokens = Progress(label, len(left)), 0
+            todo[name], examples[name] = (task, settings), made
 
-    def tick(n, loss):
-        nonlocal tokens
-        tokens += n
-        progress.step(0, loss=loss, tok_s=progress.rate(tokens))
+    def run(group, tick):
+        some, theirs = [todo[name] for name in group], [examples[name] for name in group]
+        return [{"flaw": ""} | r for r in study_and_predict(model, tok, some, theirs, lora, seed, args.vote, tick)]
 
-    for keys in np.array_split(left, math.ceil(len(left) / args.population)) if left else []:
-        if not all(k in done for k in keys):
-            some, examples = zip(*(todo[k] for k in keys))
-            results = study_and_predict(model, tok, list(some), list(examples), lora, seed, args.vote, tick)
-            done |= {str(k): {"flaw": ""} | r for k, r in zip(keys, results)}
-            write_jsonl(log, [{"key": k, **done[k]} for k in todo if k in done])
-        progress.step(len(keys), solved=float(np.mean([r["solved"] for r in done.values()])))
-    return [done[json.dumps([task.id, settings])] for task, settings in candidates]
+    def size(name):
+        return max(len(e.ids) for e in examples[name]), n_steps(examples[name], todo[name][1]), name
+
+    groups = even_groups(sorted(todo, key=size), args.population)
+    done = flawed | study_groups(groups, run, lambda r: r["solved"], log, label)
+    return [done[name] for name in names]
 
 
 class Puzzles:
@@ -264,11 +255,14 @@ class Puzzles:
 
 
 def predict(model, tok, tasks: list[Task], adapters: Adapters | None = None) -> list[dict]:
-    """Greedy outputs of every test input of tasks[n], under the n-th adapter, scored for each task:
-    solved       1 if all its outputs are right
-    cells        share of right cells, 0 for an output of the wrong shape; mean over its outputs
-    logprob      mean log-likelihood per token of the right outputs
-    predictions  what was predicted, as text, or why it is no grid
+    """Greedy outputs of every test input of tasks[n], under the n-th adapter. For each task:
+
+        solved       1 if all its outputs are right
+        cells        share of right cells, 0 for an output of the wrong shape; mean over its outputs
+        logprob      mean log-likelihood per token of the right outputs
+        predictions  what was predicted, as text, or why it is no grid
+
+    The right outputs are used to score, and so that the room for an answer is never too small for them.
     """
     asked = [(n, i) for n, task in enumerate(tasks) for i in range(len(task.test))]
     prompts = [task_prompt(tok, tasks[n], i) for n, i in asked]

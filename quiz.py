@@ -13,7 +13,9 @@ between candidates. The paper has GPT-4.1 judge the answers; these scores need n
 import argparse
 import math
 import re
+import shlex
 import string
+import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -176,14 +178,35 @@ def to_study(tok: Tokenizer, c: Candidate) -> list[Example]:
     return own + study_examples(tok, c.title or c.passage.title, list(c.notes))
 
 
-def populations(tok: Tokenizer, candidates: list[Candidate], size: int) -> list[list[int]]:
-    """Candidate indices in groups of at most `size` that train side by side: groups of even size, like lengths together.
+def even_groups(items: list, size: int) -> list[list]:
+    """Items in order, in groups of even size, at most `size`: 10 items, size 8: two groups of 5, since a group of 2 would
+    not fill the machine."""
+    parts = np.array_split(np.arange(len(items)), math.ceil(len(items) / size)) if items else []
+    return [[items[i] for i in part] for part in parts]
 
-    10 candidates, size 8: two groups of 5, since a group of 2 would not fill the machine.
-    """
+
+def populations(tok: Tokenizer, candidates: list[Candidate], size: int) -> list[list[int]]:
+    """Candidate indices in even groups of at most `size` that train side by side, like lengths together."""
     length = [len(tok.encode("\n".join([c.passage.text, *c.notes]))) for c in candidates]
-    order = sorted(range(len(candidates)), key=lambda i: (length[i], i))
-    return [group.tolist() for group in np.array_split(order, math.ceil(len(order) / size))]
+    return even_groups(sorted(range(len(candidates)), key=lambda i: (length[i], i)), size)
+
+
+def study_groups(groups: list[list], study, accuracy, log, label: str) -> dict:
+    """{candidate: result} of study(group, tick) for every group of candidates (numbers or names), which gives their results.
+
+    A group's results are written to `log` (JSON lines) at once; those found there are not computed again. The progress
+    line shows the mean of accuracy(result).
+    """
+    everyone = sorted(n for group in groups for n in group)
+    done = {r["n"]: r for r in read_jsonl(log)} if Path(log).is_file() else {}
+    progress = Progress(label, len(everyone))
+    for group in groups:
+        if not all(n in done for n in group):
+            results = study(group, lambda tokens, loss: progress.tokens(tokens, loss=loss))
+            done |= {n: {"n": n, **r} for n, r in zip(group, results)}
+            write_jsonl(log, [done[n] for n in everyone if n in done])
+        progress.step(len(group), accuracy=float(np.mean([accuracy(r) for r in done.values()])))
+    return done
 
 
 def study_and_quiz(model, tok, candidates: list[Candidate], lora: LoRAConfig, study, seed: int, tick=None) -> list[dict]:
@@ -209,30 +232,18 @@ def study_and_quiz(model, tok, candidates: list[Candidate], lora: LoRAConfig, st
 
 
 def study_all(model, tok, candidates, lora, study, seed, population, log, label) -> list[dict]:
-    """study_and_quiz() for any number of candidates, population by population; results in the order given.
+    """study_and_quiz() for any number of candidates, in the order given; `log` as in study_groups()."""
 
-    Every population's results are written to `log` (JSON lines) at once; those found there are not computed again.
-    """
-    done = {r["n"]: r for r in read_jsonl(log)} if Path(log).is_file() else {}
-    progress, tokens = Progress(label, len(candidates)), 0
+    def run(group, tick):
+        return study_and_quiz(model, tok, [candidates[n] for n in group], lora, study, seed, tick)
 
-    def tick(n, loss):
-        nonlocal tokens
-        tokens += n
-        progress.step(0, loss=loss, tok_s=progress.rate(tokens))
-
-    for chunk in populations(tok, candidates, population):
-        if not all(n in done for n in chunk):
-            results = study_and_quiz(model, tok, [candidates[n] for n in chunk], lora, study, seed, tick)
-            done |= {n: {"n": n, **r} for n, r in zip(chunk, results)}
-            write_jsonl(log, [done[n] for n in sorted(done)])
-        accuracy = [mean_scores(r["answers"])["accuracy"] for r in done.values()]
-        progress.step(len(chunk), accuracy=float(np.mean(accuracy)))
+    groups = populations(tok, candidates, population)
+    done = study_groups(groups, run, lambda r: mean_scores(r["answers"])["accuracy"], log, label)
     return [done[n] for n in range(len(candidates))]
 
 
 # -----------------------------------------------------------------------------
-# settings that several scripts share
+# settings, and result files' heads, that several scripts share
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
@@ -317,3 +328,9 @@ def lora_config(args, model: Transformer) -> LoRAConfig:
 
 def study_settings(args) -> Study:
     return Study(lr=args.lr, epochs=args.epochs, steps=args.steps, row_len=args.row_len, rehearse=args.rehearse)
+
+
+def result_head(args, model: Transformer) -> dict:
+    """What every result file starts with."""
+    command = shlex.join(["python", *sys.argv])
+    return {"command": command, "seed": args.seed, "model": args.model, "dtype": str(model.dtype)}

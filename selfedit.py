@@ -232,21 +232,15 @@ def sample_self_edits(model, tok, prompts: dict, read, copies, args, seed, log=N
                 f"over the model's context of {model.config.max_seq_len}"
             )
     edits = [SelfEdit(**r) for r in read_jsonl(log)] if log and Path(log).is_file() else []
-    ids, tokens = list(prompts), 0
+    ids = list(prompts)
     size = max(1, round(64 * len(ids) / (copies * sum(map(len, prompts.values())))))
     progress = Progress(label, len(ids) * copies)
-
-    def tick(n):
-        nonlocal tokens
-        tokens += n
-        progress.step(0, tok_s=progress.rate(tokens))
-
     for batch in range(0, len(ids), size):
         some = ids[batch : batch + size]
         if len(edits) <= batch * copies:
             sampling = {"temperature": args.temperature, "top_p": args.top_p, "seed": sub_seed(seed, batch)}
             these, ends = [p for i in some for p in prompts[i]], tok.end_ids
-            out = iter(generate(model, these, args.max_new, ends, copies=copies, tick=tick, **sampling))
+            out = iter(generate(model, these, args.max_new, ends, copies=copies, tick=progress.tokens, **sampling))
             for i in some:
                 sampled = [[next(out) for _ in range(copies)] for _ in prompts[i]]
                 for ids_of_parts in zip(*sampled):  # one self-edit

@@ -28,8 +28,6 @@ notes: of the self-edits that an eval_qa.py ladder sampled, per method; a word c
 """
 
 import re
-import shlex
-import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -37,10 +35,10 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from common import digest, open_run, read_jsonl, sub_seed, write_json
+from common import chunks, digest, open_run, read_jsonl, sub_seed, write_json
 from data.qa import load_passages
-from eval_qa import bootstrap
-from quiz import Candidate, at_least, load, lora_config, make_parser, mean_scores, study_all, study_settings
+from eval_qa import bootstrap, paired_steps, unrelated
+from quiz import Candidate, at_least, load, lora_config, make_parser, mean_scores, result_head, study_all, study_settings
 from selfedit import STYLES, write_self_edits
 
 REWARDS = {
@@ -120,14 +118,8 @@ def judge_reward(scores: list[list[list[list[dict]]]], name: str, averaged: int,
         "both": float(np.mean(both)),
     }
     picks = {"picks_best": float(np.mean(best)), "chance": float(np.mean(chance))}
-    return (
-        {"reward": name, "seeds": averaged, "reliability": reliability}
-        | picks
-        | {
-            "gain": float(gain.mean()),
-            "ci95": bootstrap(gain, seed),
-        }
-    )
+    row = {"reward": name, "seeds": averaged, "reliability": reliability}
+    return row | picks | {"gain": float(gain.mean()), "ci95": bootstrap(gain, seed)}
 
 
 def study_reward(model, tok, passages, args, work: Path) -> dict:
@@ -140,7 +132,7 @@ def study_reward(model, tok, passages, args, work: Path) -> dict:
         log, label = work / f"studied-{s}.jsonl", f"seed {s + 1}/{args.seeds}"
         results = study_all(model, tok, candidates, *how, sub_seed(args.seed, 1, s), args.population, log, label)
         answers = [r["answers"] for r in results]
-        scores.append([answers[i : i + args.samples] for i in range(0, len(answers), args.samples)])
+        scores.append(chunks(answers, args.samples))
     # A quiz of one question has no halves.
     scores = [[p for p in mine if len(p[0]) > 1] for mine in scores]
     rows = [judge_reward(scores, name, n, args.seed) for n in range(1, args.seeds) for name in REWARDS]
@@ -174,9 +166,8 @@ def recipes(args) -> list[Recipe]:
     base = Recipe("passage+self-edit", args.style, args.temperature, args.top_layers, args.lr, args.epochs, args.steps)
     methods = ("passage", "passage+unrelated", "passage+self-edit")
     rows = [replace(base, method=m, lr=lr, steps=n) for m in methods for n in args.step_counts for lr in args.lrs]
-    common = replace(base, steps=args.steps)
-    rows += [replace(common, style=s, temperature=t) for s in STYLES for t in args.temperatures]
-    rows += [replace(common, top_layers=k) for k in args.layers]
+    rows += [replace(base, style=s, temperature=t) for s in STYLES for t in args.temperatures]
+    rows += [replace(base, top_layers=k) for k in args.layers]
     rows += [
         replace(base, method=m, epochs=n) for m in methods[::2] for n in (args.epochs // 2, args.epochs, 2 * args.epochs)
     ]
@@ -191,7 +182,7 @@ def study_recipe(model, tok, passages, recipe: Recipe, args, work: Path) -> dict
         edits = write_self_edits(model, tok, passages, 1, mine, sub_seed(args.seed, 0), log, log.stem)
         notes = [tuple(e.notes) for e in edits]
     if recipe.method == "passage+unrelated":
-        notes, titles = notes[1:] + notes[:1], titles[1:] + titles[:1]
+        notes, titles = unrelated(passages, notes)
     candidates = [Candidate(p, n, t) for p, n, t in zip(passages, notes, titles)]
     name = "-".join(f"{v:g}" if isinstance(v, float) else str(v) for v in vars(recipe).values())
     start, log = time.perf_counter(), work / f"{name}.jsonl"
@@ -257,27 +248,26 @@ def study_notes(tok, passages, args) -> dict:
     logs = sorted(Path(args.work or "").glob("*-sampled.jsonl"))
     if not args.work or not logs:
         raise SystemExit(f"error: --work {args.work}: no *-sampled.jsonl there; give the folder of an eval_qa.py ladder")
-    by_id, rows, examples, first, changes = {p.id: p for p in passages}, [], {}, None, []
+    by_id, rows, examples, means = {p.id: p for p in passages}, [], {}, {}
     for log in logs:
         edits = [e for e in read_jsonl(log) if e["passage"] in by_id]
         measured, method = {p.id: [] for p in passages}, log.name.removesuffix("-sampled.jsonl")
         for e in edits:
             p, text = by_id[e["passage"]], "\n".join(e["parts"])
             measured[p.id].append(measure(tok, p.title, p.text, text, e["notes"]))
-        means = {key: np.array([np.mean([m[key] for m in some]) for some in measured.values()]) for key in MEASURES}
         row = {"method": method, "n": len(edits)}
-        for key, mine in means.items():
+        for key in MEASURES:
+            means[method, key] = mine = np.array([np.mean([m[key] for m in some]) for some in measured.values()])
             row |= {key: float(mine.mean()), f"{key}_ci95": bootstrap(mine, args.seed)}
-            if first:
-                change = {"from": rows[0]["method"], "to": method, "measure": key}
-                delta = mine - first[key]
-                changes.append(change | {"delta": float(delta.mean()), "ci95": bootstrap(delta, args.seed)})
-        first = first or means
         rows.append(row)
         print("  ".join(f"{k} {v:.2f}" if isinstance(v, float) else str(v) for k, v in row.items() if "ci95" not in k))
         for p in (passages[0], passages[len(passages) // 2], passages[-1]):
             shown = examples.setdefault(p.id, {"title": p.title, "passage": p.text})
             shown[method] = "\n".join(next(e["parts"] for e in edits if e["passage"] == p.id))
+    changes, (first, *others) = [], [r["method"] for r in rows]
+    for key in MEASURES:
+        values = {r["method"]: means[r["method"], key] for r in rows}
+        changes += [step | {"measure": key} for step in paired_steps(values, [(first, m) for m in others], args.seed)]
     return {"rows": rows, "changes": changes, "examples": list(examples.values())}
 
 
@@ -292,9 +282,8 @@ def main() -> None:
         work = open_run(args.work or f"runs/{args.study}", settings)
         lora_config(args, model)  # complains now rather than after sampling
         result = {"reward": study_reward, "recipes": study_recipes}[args.study](model, tok, passages, args, work)
-    head = {"command": shlex.join(["python", *sys.argv]), "seed": args.seed, "model": args.model, "dtype": str(model.dtype)}
     counts = {"n_passages": len(passages), "n_questions": sum(len(p.questions) for p in passages)}
-    write_json(args.out, head | counts | {"settings": vars(args)} | result)
+    write_json(args.out, result_head(args, model) | counts | {"settings": vars(args)} | result)
 
 
 if __name__ == "__main__":

@@ -50,7 +50,6 @@ DEFAULTS = {"qa": {}, "arc": ARC}
 def add_task_arguments(parser, split: str) -> None:
     """What self-edits are about; eval_arc.py asks the same."""
     add = parser.add_argument_group("task").add_argument
-    add("--task", default="qa", choices=DEFAULTS, help="qa: passages with a quiz; arc: ARC puzzles")
     add("--data", default="data/passages.json", help="qa: passages with questions; arc: tasks (data/arc.py has the forms)")
     add("--tasks", help="arc: JSON file {split: [task id, ...]} that says which tasks (eval_arc.py --choose writes one)")
     add("--split", default=split, help="qa: of the passages; arc: of --tasks")
@@ -64,6 +63,7 @@ def parse_arguments(argv=None):
     parser = make_parser(__doc__)
     add_task_arguments(parser, "train")
     add = parser.add_argument_group("outer loop").add_argument
+    add("--task", default="qa", choices=DEFAULTS, help="qa: passages with a quiz; arc: ARC puzzles")
     add("--out", default="runs/qa", help="run folder")
     add("--rounds", type=at_least(1), default=2, help="outer rounds")
     add("--samples", type=at_least(1), default=4, help="self-edits per passage, M; the paper: 5")

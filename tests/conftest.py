@@ -2,6 +2,7 @@
 
 import json
 import sys
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,21 @@ def run_script(monkeypatch, script, folder, *args):
     command = [f"{script.__name__}.py", "--model", folder, "--device", "cpu", "--dtype", "float32", *args]
     monkeypatch.setattr(sys, "argv", [str(a) for a in command])
     script.main()
+
+
+def dies_at(monkeypatch, target: str, call: int) -> list:
+    """Make "module.name" raise KeyboardInterrupt at its n-th call, as if killed; returns the arguments of every call."""
+    module, _, name = target.partition(".")
+    real, calls = attrgetter(name)(sys.modules[module]), []
+
+    def dies(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == call:
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(target, dies)
+    return calls
 
 
 @pytest.fixture(scope="session", params=FAMILIES)

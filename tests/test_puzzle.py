@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import run_script, write_checkpoint
+from conftest import dies_at, run_script, write_checkpoint
 from test_tokenizer import vocabulary
 
 import eval_arc
@@ -182,15 +182,7 @@ def test_studying_resumes(tiny, tok, tmp_path, monkeypatch):
     candidates = [(copying(n), SETTINGS) for n in range(4)]
     how = (LORA, options(), 0)
     whole = study_puzzles(tiny, tok, candidates, *how, tmp_path / "a.jsonl", "test")
-    real, calls = puzzle.study_and_predict, []
-
-    def dies(*args):
-        calls.append(1)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return real(*args)
-
-    monkeypatch.setattr(puzzle, "study_and_predict", dies)
+    calls = dies_at(monkeypatch, "puzzle.study_and_predict", 2)
     with pytest.raises(KeyboardInterrupt):
         study_puzzles(tiny, tok, candidates, *how, tmp_path / "b.jsonl", "test")
     assert study_puzzles(tiny, tok, candidates, *how, tmp_path / "b.jsonl", "test") == whole and len(calls) == 3

@@ -1,13 +1,12 @@
 """train_outer.py end to end on a tiny model: files, selection, resuming after a kill, bad input."""
 
 import json
-import sys
 from operator import attrgetter
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import run_script
+from conftest import dies_at, run_script
 
 import train_outer
 from common import read_jsonl
@@ -80,16 +79,7 @@ def test_a_round_leaves_its_records(finished):
 def test_killed_and_resumed_ends_the_same(stage, call, finished, tiny_folder, tmp_path, monkeypatch):
     data, out = finished
     monkeypatch.setattr("selfedit.parse", lambda text, style, ended: ([text.strip() or "x"], ""))
-    module, _, name = stage.partition(".")
-    real, calls = attrgetter(name)(sys.modules[module]), []
-
-    def dies(*args, **kwargs):
-        calls.append(1)
-        if len(calls) == call:
-            raise KeyboardInterrupt
-        return real(*args, **kwargs)
-
-    monkeypatch.setattr(stage, dies)
+    dies_at(monkeypatch, stage, call)
     with pytest.raises(KeyboardInterrupt):
         run(monkeypatch, tiny_folder, data, tmp_path / "out")
     assert not list(tmp_path.rglob("*.partial"))
