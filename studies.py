@@ -168,9 +168,9 @@ def recipes(args) -> list[Recipe]:
     rows = [replace(base, method=m, lr=lr, steps=n) for m in methods for n in args.step_counts for lr in args.lrs]
     rows += [replace(base, style=s, temperature=t) for s in STYLES for t in args.temperatures]
     rows += [replace(base, top_layers=k) for k in args.layers]
-    rows += [
-        replace(base, method=m, epochs=n) for m in methods[::2] for n in (args.epochs // 2, args.epochs, 2 * args.epochs)
-    ]
+    rows += [replace(base, rehearse=False)]
+    paper = replace(base, steps=0, rehearse=False)
+    rows += [replace(paper, method=m, epochs=n) for m in methods[::2] for n in (args.epochs, 2 * args.epochs)]
     return list(dict.fromkeys(rows))
 
 

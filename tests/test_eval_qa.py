@@ -81,6 +81,7 @@ def test_the_ladder(tiny, tiny_folder, passages_file, tmp_path, monkeypatch, cap
             assert {"accuracy", "ci95", "em", "f1", "logprob", "forward", "reversed"} <= r.keys() and r["logprob"] < 0
         trained = [r["train_steps"] for r in result["rows"][1:-1]]
         assert trained == [3.0] * 4 if protocol == "steps" else trained[0] == 2.0
+        assert (result["settings"]["steps"], result["settings"]["seeds"]) == (3, 2)
         assert result["protocol"] == protocol and result["command"].startswith("python eval_qa.py")
     assert all(m in out for m in methods) and "--- seal-1" in out
     before = (tmp_path / "ladder_steps.json").read_text()

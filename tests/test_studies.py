@@ -97,6 +97,9 @@ def test_the_recipe_study_feeds_the_ladder(tiny_folder, passages_file, tmp_path,
     assert len({json.dumps({k: r[k] for k in r if k != "seconds_per_candidate"}) for r in result["rows"]}) == len(
         result["rows"]
     )
+    paper = [(r["method"], r["epochs"], r["steps"]) for r in result["rows"] if r["protocol"] == "epochs"]
+    assert [p for p in paper if p[0] == "passage"] == [("passage", 2, 2), ("passage", 4, 4)] and len(paper) == 4
+    assert sum(not r["rehearse"] for r in result["rows"]) == 5
     args = ["--data", passages_file, "--max-new", 8, "--top-layers", 2, "--rank", 2, "--match", "steps"]
     args += ["--recipes", tmp_path / "out.json", "--work", tmp_path / "ladder", "--out", tmp_path / "ladder.json"]
     run_script(monkeypatch, eval_qa, tiny_folder, *args)
