@@ -117,6 +117,8 @@ def test_a_self_edit_in_parts(tok):
     made = read([(f"{one}\n{two}", True), (f"{one}\nQuestion: Wh", False)])
     assert made == {"style": "sentence-qa", "notes": [one, two], "flaws": ["", "endless"], "flaw": ""}
     assert read([("Sure!", True), (one, False)])["flaw"] == "malformed"
+    made = read([("Sure!", True), (two, True)])
+    assert (made["notes"], made["flaws"], made["flaw"]) == ([two], ["malformed", ""], "")
 
 
 @pytest.mark.parametrize(

@@ -55,6 +55,9 @@ def test_measures(tok):
     m = measure(tok, "Vantor", passage, "\n".join(notes), notes)
     assert m["covered"] == pytest.approx(4 / 7) and m["repeats"] == m["unsupported"] == pytest.approx(1 / 3)
     assert m["notes"] == 3 and m["tokens"] == len(tok.encode("\n".join(notes)))
+    half = ["Hessa cast kilograms in 1742.", "Hessa cast nobody seventeen kettles copper."]  # 2 of 6 words again: no repeat
+    m = measure(tok, "Vantor", passage, "", half)
+    assert m["repeats"] == 0 and m["unsupported"] == 0.5
     assert measure(tok, "T", passage, "", [])["covered"] == 0
 
 
