@@ -7,7 +7,7 @@
 Ours and the other take turns, A B A B ..., and each figure is the median over --repeats turns; ratio = other / ours. The
 other side is in tests/baselines.py (needs requirements-dev.txt). Where only a part of the work is timed and scaled, the
 row is marked "~" and its note says what. Rows about training refuse to count if the two sides' losses are not alike.
-Of the common settings only --model, --dtype, --seed and those of sampling apply; the recipes are fixed below.
+Rows with "the default recipe" take the inner update's settings as given, inner-strict and inner-paper the paper's.
 
 Candidates: the 8 self-edits with the most notes (more notes are more training sequences). Lengths of generated text are
 forced, so that both sides generate the same number of tokens.
@@ -28,16 +28,15 @@ import torch
 import scaling
 from common import read_json, write_json
 from data.qa import load_passages
-from inner import Study, inner_update, pack, plan_steps
+from inner import Study, arrange, inner_update, plan_steps, split_rehearsed
 from lora import PROJECTIONS, Adapters, LoRAConfig
-from quiz import Candidate, at_least, load, make_parser, quiz_items, to_study
+from quiz import Candidate, at_least, load, lora_config, make_parser, quiz_items, study_settings, to_study
 from sampler import generate
 from scaling import timed
 from selfedit import edit_prompts, policy_example, write_self_edits
 
 WORK = "data/bench_work.json"
 STRICT = LoRAConfig(32, 64.0, ("q_proj", "v_proj"), 0, 30), Study(lr=1e-3, epochs=10, row_len=0)  # the paper's recipe
-FAST = LoRAConfig(16, 32.0, tuple(PROJECTIONS), 20, 30), Study()  # the default of every script
 
 
 def parse_arguments():
@@ -47,10 +46,12 @@ def parse_arguments():
     add("--repeats", type=at_least(1), default=3, help="turns of each side")
     add("--out", default="results/bench.json", help="result file, written after every part")
     add("--write-work", action="store_true", help=f"sample the self-edits of {WORK} anew, and stop")
-    parser.set_defaults(device="cpu", style="implications", max_new=160)
+    parser.set_defaults(device="cpu")
     args = parser.parse_args()
     if args.device != "cpu":
         parser.error("bench.py compares on the CPU; for a GPU, both sides would have to be timed with synchronisation")
+    if not args.steps:
+        parser.error("bench.py needs --steps of at least 1: some rows time a part of the steps")
     return args
 
 
@@ -62,13 +63,14 @@ class Bench:
     """What the parts share: both models, the fixed passages and self-edits, the rows measured so far."""
 
     def __init__(self, args):
-        self.args, self.fast, self.rows, self.mfu = args, FAST, [], {}
+        self.args, self.rows, self.mfu = args, [], {}
         self.model, self.tok = load(args)
+        self.fast = lora_config(args, self.model), study_settings(args)
         self.passages = load_passages(WORK)
         by_id = {p.id: p for p in self.passages}
         self.candidates = [Candidate(by_id[e["passage"]], tuple(e["notes"])) for e in read_json(WORK)["self_edits"]]
         self.longest = sorted(self.candidates, key=lambda c: -len(c.notes))[:8]
-        self.prompts = [edit_prompts(self.tok, args.style, p.title, p.text, args.shots)[0] for p in self.passages]
+        self.asks = [edit_prompts(self.tok, args.style, p.title, p.text, args.shots) for p in self.passages]
         try:
             from tests.baselines import Baseline
         except ImportError as e:
@@ -88,9 +90,9 @@ class Bench:
 
     def batches(self, examples, study) -> list:
         """The sequences of each step, in the order in which inner_update takes them."""
-        rows = pack([len(e.ids) for e in examples], study.row_len)
-        plan = plan_steps(len(rows), study, self.args.seed)
-        return [[examples[i] for r in step for i in rows[r]] for step in plan]
+        first, rest = split_rehearsed(examples, study)
+        rows = [[rest[i] for i in row] for row, _ in arrange(rest, study.row_len)]
+        return [first + [e for r in step for e in rows[r]] for step in plan_steps(len(rows), study, self.args.seed)]
 
     def train_other(self, candidates, config, study) -> list:
         """The other: one candidate after another, the same sequences in each step. Returns each one's losses."""
@@ -128,7 +130,7 @@ def write_work(args) -> None:
     entries = {p["id"]: p for p in read_json("data/passages.json")["passages"]}
     about = "The work of bench.py: passages out of passages.json, and self-edits that SmolLM2-135M-Instruct wrote of them."
     content = {"about": about, "command": "python bench.py --write-work", "passages": [entries[p.id] for p in passages]}
-    write_json(WORK, content | {"self_edits": [{"passage": e.passage, "text": e.text, "notes": e.notes} for e in edits]})
+    write_json(WORK, content | {"self_edits": [{"passage": e.passage, "parts": e.parts, "notes": e.notes} for e in edits]})
 
 
 # -----------------------------------------------------------------------------
@@ -144,7 +146,7 @@ def inner_strict(b: Bench) -> None:
 
 def inner_fast(b: Bench) -> None:
     """The default recipe. The other side's steps are ours: the sequences of a packed row are one padded batch."""
-    config, study = FAST
+    config, study = b.fast
     note = "8 candidates, the default recipe; the other: the same LoRA and the same steps, a padded batch each"
     compare_training(b, "inner-fast", b.longest, config, study, note)
 
@@ -189,7 +191,7 @@ def inner_paper(b: Bench) -> None:
 def quiz(b: Bench) -> None:
     """Five questions under each of 8 adapters, three ways on the other side: a batch of 5 under one adapter after another,
     each adapter merged first, and all 40 questions in one batch of mixed adapters."""
-    b.train(b.longest, FAST[0], replace(FAST[1], epochs=1))
+    b.train(b.longest, b.fast[0], replace(b.fast[1], steps=1))
     adapters, items = b.last, [item for n, c in enumerate(b.longest) for item in quiz_items(b.tok, c.passage, n)[:5]]
     prompts, owner = [list(i.prompt) for i in items], [i.owner for i in items]
     theirs = b.other.attach(adapters).eval()
@@ -216,8 +218,9 @@ def quiz(b: Bench) -> None:
 
 def sampling(b: Bench) -> None:
     how, note = {"copies": 4, "temperature": b.args.temperature, "top_p": b.args.top_p}, "16 prompts x 4, 128 tokens each"
-    ours = lambda: generate(b.model, b.prompts, 128, (), seed=b.args.seed, **how)  # noqa: E731
-    b.versus("sampling", ours, "generate, num_return_sequences", lambda: b.other.generate(b.prompts, 128, **how), note)
+    prompts = [mine[0] for mine in b.asks]
+    ours = lambda: generate(b.model, prompts, 128, (), seed=b.args.seed, **how)  # noqa: E731
+    b.versus("sampling", ours, "generate, num_return_sequences", lambda: b.other.generate(prompts, 128, **how), note)
 
 
 def outer(b: Bench) -> None:
@@ -226,22 +229,24 @@ def outer(b: Bench) -> None:
 
     sampling(b) if not any(row["work"] == "sampling" for row in b.rows) else None
     sampled = next(row for row in b.rows if row["work"] == "sampling")
-    args = train_outer.parse_arguments(["--samples", "4", "--model", b.args.model, "--seed", str(b.args.seed)])
-    config, study = FAST
+    args = ["--samples", "4", "--select", "best", "--data", WORK, "--split", "", "--model", b.args.model]
+    args = train_outer.parse_arguments([*args, "--seed", str(b.args.seed)])
+    task = train_outer.Passages(args, b.model, b.tok)
+    config, study = b.fast
     policy = LoRAConfig(args.outer_rank, args.outer_alpha, tuple(PROJECTIONS), 0, b.model.config.n_layer)
-    outer_study = Study(lr=args.outer_lr, epochs=args.outer_epochs, row_len=0, batch=args.outer_batch)
+    outer_study = Study(lr=args.outer_lr, epochs=args.outer_epochs, row_len=args.outer_row_len, batch=args.outer_batch)
     # The other side studies the recorded self-edits, ours the ones that it has just sampled in the same way.
-    some, tokens = b.candidates[::16], [sum(len(e.ids) for e in mine) for mine in b.examples(b.candidates)]
-    brief, part = replace(study, epochs=2), study.epochs / 2 * sum(tokens) / sum(tokens[::16])
-    sft = [policy_example(b.tok, p, "\n".join(b.candidates[4 * n].notes)) for n, p in enumerate(b.prompts)]
-    steps = b.batches(sft, outer_study)
+    some, brief, part = b.candidates[::16], replace(study, steps=2), study.steps / 2
+    written = [e["parts"] for e in read_json(WORK)["self_edits"]][::4]  # of each passage's four the first
+    sft = [policy_example(b.tok, *pair) for ask, parts in zip(b.asks, written) for pair in zip(ask, parts)]
+    steps, asked = b.batches(sft, outer_study), sum(map(len, b.asks)) / len(b.asks)
 
     def ours():
         with tempfile.TemporaryDirectory() as out:
-            train_outer.outer_round(b.model, b.tok, b.passages, b.fresh(policy, 1), 1, args, Path(out))
+            train_outer.outer_round(b.model, b.tok, task, b.fresh(policy, 1), 1, args, Path(out))
 
     def other() -> dict:
-        spent = {"sample": sampled["other_s"] * args.max_new / 128}
+        spent = {"sample": sampled["other_s"] * asked * args.max_new / 128}
         spent["study"] = b.other_time(lambda: b.train_other(some, config, brief), part, 64 / len(some))
         model = b.other.attach(b.fresh(config, 1)).eval()
         prompts = [[list(i.prompt) for i in quiz_items(b.tok, c.passage)] for c in some]
@@ -253,7 +258,7 @@ def outer(b: Bench) -> None:
 
     turns = [(timed(ours), other()) for _ in range(b.args.repeats)]
     a, o = statistics.median(t[0] for t in turns), statistics.median(sum(t[1].values()) for t in turns)
-    note = f"16 passages x 4; the other: sampling from its row, {len(some)} of 64 candidates x 2 epochs, "
+    note = f"16 passages x 4, --select best; the other: sampling from its row, {len(some)} of 64 candidates x 2 steps, "
     note += f"4 of {len(steps)} outer steps, scaled"
     row = {"work": "round", "ours_s": a, "other": "transformers + peft", "other_s": o, "ratio": o / a, "note": note}
     b.add(row | {"turns": turns, "scaled": True})
@@ -291,7 +296,7 @@ def startup(b: Bench) -> None:
 
 def compiled(b: Bench) -> None:
     """--compile inductor, after it has compiled. Last of all, for it changes the model."""
-    run = lambda: b.train(b.longest, *FAST)  # noqa: E731
+    run = lambda: b.train(b.longest, *b.fast)  # noqa: E731
     eager = statistics.median(timed(run) for _ in range(b.args.repeats))
     b.model.compile_blocks("inductor")
     first = timed(run)

@@ -129,8 +129,8 @@ def per_passage(passages, answers: list[list[list[dict]]]) -> dict:
             [s["accuracy"] for a in samples for s, q in zip(a, p.questions) if q.direction == direction]
             for p, samples in zip(passages, answers)
         ]
-        if all(kept):
-            table[direction] = np.array([np.mean(k) for k in kept])
+        if any(kept):  # over the passages that have such questions
+            table[direction] = np.array([np.mean(k) for k in kept if k])
     return table
 
 

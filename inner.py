@@ -1,8 +1,9 @@
 """The inner update: train a population of adapters, each on its own examples, side by side.
 
-Three things make it fast, and none changes what a candidate learns:
+Four things make it fast, and none changes what a candidate learns:
     packing        short sequences share a row (block-diagonal mask, positions start anew), so little is padded
-    lower layers   when only the top layers adapt, what the frozen ones make of each sequence is computed once
+    one prompt     sequences that begin with the same prompt read it once
+    lower layers   when only the top layers adapt, what the frozen ones make of each row is computed once
     labels only    the large output projection runs only where a token is predicted, a chunk at a time
 
 The optimiser is torch's AdamW with one parameter group per candidate: own learning rate, own step count, and a candidate
@@ -11,12 +12,12 @@ that has finished or diverged simply has no gradient. Top to bottom: examples, r
 
 import itertools
 import math
-from dataclasses import dataclass, field
+import os.path
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 import torch.nn as nn
-from torch.nn.utils.rnn import pad_sequence
 
 from lora import Adapters, attached
 from model import Ragged, Transformer, packed_mask
@@ -60,32 +61,60 @@ def pack(lengths: list[int], row_len: int) -> list[list[int]]:
 class Row:
     """Packed sequences as tensors: T tokens, L of which are predicted from the token before them."""
 
-    x: torch.Tensor  # (T, C) what the frozen lower layers make of the tokens
+    ids: torch.Tensor  # (T)
     pos: torch.Tensor  # (T) position within its own sequence
-    segment: torch.Tensor  # (T) number of the sequence
+    segment: torch.Tensor  # (T) number of the sequence, from 1; 0 for a prefix that all sequences of the row begin with
     at: torch.Tensor  # (L) index of the token that predicts
     target: torch.Tensor  # (L) id that it should predict
     weight: torch.Tensor  # (L)
+    x: torch.Tensor | None = None  # (T, C) what the frozen lower layers make of the tokens
 
 
-def make_row(examples: list[Example], states: list[torch.Tensor]) -> Row:
-    """Lay examples end to end. ids [5 6 7] all counted, then [8 9]: at = [0 1 3], target = [6 7 9]."""
-    at, target, weight, start = [], [], [], 0
-    for e in examples:
+def make_row(examples: list[Example], prefix: int = 0) -> Row:
+    """Lay examples end to end. ids [5 6 7] all counted, then [8 9]: at = [0 1 3], target = [6 7 9].
+
+    The first `prefix` tokens, the same in all examples and never counted, are laid down once and looked at by all. Ids
+    [5 6 7] and [5 6 8 9] with prefix 2 are laid as 5 6 7 8 9, at positions 0 1 2 2 3, in segments 0 0 1 2 2.
+    """
+    ids, pos, segment = list(examples[0].ids[:prefix]), list(range(prefix)), [0] * prefix
+    at, target, weight = [], [], []
+    for i, e in enumerate(examples, 1):
+        place = [*range(prefix), *range(len(ids), len(ids) + len(e.ids) - prefix)]  # index in the row of each token
         predicted = [t for t in range(1, len(e.ids)) if e.counts[t]]
-        at += [start + t - 1 for t in predicted]
+        at += [place[t - 1] for t in predicted]
         target += [e.ids[t] for t in predicted]
         weight += [e.weight] * len(predicted)
-        start += len(e.ids)
-    device = states[0].device
-    return Row(
-        x=torch.cat(states),
-        pos=torch.cat([torch.arange(len(e.ids)) for e in examples]).to(device),
-        segment=torch.cat([torch.full((len(e.ids),), i) for i, e in enumerate(examples)]).to(device),
-        at=torch.tensor(at, dtype=torch.long, device=device),
-        target=torch.tensor(target, dtype=torch.long, device=device),
-        weight=torch.tensor(weight, device=device),
-    )
+        ids += e.ids[prefix:]
+        pos += range(prefix, len(e.ids))
+        segment += [i] * (len(e.ids) - prefix)
+    long = (torch.tensor(v, dtype=torch.long) for v in (ids, pos, segment, at, target))
+    return Row(*long, torch.tensor(weight, dtype=torch.float32))
+
+
+def arrange(examples: list[Example], row_len: int) -> list[tuple[list[int], int]]:
+    """Which examples share a row, and how many first tokens they share in it; the row with the most tokens first.
+
+    Those that begin with a prompt, which the loss does not count, share rows among themselves, and the prompt's common
+    beginning is read once for all: notes that are questions share half of their tokens.
+    """
+    rows, length = [], [len(e.ids) for e in examples]
+    for prompted in (False, True):
+        mine = [i for i, e in enumerate(examples) if (not e.counts[0]) is prompted]
+        prefix = shared_prefix([examples[i] for i in mine]) if row_len else 0
+        packed = pack([length[i] - prefix for i in mine], max(0, row_len - prefix))
+        rows += [([mine[i] for i in row], prefix) for row in packed]
+    return sorted(rows, key=lambda row: -row[1] - sum(length[i] - row[1] for i in row[0]))
+
+
+def shared_prefix(examples: list[Example]) -> int:
+    """How many first tokens all examples share, none of them counted or an example's last. 0 for fewer than two examples.
+
+    Chats that ask "Who cast it?" and "Who rang it?" share all up to "Who".
+    """
+    if len(examples) < 2:
+        return 0
+    given = [next((t for t, c in enumerate(e.counts) if c), len(e.ids) - 1) for e in examples]
+    return min(len(os.path.commonprefix([e.ids for e in examples])), *given)
 
 
 # -----------------------------------------------------------------------------
@@ -93,32 +122,36 @@ def make_row(examples: list[Example], states: list[torch.Tensor]) -> Row:
 
 
 @torch.no_grad()
-def lower_states(model: Transformer, examples: list[Example], stop: int, tokens: int = 2048) -> dict:
-    """{ids: (T, C)} after layers 0 .. stop-1, each distinct sequence computed once. `tokens` bounds one batch.
-
-    Exits with one line if a sequence is longer than the model's context.
+def with_lower_states(model: Transformer, rows: list[Row], stop: int, tokens: int = 2048) -> list[Row]:
+    """The rows, on the model's device, with x after layers 0 .. stop-1. Equal rows are computed once; `tokens` bounds one
+    batch. Exits with one line if a sequence is longer than the model's context.
     """
-    distinct = sorted({e.ids for e in examples}, key=lambda ids: (len(ids), ids))
-    if distinct and len(distinct[-1]) > model.config.max_seq_len:
+    longest = max((int(row.pos.max()) + 1 for row in rows), default=0)
+    if longest > model.config.max_seq_len:
         limit = f"the model's context of {model.config.max_seq_len}"
-        raise SystemExit(f"error: a training sequence of {len(distinct[-1])} tokens is longer than {limit}")
-    states, batch = {}, []
-    for ids in distinct:
-        if batch and (len(batch) + 1) * len(ids) > tokens:
+        raise SystemExit(f"error: a training sequence of {longest} tokens is longer than {limit}")
+    keys = [(tuple(row.ids.tolist()), tuple(row.segment.tolist())) for row in rows]
+    rows = [replace(row, **{k: m.to(model.device) for k, m in vars(row).items() if m is not None}) for row in rows]
+    states, batch = {}, {}
+    for key, row in sorted(zip(keys, rows), key=lambda pair: len(pair[1].ids)):
+        if batch and (len(batch) + 1) * len(row.ids) > tokens:
             states |= _lower_batch(model, batch, stop)
-            batch = []
-        batch.append(ids)
-    return states | (_lower_batch(model, batch, stop) if batch else {})
+            batch = {}
+        batch |= {} if key in states else {key: row}
+    states |= _lower_batch(model, batch, stop) if batch else {}
+    return [replace(row, x=states[key]) for key, row in zip(keys, rows)]
 
 
-def _lower_batch(model: Transformer, batch: list[tuple], stop: int) -> dict:
-    ids = pad_sequence([torch.tensor(i) for i in batch], batch_first=True).to(model.device)  # (R, T), padded right
-    x = model.embed(ids)
-    if stop:
-        R, T = ids.shape
-        pos = torch.arange(T, device=ids.device).expand(R, T)
-        x = model.run_layers(x, pos, packed_mask(torch.zeros_like(ids)), stop=stop)
-    return {i: row[: len(i)] for i, row in zip(batch, x)}
+def _lower_batch(model: Transformer, batch: dict, stop: int) -> dict:
+    ragged, (ids, pos, segment) = end_to_end(list(batch.values()), "ids", "pos", "segment")
+    x = model.run_layers(model.embed(ids), pos, packed_mask(ragged.spread(segment)), stop=stop, ragged=ragged)
+    return dict(zip(batch, x[0].split([len(row.ids) for row in batch.values()])))
+
+
+def end_to_end(rows: list[Row], *names: str) -> tuple[Ragged, list[torch.Tensor]]:
+    """A Ragged of the rows, and the named tensors of all rows one after the other, each (1, N, ...)."""
+    ragged = Ragged([len(row.ids) for row in rows], rows[0].ids.device)
+    return ragged, [torch.cat([getattr(row, name) for row in rows])[None] for name in names]
 
 
 # -----------------------------------------------------------------------------
@@ -129,12 +162,12 @@ def _lower_batch(model: Transformer, batch: list[tuple], stop: int) -> dict:
 class Study:
     """How one candidate is trained. One step takes `batch` rows; an epoch takes every row once."""
 
-    lr: float = 2e-3  # peak AdamW learning rate
+    lr: float = 4e-3  # peak AdamW learning rate
     epochs: int = 8
     steps: int = 0  # if above 0, take exactly this many steps, whatever the number of rows, instead of `epochs`
     clip: float = 1.0  # largest gradient norm, per candidate
     schedule: str = "linear"  # or "cosine", "constant": decay from lr to 0
-    row_len: int = 128  # tokens per packed row; 0 puts each sequence in its own row (the paper's way)
+    row_len: int = 256  # tokens per packed row; 0 puts each sequence in its own row (the paper's way)
     batch: int = 1  # rows per step
     rehearse: bool = False  # every step takes the first example (the passage) as well, in a row of its own
 
@@ -218,11 +251,9 @@ def train_step(model: Transformer, lora: attached, active: list[int], taken: lis
     counted tokens, and gradients (p, N) in float32.
     """
     rows, device = [row for mine in taken for row in mine], model.device
-    lengths = [len(row.pos) for row in rows]
-    by_row = Ragged(lengths, device)
-    by_candidate = Ragged([sum(len(row.pos) for row in mine) for mine in taken], device)
-    x, pos, segment = (torch.cat([getattr(row, name) for row in rows])[None] for name in ("x", "pos", "segment"))
-    first = np.cumsum([0, *lengths]).tolist()  # where each row starts
+    by_row, (x, pos, segment) = end_to_end(rows, "x", "pos", "segment")
+    by_candidate = Ragged([sum(len(row.ids) for row in mine) for mine in taken], device)
+    first = np.cumsum([0, *(len(row.ids) for row in rows)]).tolist()  # where each row starts
     at = torch.cat([row.at + start for row, start in zip(rows, first)])
     target = torch.cat([row.target for row in rows])
     counted = torch.tensor([sum(len(row.at) for row in mine) for mine in taken], device=device)
@@ -237,6 +268,24 @@ def train_step(model: Transformer, lora: attached, active: list[int], taken: lis
     return losses, lora.gradients()
 
 
+def lay_rows(model: Transformer, examples: list[list[Example]], studies: list[Study], start: int) -> tuple[list, list]:
+    """Per candidate: the rows that its steps take in turn, and those that each step takes."""
+    rows, always = [], []
+    for mine, study in zip(examples, studies):
+        first, rest = split_rehearsed(mine, study)
+        always.append([make_row([e]) for e in first])
+        rows.append([make_row([rest[i] for i in row], prefix) for row, prefix in arrange(rest, study.row_len)])
+    ready = iter(with_lower_states(model, [row for mine in rows + always for row in mine], start))
+    ready = [[next(ready) for _ in mine] for mine in rows + always]
+    return ready[: len(rows)], ready[len(rows) :]
+
+
+def split_rehearsed(examples: list[Example], study: Study) -> tuple[list, list]:
+    """The examples that each step takes, and those that steps take in turn."""
+    n = int(study.rehearse and len(examples) > 1)
+    return examples[:n], examples[n:]
+
+
 def inner_update(model, adapters: Adapters, examples: list[list[Example]], studies: list[Study], seed: int, tick=None):
     """Train adapters.flat[i] on examples[i] as studies[i] says, all together; returns an Outcome per candidate.
 
@@ -246,17 +295,7 @@ def inner_update(model, adapters: Adapters, examples: list[list[Example]], studi
     """
     batch = {s.batch for s in studies}
     assert len(adapters) == len(examples) == len(studies) and len(batch) == 1
-    start = adapters.config.start
-    states = lower_states(model, [e for mine in examples for e in mine], start)
-    rows, always = [], []  # per candidate: the rows that its steps take in turn, and those that each step takes
-
-    def lay(some: list[Example]) -> Row:
-        return make_row(some, [states[e.ids] for e in some])
-
-    for mine, study in zip(examples, studies):
-        first, rest = (mine[:1], mine[1:]) if study.rehearse and len(mine) > 1 else ([], mine)
-        always.append([lay([e]) for e in first])
-        rows.append([lay([rest[i] for i in r]) for r in pack([len(e.ids) for e in rest], study.row_len)])
+    rows, always = lay_rows(model, examples, studies, adapters.config.start)
     slots = max(map(len, rows))
     plans = [plan_steps(len(mine), study, seed, slots) for mine, study in zip(rows, studies)]
     totals = [sum(map(bool, plan)) for plan in plans]
@@ -281,11 +320,11 @@ def inner_update(model, adapters: Adapters, examples: list[list[Example]], studi
                 params[i].grad = grad
                 optimizer.param_groups[i]["lr"] = studies[i].lr_at(len(outcomes[i].losses), totals[i])
                 outcomes[i].losses.append(loss)
-                outcomes[i].tokens += sum(len(row.pos) for row in mine)
+                outcomes[i].tokens += sum(len(row.ids) for row in mine)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             if tick:
-                tick(sum(len(row.pos) for mine in taken for row in mine), float(losses.mean()))
+                tick(sum(len(row.ids) for mine in taken for row in mine), float(losses.mean()))
     for outcome, finite in zip(outcomes, adapters.flat.norm(dim=1).isfinite().tolist()):
         outcome.diverged |= not finite  # the last step is not followed by a loss that would tell
     return outcomes

@@ -361,8 +361,10 @@ def causal_mask(valid, T: int):
 def packed_mask(segment):
     """segment (R, T) int, which sequence each token belongs to -> block-diagonal causal mask (R, T, T).
 
-    segment = [[0, 0, 1]] gives [[[1, 0, 0], [1, 1, 0], [0, 0, 1]]]: the third token starts a sequence of its own.
+    segment = [[1, 1, 2]] gives [[[1, 0, 0], [1, 1, 0], [0, 0, 1]]]: the third token starts a sequence of its own. Segment 0
+    is what all sequences begin with: [[0, 1, 2]] gives [[[1, 0, 0], [1, 1, 0], [1, 0, 1]]].
     """
     T = segment.size(1)
     causal = torch.ones(T, T, dtype=torch.bool, device=segment.device).tril()
-    return causal & (segment[:, :, None] == segment[:, None, :])
+    seen = segment[:, None, :]
+    return causal & ((seen == segment[:, :, None]) | (seen == 0))

@@ -277,7 +277,7 @@ def make_parser(doc: str) -> argparse.ArgumentParser:
     add("--targets", nargs="+", default=list(PROJECTIONS), choices=PROJECTIONS, help="the paper: q_proj v_proj")
     add("--top-layers", type=at_least(0), default=10, help="adapt the last K layers; 0 or the paper: all")
     add("--lr", type=at_least(0.0), default=Study.lr, help="peak learning rate, decays linearly; the paper: 1e-3")
-    add("--steps", type=at_least(0), default=16, help="optimiser steps; 0 or the paper: as many as --epochs make")
+    add("--steps", type=at_least(0), default=8, help="optimiser steps; 0 or the paper: as many as --epochs make")
     add("--epochs", type=at_least(1), default=Study.epochs, help="passes over the rows with --steps 0; the paper: 10")
     rehearse = argparse.BooleanOptionalAction
     add("--rehearse", action=rehearse, default=True, help="every step also takes the passage; the paper: --no-rehearse")

@@ -34,19 +34,24 @@ class SelfEdit:
     parts: list  # as sampled: one text, or one for each sentence of the passage
     style: str = ""
     notes: list = field(default_factory=list)  # as parsed; empty if the texts are unusable
-    flaws: list = field(default_factory=list)  # of each part: "", "empty", "malformed" or "endless"
+    flaws: list = field(default_factory=list)  # of each part: "", "empty", "malformed", "copied" or "endless"
     flaw: str = ""  # of the whole: "", that of the first part if none is sound, or "diverged"
     settings: dict = field(default_factory=dict)  # of the inner update, as used
     steps: int = 0
     loss: float | None = None  # of the last inner step
     score: dict = field(default_factory=dict)  # accuracy, em, f1, logprob: means over the quiz
     reward: float = 0.0
-    selected: bool = False
-    why: str = ""  # why it was selected, or why not
+    credits: list = field(default_factory=list)  # of each part: its own reward, or None if no question is about it
+    kept: list = field(default_factory=list)  # of each part: is it imitated?
+    why: str = ""  # why, or why not
 
     @property
     def text(self) -> str:
         return "\n".join(self.parts)
+
+    @property
+    def selected(self) -> bool:
+        return any(self.kept)
 
     def record(self) -> dict:
         return asdict(self)
@@ -56,6 +61,7 @@ class SelfEdit:
 # prompt styles
 
 EXAMPLE_TITLE = "The Vantor Bell"
+EXAMPLE_NAMES = ("Vantor", "Hessa Lorn", "Quill Bay")  # in a self-edit about anything else they are copied
 EXAMPLE_PASSAGE = (
     "Hessa Lorn, a potter from Quill Bay, cast the Vantor Bell in 1742. It weighs 900 kilograms and hangs in the tower "
     "of the harbour school. Sailors used to rub its rim for luck until the town council forbade the custom. A crack that "
@@ -258,8 +264,10 @@ def ask_for_notes(tok: Tokenizer, passages, args) -> tuple[dict, callable]:
 
     def read(parts):
         notes, flaws = zip(*(parse(text, args.style, ended) for text, ended in parts))
+        copied = [args.shots > 0 and any(name in text for name in EXAMPLE_NAMES) for text, _ in parts]
+        flaws = [flaw or ("copied" if c else "") for flaw, c in zip(flaws, copied)]
         notes = list(dict.fromkeys(note for mine in notes for note in mine))
-        return {"style": args.style, "notes": notes, "flaws": list(flaws), "flaw": "" if "" in flaws else flaws[0]}
+        return {"style": args.style, "notes": notes, "flaws": flaws, "flaw": "" if "" in flaws else flaws[0]}
 
     return {p.id: edit_prompts(tok, args.style, p.title, p.text, args.shots) for p in passages}, read
 

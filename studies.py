@@ -24,6 +24,8 @@ notes: of the self-edits that an eval_qa.py ladder sampled, per method; a word c
     covered      share of the passage's words that occur in the notes
     repeats      share of the notes with 80 % of their words in one earlier note
     unsupported  share of the notes with less than 60 % of their words in the passage and its title
+    copied       share of the notes that name someone or something of the prompt's worked example
+    told         share of the quiz's questions with an accepted answer in the notes (the model never saw these questions)
 "changes" compares each method with the first one, on the same passages.
 """
 
@@ -36,16 +38,28 @@ from types import SimpleNamespace
 import numpy as np
 
 from common import chunks, digest, open_run, read_jsonl, sub_seed, write_json
-from data.qa import load_passages
+from data.qa import Passage, load_passages
 from eval_qa import bootstrap, paired_steps, unrelated
-from quiz import Candidate, at_least, load, lora_config, make_parser, mean_scores, result_head, study_all, study_settings
-from selfedit import STYLES, write_self_edits
+from quiz import (
+    Candidate,
+    at_least,
+    load,
+    lora_config,
+    make_parser,
+    mean_scores,
+    result_head,
+    score_answer,
+    study_all,
+    study_settings,
+)
+from selfedit import EXAMPLE_NAMES, STYLES, write_self_edits
 
 REWARDS = {
     "accuracy": lambda s: s["accuracy"],
     "logprob": lambda s: s["logprob"],
     "mixed": lambda s: s["accuracy"] + s["logprob"] / 4,
 }
+METHODS = ["passage", "passage+unrelated", "passage+self-edit"]
 OUT = {"reward": "reward_reliability", "recipes": "recipes", "notes": "notes"}
 
 
@@ -58,9 +72,11 @@ def parse_arguments():
     add("--limit", type=at_least(0), default=48, help="use at most N passages, 0: all")
     add("--samples", type=at_least(2), default=4, help="reward: self-edits per passage")
     add("--seeds", type=at_least(2), default=3, help="reward: studies of each self-edit, the last one to judge by")
-    add("--lrs", type=at_least(0.0), nargs="+", default=[1e-3, 2e-3, 4e-3], help="recipes: learning rates")
-    add("--step-counts", type=at_least(1), nargs="+", default=[8, 16, 32], help="recipes: --steps to compare")
+    add("--lrs", type=at_least(0.0), nargs="+", default=[2e-3, 4e-3, 8e-3], help="recipes: learning rates")
+    add("--step-counts", type=at_least(1), nargs="+", default=[4, 8, 16], help="recipes: --steps to compare")
     add("--layers", type=at_least(0), nargs="+", default=[6, 10, 15, 0], help="recipes: --top-layers to compare")
+    add("--methods", nargs="+", default=METHODS, choices=METHODS, help="recipes: ways of studying to tune")
+    add("--styles", nargs="+", default=list(STYLES), choices=STYLES, help="recipes: --style to compare")
     add("--temperatures", type=at_least(0.0), nargs="+", default=[0.4, 0.7, 1.0], help="recipes: --temperature to compare")
     add("--work", help="recipes, reward: folder for progress, default runs/STUDY; notes: the ladder's, with *-sampled.jsonl")
     add("--out", help="default: results/... as above")
@@ -164,14 +180,13 @@ class Recipe:
 def recipes(args) -> list[Recipe]:
     """lr x steps for each method, then one change at a time of what is asked for and adapted; each row once."""
     base = Recipe("passage+self-edit", args.style, args.temperature, args.top_layers, args.lr, args.epochs, args.steps)
-    methods = ("passage", "passage+unrelated", "passage+self-edit")
-    rows = [replace(base, method=m, lr=lr, steps=n) for m in methods for n in args.step_counts for lr in args.lrs]
-    rows += [replace(base, style=s, temperature=t) for s in STYLES for t in args.temperatures]
+    rows = [replace(base, method=m, lr=lr, steps=n) for m in METHODS for n in args.step_counts for lr in args.lrs]
+    rows += [replace(base, style=s, temperature=t) for s in args.styles for t in args.temperatures]
     rows += [replace(base, top_layers=k) for k in args.layers]
     rows += [replace(base, rehearse=False)]
     paper = replace(base, steps=0, rehearse=False)
-    rows += [replace(paper, method=m, epochs=n) for m in methods[::2] for n in (args.epochs, 2 * args.epochs)]
-    return list(dict.fromkeys(rows))
+    rows += [replace(paper, method=m, epochs=n) for m in METHODS[::2] for n in (args.epochs, 2 * args.epochs)]
+    return [r for r in dict.fromkeys(rows) if r.method in args.methods]
 
 
 def study_recipe(model, tok, passages, recipe: Recipe, args, work: Path) -> dict:
@@ -218,7 +233,7 @@ def study_recipes(model, tok, passages, args, work: Path) -> dict:
 # -----------------------------------------------------------------------------
 # notes
 
-MEASURES = ("tokens", "notes", "covered", "repeats", "unsupported")
+MEASURES = ("tokens", "notes", "covered", "repeats", "unsupported", "copied", "told")
 ASKING = {"what", "which", "when", "where", "whose", "whom", "does", "many", "much", "question", "answer"}
 
 
@@ -228,18 +243,22 @@ def words(text: str) -> set:
     return {w for w in found if len(w) >= 4 or any(c.isdigit() for c in w)} - ASKING
 
 
-def measure(tok, title: str, passage: str, text: str, notes: list[str]) -> dict:
-    """The four measures of one self-edit; shares of no notes are 0."""
-    own, each = words(passage), [words(n) for n in notes]
+def measure(tok, p: Passage, text: str, notes: list[str]) -> dict:
+    """The measures of one self-edit; shares of no notes are 0."""
+    own, each = words(p.text), [words(n) for n in notes]
     each = [w for w in each if w]
     repeats = [any(len(w & v) >= 0.8 * len(w) for v in each[:i]) for i, w in enumerate(each)]
-    unsupported = [len(w & (own | words(title))) < 0.6 * len(w) for w in each]
+    unsupported = [len(w & (own | words(p.title))) < 0.6 * len(w) for w in each]
+    copied = [any(name in n for name in EXAMPLE_NAMES) for n in notes]
+    said = " ".join(notes)
     return {
         "tokens": len(tok.encode(text)),
         "notes": len(notes),
         "covered": len(own & set().union(*each)) / len(own) if own else 0.0,
         "repeats": float(np.mean(repeats)) if each else 0.0,
         "unsupported": float(np.mean(unsupported)) if each else 0.0,
+        "copied": float(np.mean(copied)) if notes else 0.0,
+        "told": float(np.mean([score_answer(said, q.answers)["accuracy"] for q in p.questions])),
     }
 
 
@@ -254,7 +273,7 @@ def study_notes(tok, passages, args) -> dict:
         measured, method = {p.id: [] for p in passages}, log.name.removesuffix("-sampled.jsonl")
         for e in edits:
             p, text = by_id[e["passage"]], "\n".join(e["parts"])
-            measured[p.id].append(measure(tok, p.title, p.text, text, e["notes"]))
+            measured[p.id].append(measure(tok, p, text, e["notes"]))
         row = {"method": method, "n": len(edits)}
         for key in MEASURES:
             means[method, key] = mine = np.array([np.mean([m[key] for m in some]) for some in measured.values()])

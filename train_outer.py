@@ -3,8 +3,8 @@
     python train_outer.py --out runs/demo --limit 16 --samples 3 --rounds 1    # minutes on two cores
     python train_outer.py --out runs/paper --samples 5 --rounds 2 --temperature 1 --rank 32 --alpha 64 \\
         --targets q_proj v_proj --top-layers 0 --lr 1e-3 --steps 0 --epochs 10 --row-len 0 \\
-        --no-rehearse --style implications-long --shots 0 --max-new 512 \\
-        --outer-lr 3e-4 --outer-batch 10        # the paper's settings
+        --no-rehearse --style implications-long --shots 0 --max-new 512 --select improving \\
+        --outer-lr 3e-4 --outer-row-len 0 --outer-batch 10        # the paper's settings
 
     for each round:
         for each passage C:     SE_1 .. SE_M ~ LM_theta( . | C)                  sample
@@ -17,12 +17,15 @@ How this departs from the paper (arXiv 2506.10943, section 3):
  2. Candidates train and answer as populations (lora.py), not one by one.
  3. theta is the base model plus one policy adapter that all rounds go on training; it is merged into the weights
     while sampling, studying and quizzing.
- 4. A self-edit, or the part of one about one sentence, that was cut off by the length limit, is empty or not in the asked
-    form is scored, but never reinforced.
- 5. Every inner step of the reward also takes the passage (--rehearse), and all self-edits get the same number of steps.
+ 4. A self-edit whose parts are about one sentence each is rewarded part by part: a part earns what the questions about its
+    sentence earn, and is imitated if that is more than the average of its kind (--select parts). One reward for the
+    whole tells little about six parts. What is written about a sentence that no question is about is never imitated.
+ 5. A self-edit, or part, that was cut off by the length limit, is empty, not in the asked form or copies the worked example
+    is scored, but never imitated.
+ 6. Every inner step of the reward also takes the passage (--rehearse), and all self-edits get the same number of steps.
 
 Each round writes to OUT/round-K/: sampled.jsonl and studied.jsonl (progress), candidates.jsonl (one record per self-edit:
-text, settings, scores, selected or why not), policy/ (a PEFT adapter); OUT/metrics.jsonl gets one line per round.
+text, settings, scores, which parts are kept and why), policy/ (a PEFT adapter); OUT/metrics.jsonl gets one line per round.
 Kill it at any time: the same command goes on where it was, and ends with the same result.
 """
 
@@ -34,15 +37,32 @@ from pathlib import Path
 import numpy as np
 
 from common import Progress, digest, open_run, read_jsonl, sub_seed, write_jsonl
-from data.qa import load_passages
-from inner import Study, inner_update
+from data.qa import Question, load_passages
+from inner import Study, arrange, inner_update
 from lora import PROJECTIONS, Adapters, LoRAConfig, load_adapter, merge, save_adapter, unmerge
 from puzzle import Puzzles
-from quiz import Candidate, at_least, load, lora_config, make_parser, mean_scores, study_all, study_settings
-from selfedit import SelfEdit, ask_for_notes, policy_example, sample_self_edits
+from quiz import (
+    Candidate,
+    at_least,
+    load,
+    lora_config,
+    make_parser,
+    mean_scores,
+    normalize,
+    study_all,
+    study_settings,
+)
+from selfedit import SelfEdit, ask_for_notes, policy_example, sample_self_edits, sentences
 
 # What another task than qa changes in the defaults. ARC's LoRA is the paper's in its targets only: a small model needs more.
-ARC = {"data": "downloads/arc/arc1.json", "select": "improving", "temperature": 1.0, "max_new": 160}
+ARC = {
+    "data": "downloads/arc/arc1.json",
+    "select": "improving",
+    "outer_row_len": 0,
+    "outer_batch": 2,
+    "temperature": 1.0,
+    "max_new": 160,
+}
 ARC |= {"targets": ["q_proj", "v_proj", "gate_proj", "down_proj", "up_proj"], "top_layers": 0, "population": 4}
 DEFAULTS = {"qa": {}, "arc": ARC}
 
@@ -67,33 +87,52 @@ def parse_arguments(argv=None):
     add("--out", default="runs/qa", help="run folder")
     add("--rounds", type=at_least(1), default=2, help="outer rounds")
     add("--samples", type=at_least(1), default=4, help="self-edits per passage, M; the paper: 5")
-    rewards, selections = ["accuracy", "logprob"], ["best", "improving"]
-    add("--reward", default="accuracy", choices=rewards, help="of the quiz; ties in accuracy are broken by logprob")
-    add("--select", default="best", choices=selections, help="each passage's best, or all better than the passage alone")
+    rewards, selections = ["accuracy", "logprob"], ["parts", "best", "improving"]
+    add("--reward", default="accuracy", choices=rewards, help="of the quiz")
+    how = "parts better than average; each passage's best; all improving on the passage alone (the paper)"
+    add("--select", default="parts", choices=selections, help=f"what is imitated: {how}")
     add = parser.add_argument_group("outer update (policy adapter on all layers)").add_argument
     add("--outer-rank", type=at_least(1), default=64, help="LoRA rank")
     add("--outer-alpha", type=at_least(0.0), default=128.0, help="LoRA alpha")
     add("--outer-lr", type=at_least(0.0), default=5e-4, help="peak learning rate; the paper: 3e-4")
     add("--outer-epochs", type=at_least(1), default=2, help="passes over the rewarded self-edits")
-    add("--outer-batch", type=at_least(1), default=2, help="self-edits per step; the paper: 10")
+    add("--outer-row-len", type=at_least(0), default=768, help="tokens per packed row; 0: a row per self-edit or part")
+    add("--outer-batch", type=at_least(1), default=1, help="rows per step; the paper: 10 self-edits")
     parser.set_defaults(**DEFAULTS[parser.parse_args(argv).task])
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.select == "parts" and args.samples < 2:
+        parser.error("--select parts compares a passage's self-edits: it needs --samples of at least 2")
+    return args
+
+
+WHY = {  # selected? -> why
+    "parts": ("no sound part better than average", "parts better than average"),
+    "best": ("not the best", "best"),
+    "improving": ("no better than the passage alone", "better than the passage alone"),
+}
 
 
 def select(edits: list[SelfEdit], alone: dict, how: str) -> None:
-    """Mark which self-edits are reinforced, and say why or why not. `alone`: passage id -> reward of the passage alone."""
+    """Mark which self-edits, or parts of them, are imitated, and say why or why not. `alone`: passage id -> reward of the
+    passage alone. A part with a flaw is never imitated.
+
+    "parts": of two self-edits with credits [1, 0, None] and [0, 0, None], the first one's first part: it earned more than
+    that part earns on average, over all self-edits that were studied to the end.
+    """
     for passage in dict.fromkeys(e.passage for e in edits):
         mine = [e for e in edits if e.passage == passage]
-        sound = [e for e in mine if not e.flaw]
-        best = max(sound, key=lambda e: (e.reward, e.score["logprob"]), default=None)
-        for e in mine:
-            if e.flaw:
-                e.why = e.flaw
-            elif how == "best":
-                e.selected, e.why = e is best, "best" if e is best else "not the best"
+        best = max((e for e in mine if not e.flaw), key=lambda e: (e.reward, e.score["logprob"]), default=None)
+        credits = [e.credits or [e.reward] for e in mine]
+        studied = [c for e, c in zip(mine, credits) if e.flaw != "diverged"]
+        means = [None if None in part else float(np.mean(part)) for part in zip(*studied)]
+        for e, own in zip(mine, credits):
+            sound = [not flaw and not e.flaw for flaw in e.flaws]
+            if how == "parts":
+                e.kept = [ok and mean is not None and c > mean + 1e-9 for ok, c, mean in zip(sound, own, means)]
             else:
-                e.selected = e.reward > alone[passage]
-                e.why = "better than the passage alone" if e.selected else "no better than the passage alone"
+                win = e is best if how == "best" else e.reward > alone[passage]
+                e.kept = [ok and win for ok in sound]
+            e.why = e.flaw or WHY[how][e.selected]
 
 
 class Passages:
@@ -119,19 +158,45 @@ class Passages:
             e.score, e.steps, e.loss = mean_scores(result["answers"]), result["steps"], result["loss"]
             e.flaw = "diverged" if result["diverged"] else e.flaw
             e.reward = e.score[args.reward]
+            e.credits = self.credit(e, result["answers"], args.reward)
         alone = zip(self.passages, results[len(edits) :])
         return {i: mean_scores(r["answers"])[args.reward] for i, r in alone}
+
+    def credit(self, e: SelfEdit, answers: list[dict], reward: str) -> list:
+        """The reward of each part of a self-edit: the mean over the questions about its sentence; None if there are none.
+
+        A self-edit that has only one part earns the whole reward.
+        """
+        if len(e.parts) == 1:
+            return [e.reward]
+        passage, earned = self.passages[e.passage], [[] for _ in e.parts]
+        for question, answer in zip(passage.questions, answers):
+            earned[sentence_about(question, sentences(passage.text))].append(answer[reward])
+        return [float(np.mean(mine)) if mine else None for mine in earned]
+
+
+def sentence_about(question: Question, texts: list[str]) -> int:
+    """Which sentence a question is about: the one with its answer, and of several the one with most of its words.
+
+    "Who cast it?" (Hessa Lorn) of ["A bell was cast.", "Hessa Lorn cast it."]: 1.
+    """
+    texts, asked = [f" {normalize(t)} " for t in texts], normalize(question.question).split()
+    told = [any(f" {normalize(a)} " in t for a in question.answers) for t in texts]
+    return max(range(len(texts)), key=lambda k: (told[k], sum(f" {w} " in texts[k] for w in asked)))
 
 
 TASKS = {"qa": Passages, "arc": Puzzles}
 
 
 def reinforce(model, tok, prompts: dict, edits, policy: Adapters, args, seed, label) -> float:
-    """Outer update: fine-tune the policy adapter in place on the selected self-edits' sound parts. Returns the last loss."""
-    parts = [part for e in edits if e.selected for part in zip(prompts[e.passage], e.parts, e.flaws)]
-    examples = [policy_example(tok, prompt, text) for prompt, text, flaw in parts if not flaw]
-    study = Study(lr=args.outer_lr, epochs=args.outer_epochs, row_len=0, batch=args.outer_batch)
-    progress = Progress(label, args.outer_epochs * sum(len(x.ids) for x in examples))
+    """Outer update: fine-tune the policy adapter in place on what is kept of the self-edits. Returns the last loss."""
+    parts = [part for e in edits for part in zip(prompts[e.passage], e.parts, e.kept) if part[2]]
+    examples = [policy_example(tok, prompt, text) for prompt, text, _ in parts]
+    study = Study(lr=args.outer_lr, epochs=args.outer_epochs, row_len=args.outer_row_len, batch=args.outer_batch)
+    tokens = sum(
+        prefix + sum(len(examples[i].ids) - prefix for i in row) for row, prefix in arrange(examples, study.row_len)
+    )
+    progress = Progress(label, args.outer_epochs * tokens)
     [outcome] = inner_update(
         model, policy, [examples], [study], seed, tick=lambda tokens, loss: progress.step(tokens, loss=loss)
     )
@@ -165,7 +230,8 @@ def outer_round(model, tok, task, policy: Adapters, k: int, args, out: Path) -> 
         "accuracy_mean": float(np.mean([e.score["accuracy"] for e in edits])),
         "kept": len(kept),
         "total": len(edits),
-        "flaws": dict(Counter(flaw for e in edits for flaw in (e.flaws if e.flaw != "diverged" else [e.flaw]) if flaw)),
+        "kept_parts": sum(sum(e.kept) for e in edits),
+        "flaws": dict(Counter(flaw for e in edits for flaw in (e.flaws if e.flaw in ("", *e.flaws) else [e.flaw]) if flaw)),
         "notes_mean": float(np.mean([len(e.notes) for e in edits])),
         "outer_loss": loss,
         "seconds": round(time.perf_counter() - start, 1),

@@ -12,7 +12,7 @@ import scaling
 from checkpoint import load_model
 from common import read_json
 from data.qa import load_passages
-from inner import Example, Study, inner_update, pack, plan_steps
+from inner import Example, Study, inner_update
 from lora import PROJECTIONS, Adapters, LoRAConfig
 from selfedit import generate, parse
 from tests.baselines import Baseline
@@ -31,20 +31,24 @@ def sides(tmp_path):
 def test_the_work_is_real():
     passages, edits = load_passages(ROOT / bench.WORK), read_json(ROOT / bench.WORK)["self_edits"]
     assert [e["passage"] for e in edits] == [p.id for p in passages for _ in range(4)] and len(passages) == 16
-    assert all(e["notes"] in (parse(e["text"], "implications", ended)[0] for ended in (True, False)) for e in edits)
-    assert len({e["text"] for e in edits}) > 60
+    for e in edits:  # of each part, ended or cut off
+        notes = [{n for ended in (True, False) for n in parse(text, "sentence-qa", ended)[0]} for text in e["parts"]]
+        assert set(e["notes"]) <= set().union(*notes)
+    assert len({tuple(e["parts"]) for e in edits}) > 60
 
 
-def test_both_sides_train_alike(sides):
+@pytest.mark.parametrize("rehearse", [False, True])
+def test_both_sides_train_alike(rehearse, sides):
+    """A row of its own each; and with a rehearsed first sequence, and rows that share a prompt, which the other repeats."""
     model, other = sides
-    config, study, mine = (
-        LoRAConfig(4, 8.0, ("q_proj", "v_proj"), 1, 4),
-        Study(lr=1e-2, epochs=3, row_len=0),
-        examples(20, 13, 28),
-    )
+    config, mine = LoRAConfig(4, 8.0, ("q_proj", "v_proj"), 1, 4), examples(20, 13, 28)
+    study = Study(lr=1e-2, epochs=3, row_len=0)
+    if rehearse:
+        prompt = examples(9)[0].ids
+        mine += [Example(prompt + e.ids, (False,) * 9 + e.counts) for e in examples(7, 12, 5)]
+        study = Study(lr=1e-2, steps=4, row_len=40, rehearse=True)
     [outcome] = inner_update(model, Adapters.init(model, config, 1, 0), [mine], [study], seed=0)
-    rows = pack([len(e.ids) for e in mine], 0)
-    batches = [[mine[rows[r][0]] for r in step] for step in plan_steps(3, study, 0)]
+    batches = bench.Bench.batches(SimpleNamespace(args=SimpleNamespace(seed=0)), mine, study)
     assert other.train(Adapters.init(model, config, 1, 0), batches, study) == pytest.approx(outcome.losses, rel=1e-3)
     other.trainer_steps(Adapters.init(model, config, 1, 0), mine, study, 1, pad=64)
 
@@ -63,10 +67,11 @@ def test_both_sides_answer_alike(sides):
 
 def test_flops_are_those_that_torch_counts(sides):
     model, _ = sides
-    config, study, mine = LoRAConfig(4, 8.0, tuple(PROJECTIONS), 2, 4), Study(epochs=3), [examples(40), examples(40)]
+    config, mine = LoRAConfig(4, 8.0, tuple(PROJECTIONS), 2, 4), [examples(40, 40, 40), examples(40, 40)]
+    study = Study(steps=3, rehearse=True, row_len=0)
     with FlopCounterMode(display=False) as counter:
-        outcomes = inner_update(model, Adapters.init(model, config, 2, 0), mine, [study] * 2, seed=0)
-    counted = scaling.inner_flops(SimpleNamespace(model=model), mine, config, study, sum(o.tokens for o in outcomes))
+        inner_update(model, Adapters.init(model, config, 2, 0), mine, [study] * 2, seed=0)
+    counted = scaling.inner_flops(model, mine, config, study)
     assert counted == pytest.approx(counter.get_total_flops(), rel=0.1)
 
 

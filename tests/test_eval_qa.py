@@ -55,6 +55,12 @@ def test_directions_are_averaged_apart():
     table = per_passage([P], [[answers]])
     assert table["accuracy"][0] == pytest.approx(2 / 3) and table["forward"][0] == 0.5 and table["reversed"][0] == 1.0
 
+    class Q:  # without reversed questions: it counts for forward only
+        questions = P.questions[:2]
+
+    table = per_passage([P, Q], [[answers], [answers[:2]]])
+    assert table["forward"].tolist() == [0.5, 0.5] and table["reversed"].tolist() == [1.0]
+
 
 def ladder(monkeypatch, tiny_folder, passages_file, tmp_path, *extra):
     args = ["--data", passages_file, "--out", tmp_path / "ladder.json", "--work", tmp_path / "work", "--max-new", 8]

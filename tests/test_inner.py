@@ -11,7 +11,7 @@ from conftest import write_checkpoint
 
 import inner
 from checkpoint import load_model
-from inner import Example, Study, backward_through_head, inner_update, make_row, pack, plan_steps
+from inner import Example, Study, arrange, backward_through_head, inner_update, make_row, pack, plan_steps, shared_prefix
 from lora import PROJECTIONS, Adapters, LoRAConfig
 
 ALL = LoRAConfig(4, 8.0, tuple(PROJECTIONS), 0, 4)
@@ -131,13 +131,35 @@ def test_packed_rows_give_the_gradients_of_separate_rows(model):
     assert same_change(*flats, Adapters.init(model, ALL, 1, 0).flat)
 
 
-def test_lower_layers_run_once_per_distinct_sequence(model, monkeypatch):
+def test_lower_layers_run_once_per_distinct_row(model, monkeypatch):
     seen = []
     batch = inner._lower_batch
-    monkeypatch.setattr(inner, "_lower_batch", lambda model, ids, stop: seen.extend(ids) or batch(model, ids, stop))
-    shared = example(20, 1)
-    inner_update(model, Adapters.init(model, TOP, 2, 0), [[shared, example(9, 2)], [shared]], [Study(epochs=4)] * 2, seed=0)
-    assert sorted(seen) == sorted({shared.ids, example(9, 2).ids})
+    monkeypatch.setattr(inner, "_lower_batch", lambda model, rows, stop: seen.extend(rows) or batch(model, rows, stop))
+    shared, other, study = example(20, 1), example(9, 2), Study(epochs=4, row_len=0)
+    inner_update(model, Adapters.init(model, TOP, 2, 0), [[shared, other], [shared]], [study] * 2, seed=0)
+    assert sorted(ids for ids, _ in seen) == sorted({shared.ids, other.ids})
+
+
+@pytest.mark.parametrize("config", [ALL, TOP])
+def test_a_prompt_read_once_teaches_the_same(model, config):
+    """Three questions under one prefix of 12 tokens, and a text: packed, they learn what they learn in rows of their own."""
+    prefix = example(12, 1).ids
+    asked = [Example(prefix + example(n, n).ids, (False,) * skip + (True,) * (12 + n - skip)) for n, skip in TAILS]
+    texts, flats = [example(21, 5), *asked], []
+    for row_len, batch in ((64, 2), (0, 4)):
+        adapters, study = Adapters.init(model, config, 1, 0), Study(lr=1e-2, steps=2, row_len=row_len, batch=batch)
+        inner_update(model, adapters, [texts], [study], seed=0)
+        flats.append(adapters.flat)
+    assert same_change(*flats, Adapters.init(model, config, 1, 0).flat)
+    assert arrange(asked, 12) == [([1], 12), ([0], 12), ([2], 12)]  # no room beside the prefix: a row each
+    assert arrange(texts, 64) == [([2, 1, 3], 12), ([0], 0)]  # 12 + 29 tokens, and 21
+    assert shared_prefix(asked) == 12 and shared_prefix(texts) == 0 and shared_prefix(asked[:1]) == 0
+    assert arrange([example(12, 1), example(12, 1)], 64) == [([0, 1], 0)]  # counted: no prompt
+    other = [Example((7, *e.ids), (False, *e.counts)) for e in asked]
+    assert shared_prefix(asked + other) == 0  # no common beginning
+
+
+TAILS = ((9, 12), (14, 20), (6, 12))  # length after the prefix, first counted token
 
 
 def test_loss_in_chunks_equals_the_whole(model):
@@ -204,9 +226,12 @@ def test_rows_as_documented():
     assert pack([60, 50, 30, 70], 100) == [[1, 2], [3], [0]]  # two rows would do for 210 tokens, but none splits so
     assert pack([30, 300, 60], 128) == [[1], [2, 0]]
     assert len(pack([300] + [60] * 10, 128)) == 6 and pack([50, 60], 0) == [[1], [0]] and pack([], 128) == []
-    row = make_row([Example((5, 6, 7), (True,) * 3), Example((8, 9), (True,) * 2)], [torch.zeros(3, 4), torch.zeros(2, 4)])
+    row = make_row([Example((5, 6, 7), (True,) * 3), Example((8, 9), (True,) * 2)])
     assert row.at.tolist() == [0, 1, 3] and row.target.tolist() == [6, 7, 9]
-    assert row.pos.tolist() == [0, 1, 2, 0, 1] and row.segment.tolist() == [0, 0, 0, 1, 1]
+    assert row.pos.tolist() == [0, 1, 2, 0, 1] and row.segment.tolist() == [1, 1, 1, 2, 2]
+    row = make_row([Example((5, 6, 7), (False, False, True)), Example((5, 6, 8, 9), (False, False, False, True))], prefix=2)
+    assert row.ids.tolist() == [5, 6, 7, 8, 9] and row.pos.tolist() == [0, 1, 2, 2, 3]
+    assert row.segment.tolist() == [0, 0, 1, 2, 2] and row.at.tolist() == [1, 3] and row.target.tolist() == [7, 9]
 
 
 def test_plans():

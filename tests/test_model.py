@@ -88,7 +88,7 @@ def test_padding_does_not_change_a_row(tiny, side):
 @torch.no_grad()
 def test_packed_sequences_do_not_see_each_other(tiny):
     ids = ids_for(tiny, rows=1, length=20)
-    segment = torch.tensor([[0] * 8 + [1] * 12])
+    segment = torch.tensor([[1] * 8 + [2] * 12])
     pos = torch.cat([torch.arange(8), torch.arange(12)])[None]
     together = tiny(ids, pos=pos, mask=packed_mask(segment))
     apart = torch.cat([tiny(ids[:, :8]), tiny(ids[:, 8:])], dim=1)
@@ -97,7 +97,8 @@ def test_packed_sequences_do_not_see_each_other(tiny):
 
 def test_masks_as_documented():
     assert causal_mask(torch.tensor([[False, True, True]]), 2).int().tolist() == [[[0, 1, 0], [0, 1, 1]]]
-    assert packed_mask(torch.tensor([[0, 0, 1]])).int().tolist() == [[[1, 0, 0], [1, 1, 0], [0, 0, 1]]]
+    assert packed_mask(torch.tensor([[0, 1, 2]])).int().tolist() == [[[1, 0, 0], [1, 1, 0], [1, 0, 1]]]
+    assert packed_mask(torch.tensor([[1, 1, 2]])).int().tolist() == [[[1, 0, 0], [1, 1, 0], [0, 0, 1]]]
 
 
 @torch.no_grad()

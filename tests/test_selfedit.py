@@ -11,7 +11,7 @@ from data.qa import Passage
 from inner import Example
 from lora import PROJECTIONS, Adapters, LoRAConfig
 from sampler import choose, generate, grid, shrink
-from selfedit import STYLES, ask_for_notes, edit_prompts, parse, policy_example, sentences
+from selfedit import EXAMPLE_NAMES, EXAMPLE_PASSAGE, STYLES, ask_for_notes, edit_prompts, parse, policy_example, sentences
 
 PROMPTS = [[7, 8, 9, 10, 11], [7, 8, 9, 3], [7, 8, 9, 20, 21, 22, 23, 24, 25]]  # share [7, 8, 9]
 
@@ -119,6 +119,11 @@ def test_a_self_edit_in_parts(tok):
     assert read([("Sure!", True), (one, False)])["flaw"] == "malformed"
     made = read([("Sure!", True), (two, True)])
     assert (made["notes"], made["flaws"], made["flaw"]) == ([two], ["malformed", ""], "")
+    bell = "Question: Who sold it?\nAnswer: Hessa Lorn sold it."  # out of the worked example: studied, but with a flaw
+    assert read([(bell, True), (two, True)])["flaws"] == ["copied", ""] and read([(bell, True)])["notes"] == [bell]
+    args.shots = 0
+    assert read([(bell, True)])["flaws"] == [""]
+    assert all(name in EXAMPLE_PASSAGE for name in EXAMPLE_NAMES)
 
 
 @pytest.mark.parametrize(

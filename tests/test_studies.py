@@ -9,6 +9,7 @@ from conftest import run_script
 import eval_qa
 import studies
 from common import read_jsonl
+from data.qa import Passage, Question
 from studies import correlation, judge_reward, measure, words
 
 
@@ -52,13 +53,17 @@ def test_measures(tok):
     assert words("In 1742 she cast the bell.") == {"1742", "cast", "bell"}
     passage = "Hessa cast the bell in 1742. It weighs 900 kilograms."  # hessa, cast, bell, 1742, weighs, 900, kilograms
     notes = ["Hessa cast the bell in 1742.", "The bell was cast in 1742.", "Nobody ever bought seventeen copper kettles."]
-    m = measure(tok, "Vantor", passage, "\n".join(notes), notes)
+    asked = (Question("When?", ("1742",)), Question("How heavy?", ("900 kilograms",)))
+    passage = Passage("p", "Vantor", passage, asked)
+    m = measure(tok, passage, "\n".join(notes), notes)
+    assert m["told"] == 0.5 and m["copied"] == 0
     assert m["covered"] == pytest.approx(4 / 7) and m["repeats"] == m["unsupported"] == pytest.approx(1 / 3)
     assert m["notes"] == 3 and m["tokens"] == len(tok.encode("\n".join(notes)))
     half = ["Hessa cast kilograms in 1742.", "Hessa cast nobody seventeen kettles copper."]  # 2 of 6 words again: no repeat
-    m = measure(tok, "Vantor", passage, "", half)
+    m = measure(tok, passage, "", half)
     assert m["repeats"] == 0 and m["unsupported"] == 0.5
-    assert measure(tok, "T", passage, "", [])["covered"] == 0
+    assert measure(tok, passage, "", [])["covered"] == measure(tok, passage, "", [])["told"] == 0
+    assert measure(tok, passage, "", ["The Vantor Bell rang.", "Hessa Lorn", "A bell."])["copied"] == pytest.approx(2 / 3)
 
 
 def run(monkeypatch, folder, data, tmp_path, *extra):

@@ -10,13 +10,14 @@ from conftest import dies_at, run_script
 
 import train_outer
 from common import read_jsonl
+from data.qa import Question
 from selfedit import SelfEdit
-from train_outer import select
+from train_outer import select, sentence_about
 
 
 def run(monkeypatch, tiny_folder, passages_file, out, *extra):
     args = ["--data", passages_file, "--out", out, "--samples", 3, "--rounds", 2, "--max-new", 12, "--steps", 2]
-    args += ["--top-layers", 2, "--rank", 2, "--outer-rank", 2, "--population", 4]
+    args += ["--top-layers", 2, "--rank", 2, "--outer-rank", 2, "--population", 4, "--select", "best"]
     run_script(monkeypatch, train_outer, tiny_folder, *args, *extra)
 
 
@@ -53,14 +54,16 @@ def finished(tiny_folder, tmp_path_factory):
 def test_a_round_leaves_its_records(finished):
     _, out = finished
     metrics = read_jsonl(out / "metrics.jsonl")
-    assert [m["round"] for m in metrics] == [1, 2] and all(m["total"] == 9 and m["kept"] == 3 for m in metrics)
+    assert [m["round"] for m in metrics] == [1, 2] and all(
+        m["total"] == 9 and m["kept"] == m["kept_parts"] == 3 for m in metrics
+    )
     for k in (1, 2):
         records = read_jsonl(out / f"round-{k}" / "candidates.jsonl")
         assert len(records) == 9 and (out / f"round-{k}" / "policy" / "adapter_model.safetensors").is_file()
         for r in records:
             assert r["parts"] and r["why"] and r["settings"]["steps"] == 2 and set(r["score"]) >= {"accuracy", "logprob"}
             assert r["reward"] == r["score"]["accuracy"]
-        assert sum(r["selected"] for r in records) == 3
+        assert sum(any(r["kept"]) for r in records) == 3 and all(len(r["credits"]) == 1 for r in records)
     one, two = ((out / f"round-{k}" / "policy" / "adapter_model.safetensors").read_bytes() for k in (1, 2))
     assert one != two
 
@@ -125,20 +128,72 @@ def test_a_random_models_self_edits_never_stop_a_run(tiny_folder, passages_file,
 def test_selection():
     def edits():
         rows = [("a", 0.5, -3.0, ""), ("a", 0.5, -2.0, ""), ("a", 0.9, -1.0, "endless"), ("b", 0.2, -1.0, "")]
-        return [SelfEdit(p, ["t"], reward=r, score={"logprob": lp}, flaw=f) for p, r, lp, f in rows]
+        return [SelfEdit(p, ["t"], reward=r, score={"logprob": lp}, flaw=f, flaws=[f]) for p, r, lp, f in rows]
 
-    best, improving = edits(), edits()
+    best, improving, parts = edits(), edits(), edits()
     select(best, {}, "best")
     assert [e.selected for e in best] == [False, True, False, True]
     assert [e.why for e in best] == ["not the best", "best", "endless", "best"]
     select(improving, {"a": 0.4, "b": 0.2}, "improving")
     assert [e.selected for e in improving] == [True, True, False, False]
+    parts[1].reward = 0.8  # the mean is 0.73, and the endless one cannot be imitated
+    select(parts, {}, "parts")
+    assert [e.selected for e in parts] == [False, True, False, False] and parts[3].why == "no sound part better than average"
+
+
+def test_selection_by_part():
+    rows = [
+        ([1, 0, None, 1], ["", "", "", ""]),
+        ([0, 0, None, 1], ["", "", "", ""]),
+        ([1, 0.5, None, 0], ["copied", "", "", ""]),
+    ]
+    edits = [SelfEdit("a", ["t"] * 4, score={"logprob": 0.0}, credits=c, flaws=f) for c, f in rows]
+    select(edits, {}, "parts")
+    assert [e.kept for e in edits] == [[True, False, False, True], [False, False, False, True], [False, True, False, False]]
+    edits[0].flaw = "diverged"  # nor do the others have to be better than it
+    select(edits, {}, "parts")
+    assert not edits[0].selected and edits[0].why == "diverged" and edits[1].kept == [False, False, False, True]
+    assert edits[2].kept == [False, True, False, False]
+
+
+def test_a_question_credits_the_part_about_its_sentence():
+    texts = ["The bell was cast in Rolm.", "Ada Quell cast the bell.", "Ada Quell hung it in a tower."]
+    questions = [
+        Question("Where was the bell cast?", ("Rolm",), "forward"),
+        Question("Who cast it?", ("Ada Quell",), "forward"),
+    ]
+    questions.append(Question("Who hung it?", ("Ada Quell", "Quell"), "forward"))
+    assert [sentence_about(q, texts) for q in questions] == [0, 1, 2]
+    assert sentence_about(Question("What hangs in a tower?", ("a nest",), "forward"), texts) == 2  # told nowhere: most words
+    task = object.__new__(train_outer.Passages)
+    task.passages = {"p": SimpleNamespace(text=" ".join(texts), questions=questions)}
+    answers = [{"accuracy": 1.0}, {"accuracy": 0.0}, {"accuracy": 1.0}]
+    assert task.credit(SelfEdit("p", ["x"] * 3), answers, "accuracy") == [1.0, 0.0, 1.0]
+    task.passages["p"].questions = questions[1:]
+    assert task.credit(SelfEdit("p", ["x"] * 3), answers[1:], "accuracy") == [None, 0.0, 1.0]
+    assert task.credit(SelfEdit("p", ["x"], reward=0.25), answers[1:], "accuracy") == [0.25]
+
+
+def test_parts_are_credited_and_imitated(tiny_folder, passages_file, tmp_path, monkeypatch):
+    """The default way, on passages of two sentences with both questions about the first: its parts alone are kept."""
+    monkeypatch.setattr("selfedit.parse", lambda text, style, ended: ([text.strip() or "x"], ""))
+    extra = ["--select", "parts", "--reward", "logprob", "--rounds", 1]
+    run(monkeypatch, tiny_folder, passages_file, tmp_path / "out", *extra)
+    records = read_jsonl(tmp_path / "out" / "round-1" / "candidates.jsonl")
+    for id in {r["passage"] for r in records}:
+        mine = [r for r in records if r["passage"] == id]
+        earned = [r["credits"][0] for r in mine]
+        assert all(r["credits"] == [r["score"]["logprob"], None] for r in mine) and len(set(earned)) == 3
+        assert [r["kept"] for r in mine] == [[c > sum(earned) / 3, False] for c in earned]
+    [metrics] = read_jsonl(tmp_path / "out" / "metrics.jsonl")
+    assert metrics["kept_parts"] == metrics["kept"] == sum(any(r["kept"]) for r in records) > 0
 
 
 @pytest.mark.parametrize(
     "extra, message",
     [
         (["--samples", "0"], "0 is not a number from 1 up"),
+        (["--samples", "1", "--select", "parts"], "it needs --samples of at least 2"),
         (["--data", "nowhere.json"], "cannot read nowhere.json"),
         (["--model", "nowhere"], "nowhere is not a model folder"),
         (["--skip", "99"], "no passages"),
@@ -163,7 +218,7 @@ def test_another_setting_in_the_same_folder_is_refused(finished, tiny_folder, mo
         run(monkeypatch, tiny_folder, data, out, "--temperature", "0.1")
 
 
-def test_only_sound_parts_of_selected_self_edits_are_imitated(tok, monkeypatch):
+def test_only_what_is_kept_is_imitated(tok, monkeypatch):
     seen = []
 
     def spy(model, policy, examples, *args, **kwargs):
@@ -171,10 +226,7 @@ def test_only_sound_parts_of_selected_self_edits_are_imitated(tok, monkeypatch):
         return [SimpleNamespace(diverged=False, loss=1.0)]
 
     monkeypatch.setattr(train_outer, "inner_update", spy)
-    args = SimpleNamespace(outer_lr=1e-3, outer_epochs=1, outer_batch=2)
-    edits = [
-        SelfEdit("a", ["good", "cut"], flaws=["", "endless"], selected=True),
-        SelfEdit("a", ["not best", "nor this"], flaws=["", ""]),
-    ]
+    args = SimpleNamespace(outer_lr=1e-3, outer_epochs=1, outer_row_len=0, outer_batch=2)
+    edits = [SelfEdit("a", ["good", "not this"], kept=[True, False]), SelfEdit("a", ["nor", "that"], kept=[False, False])]
     train_outer.reinforce(None, tok, {"a": [[5], [6]]}, edits, None, args, 0, "test")
     assert [tok.decode(e.ids[1:]) for e in seen] == ["good<|im_end|>"] and seen[0].ids[0] == 5
