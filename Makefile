@@ -1,18 +1,19 @@
 # Each target sets up what it needs, the virtual environment included, from a bare Python 3.11+.
-#   make demo    the whole loop on a real model, about half an hour on two slow cores
+#   make demo    the whole loop on a real model, in small: under half an hour on two slow cores
 #   make test    linter and tests
 #   make bench   speed, side by side with transformers + peft, about 45 minutes on two cores
-#   make results the studies, a full run, its ladders and their figures: hours; killed, it goes on where it was
+#   make results a run of two rounds, its ladder, what changed in the notes, the figures: two hours on two slow cores
+#   make studies which reward, which recipe, and the paper's protocol: hours. Killed, both go on where they were
 PYTHON ?= python3
 PY := .venv/bin/python
 
-.PHONY: demo test bench results model data clean
+.PHONY: demo test bench results studies model data clean
 .DELETE_ON_ERROR:
 
 demo: model
 	$(PY) train_outer.py --out runs/demo --limit 16 --samples 3 --rounds 1
-	$(PY) eval_qa.py --run runs/demo --limit 16 --out results/demo.json
-	$(PY) studies.py notes --limit 16 --work runs/eval-demo/climb-0 --out results/demo_notes.json
+	$(PY) eval_qa.py --run runs/demo --limit 16 --out runs/demo.json
+	$(PY) studies.py notes --limit 16 --work runs/eval-demo/climb-0 --out runs/demo_notes.json
 
 test: .venv/dev model downloads/vocab
 	$(PY) -m ruff check .
@@ -21,17 +22,18 @@ test: .venv/dev model downloads/vocab
 bench: .venv/dev model
 	$(PY) bench.py
 
-QA := --samples 2 --seeds 2 --work runs/qa-ladder
 results: .venv/dev model
 	$(PY) eval_qa.py --split "" --no-study --out results/passages.json
+	$(PY) train_outer.py --out runs/qa --limit 32 --rounds 2 --samples 4
+	cp runs/qa/metrics.jsonl results/qa_rounds.jsonl
+	$(PY) eval_qa.py --run runs/qa --limit 24 --out results/qa_ladder.json
+	$(PY) studies.py notes --limit 24 --work runs/eval-qa_ladder/climb-0
+	$(PY) plot.py
+
+studies: .venv/dev model
 	$(PY) studies.py reward
 	$(PY) studies.py recipes --limit 24
-	$(PY) train_outer.py --out runs/qa --rounds 2 --samples 4
-	cp runs/qa/metrics.jsonl results/qa_rounds.jsonl
-	$(PY) eval_qa.py --run runs/qa $(QA) --recipes results/recipes.json --out results/qa_ladder.json
-	$(PY) eval_qa.py --run runs/qa $(QA) --match epochs --out results/qa_ladder_epochs.json
-	$(PY) studies.py notes --limit 0 --work runs/qa-ladder/climb-0
-	$(PY) plot.py
+	$(PY) eval_qa.py --run runs/qa --limit 24 --match epochs --out results/qa_ladder_epochs.json
 
 model: checkpoints/smollm2-135m-instruct
 data: downloads/arc

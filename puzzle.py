@@ -229,7 +229,7 @@ class Puzzles:
             raise SystemExit(f"error: {args.tasks or args.data}: no tasks left to work on")
 
     @staticmethod
-    def read(parts: list[tuple]) -> dict:
+    def read(_, parts: list[tuple]) -> dict:
         settings, flaw = parse_settings(*parts[0])
         return {"style": "settings", "settings": settings, "flaws": [flaw], "flaw": flaw}
 

@@ -74,6 +74,7 @@ class Style:
     ask: str  # the instruction
     example: str | tuple  # a good self-edit for the example passage; a tuple: for its first sentences, one by one
     separator: str  # regular expression between two notes
+    asks_only: bool = False  # notes are questions, and the sentence that they are about is the answer
 
     @property
     def by_sentence(self) -> bool:
@@ -147,6 +148,21 @@ STYLES = {
         ),
         r"\n(?=Question)",
     ),
+    "questions": Style(
+        "Write four different questions that the sentence answers, one per line. Use full names.",
+        (
+            "Who cast the Vantor Bell?\n"
+            "What did Hessa Lorn cast?\n"
+            "In what year was the Vantor Bell cast?\n"
+            "Where was the potter Hessa Lorn from?",
+            "How much does the Vantor Bell weigh?\n"
+            "Where does the Vantor Bell hang?\n"
+            "What hangs in the tower of the harbour school?\n"
+            "Which school has the Vantor Bell in its tower?",
+        ),
+        r"\n",
+        asks_only=True,
+    ),
 }
 
 
@@ -185,6 +201,7 @@ def parse(text: str, style: str, ended: bool) -> tuple[list[str], str]:
     rewrite, one per paragraph:         "A is B.\\nSo C.\\n\\nD is E."       -> ["A is B. So C.", "D is E."]
     both kinds of qa, one per pair:     "Question: Q?\\nAnswer: A"           -> ["Question: Q?\\nAnswer: A"]
         a question without an answer is dropped; "Question 2:" is read as "Question:"
+    questions, one per line:            "1. Q?\\nSure!\\nR?"                 -> ["Q?", "R?"]
     markers go, bare headings go:       "Implications:\\n1. A is B.\\n- C"   -> ["A is B.", "C"]
         a marker is followed by a blank: "10.5 million came." stays as it is
     a repeated note is kept once:       "A is B.\\nA is B."                  -> ["A is B."]
@@ -202,6 +219,7 @@ def parse(text: str, style: str, ended: bool) -> tuple[list[str], str]:
     else:
         parts = [" ".join(MARKER.sub("", p).split()) for p in parts]
         parts = [p for p in parts if not p.endswith(":") and any(c.isalnum() for c in p)]
+        parts = [p for p in parts if p.endswith("?") or not STYLES[style].asks_only]
     notes = list(dict.fromkeys(parts))
     return notes, "endless" if not ended else "" if notes else "malformed"
 
@@ -227,7 +245,7 @@ def sample_self_edits(model, tok, prompts: dict, read, copies, args, seed, log=N
     """Sample `copies` self-edits for each of prompts {id: [token ids of each part]}, as args says (max_new, temperature,
     top_p; for each part).
 
-    `read(parts)`, a list of (text, ended), gives the record's fields that follow from them, {"flaw": ..., ...}. Ids go in
+    `read(id, parts)`, a list of (text, ended), gives the record's fields that follow, {"flaw": ..., ...}. Ids go in
     batches of about 64 continuations; each finished batch is written to `log` (JSON lines) and, found there, not sampled
     again. Exits with one line if a prompt does not fit the model's context.
     """
@@ -252,7 +270,7 @@ def sample_self_edits(model, tok, prompts: dict, read, copies, args, seed, log=N
                 for ids_of_parts in zip(*sampled):  # one self-edit
                     ended = [x[-1] in ends for x in ids_of_parts]
                     parts = [tok.decode(x[:-1] if e else x) for x, e in zip(ids_of_parts, ended)]
-                    edits.append(SelfEdit(i, parts, **read(list(zip(parts, ended)))))
+                    edits.append(SelfEdit(i, parts, **read(i, list(zip(parts, ended)))))
             if log:
                 write_jsonl(log, [e.record() for e in edits])
         progress.step(len(some) * copies)
@@ -262,13 +280,16 @@ def sample_self_edits(model, tok, prompts: dict, read, copies, args, seed, log=N
 def ask_for_notes(tok: Tokenizer, passages, args) -> tuple[dict, callable]:
     """{passage id: prompts} and how to read the answers, for sample_self_edits(), in the style of args."""
 
-    def read(parts):
+    def read(id, parts):
         notes, flaws = zip(*(parse(text, args.style, ended) for text, ended in parts))
+        if STYLES[args.style].asks_only:
+            notes = [[f"Question: {q}\nAnswer: {told}" for q in mine] for mine, told in zip(notes, sentences(texts[id]))]
         copied = [args.shots > 0 and any(name in text for name in EXAMPLE_NAMES) for text, _ in parts]
         flaws = [flaw or ("copied" if c else "") for flaw, c in zip(flaws, copied)]
         notes = list(dict.fromkeys(note for mine in notes for note in mine))
         return {"style": args.style, "notes": notes, "flaws": flaws, "flaw": "" if "" in flaws else flaws[0]}
 
+    texts = {p.id: p.text for p in passages}
     return {p.id: edit_prompts(tok, args.style, p.title, p.text, args.shots) for p in passages}, read
 
 

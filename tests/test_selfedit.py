@@ -101,7 +101,21 @@ def test_prompts(tok, style):
         assert all(e in one and e not in zero for e in examples)
     parsed = [parse(e, style, True) for e in examples]
     assert all(flaw == "" for _, flaw in parsed)
-    assert [len(notes) for notes, _ in parsed] == {"rewrite": [3], "sentence-qa": [2, 2]}.get(style, [8])
+    assert [len(notes) for notes, _ in parsed] == LENGTHS.get(style, [8])
+
+
+LENGTHS = {"rewrite": [3], "sentence-qa": [2, 2], "questions": [4, 4]}
+
+
+def test_questions_are_answered_with_their_sentence(tok):
+    args = SimpleNamespace(style="questions", shots=1)
+    _, read = ask_for_notes(tok, [Passage("p", "Rolm", "Rolm is a town. It sells bricks.", ())], args)
+    made = read("p", [("1. What is Rolm?\nIt is.", True), ("What does Rolm sell?\nWho sells", False)])
+    assert made["notes"] == [
+        "Question: What is Rolm?\nAnswer: Rolm is a town.",
+        "Question: What does Rolm sell?\nAnswer: It sells bricks.",
+    ]
+    assert made["flaws"] == ["", "endless"] and read("p", [("Sure!", True), ("", True)])["flaws"] == ["malformed", "empty"]
 
 
 def test_sentences():
@@ -114,15 +128,15 @@ def test_a_self_edit_in_parts(tok):
     prompts, read = ask_for_notes(tok, [Passage("p", "Rolm", "Rolm is a town. It sells bricks.", ())], args)
     assert list(prompts) == ["p"] and len(prompts["p"]) == 2
     one, two = "Question: What is Rolm?\nAnswer: A town.", "Question: What sells bricks?\nAnswer: Rolm."
-    made = read([(f"{one}\n{two}", True), (f"{one}\nQuestion: Wh", False)])
+    made = read("p", [(f"{one}\n{two}", True), (f"{one}\nQuestion: Wh", False)])
     assert made == {"style": "sentence-qa", "notes": [one, two], "flaws": ["", "endless"], "flaw": ""}
-    assert read([("Sure!", True), (one, False)])["flaw"] == "malformed"
-    made = read([("Sure!", True), (two, True)])
+    assert read("p", [("Sure!", True), (one, False)])["flaw"] == "malformed"
+    made = read("p", [("Sure!", True), (two, True)])
     assert (made["notes"], made["flaws"], made["flaw"]) == ([two], ["malformed", ""], "")
     bell = "Question: Who sold it?\nAnswer: Hessa Lorn sold it."  # out of the worked example: studied, but with a flaw
-    assert read([(bell, True), (two, True)])["flaws"] == ["copied", ""] and read([(bell, True)])["notes"] == [bell]
+    assert read("p", [(bell, True), (two, True)])["flaws"] == ["copied", ""] and read("p", [(bell, True)])["notes"] == [bell]
     args.shots = 0
-    assert read([(bell, True)])["flaws"] == [""]
+    assert read("p", [(bell, True)])["flaws"] == [""]
     assert all(name in EXAMPLE_PASSAGE for name in EXAMPLE_NAMES)
 
 
@@ -141,6 +155,7 @@ def test_a_self_edit_in_parts(tok):
         ("implications", "  \n", True, ([], "empty")),
         ("implications", "...\n---", True, ([], "malformed")),
         ("self-qa", "Sure!", True, ([], "malformed")),
+        ("questions", "1. Q?\nSure!\nR?\nQ?", True, (["Q?", "R?"], "")),
         ("implications", "1742 was the year.\n10.5 tons.\n-40 degrees.", True,
          (["1742 was the year.", "10.5 tons.", "-40 degrees."], "")),
         ("implications", "<|im_end|> __import__('os')", True, (["<|im_end|> __import__('os')"], "")),
