@@ -234,7 +234,7 @@ def outer(b: Bench) -> None:
     task = train_outer.Passages(args, b.model, b.tok)
     config, study = b.fast
     policy = LoRAConfig(args.outer_rank, args.outer_alpha, tuple(PROJECTIONS), 0, b.model.config.n_layer)
-    outer_study = Study(lr=args.outer_lr, epochs=args.outer_epochs, row_len=args.outer_row_len, batch=args.outer_batch)
+    outer_study = train_outer.outer_study(args)
     # The other side studies the recorded self-edits, ours the ones that it has just sampled in the same way.
     some, brief, part = b.candidates[::16], replace(study, steps=2), study.steps / 2
     written = [e["parts"] for e in read_json(WORK)["self_edits"]][::4]  # of each passage's four the first

@@ -235,6 +235,16 @@ def own_recipes(args, methods) -> dict:
     return best | {m: best["passage+self-edit"] for m in (*methods, "stronger-editor")}
 
 
+def protocol_title(result: dict) -> str:
+    """How many steps the rows of a result file took, in words."""
+    s = result["settings"]
+    if result["protocol"] == "none":
+        return "nothing studied"
+    if result["protocol"] == "epochs":
+        return f"equal epochs, {s['epochs']} in every row (the paper's protocol)"
+    return "optimiser steps as suits each row best" if s["recipes"] else f"{s['steps']} optimiser steps in every row"
+
+
 def show(rows: list, steps: list, title: str) -> None:
     print(f"\n{title}\n{'':20} accuracy    95 % CI        em     f1   logprob  steps   against the row above")
     above = {b["method"]: a["method"] for a, b in zip(rows, rows[1:])}
@@ -298,9 +308,7 @@ def main() -> None:
         used = settings | {k: getattr(args, k) for k in ("steps", "recipes", "seeds")}
         result = result_head(args, model) | counts | {"protocol": protocol, "settings": used} | summarize(table, args.seed)
         write_json(out.with_stem(f"{out.stem}_{protocol}") if len(tables) > 1 else out, result)
-        how = {"none": "nothing studied", "epochs": f"{args.epochs} epochs (the paper's way) in every row"}
-        steps = f"{args.steps} optimiser steps in every row" if not recipes else "optimiser steps as suits each row best"
-        show(result["rows"], result["steps"], f"{len(passages)} passages, {how.get(protocol, steps)}")
+        show(result["rows"], result["steps"], f"{len(passages)} passages, {protocol_title(result)}")
     print(f"\nSelf-edits for {passages[0].title!r}: {passages[0].text}" if edits else "")
     for method, mine in edits.items():
         print(f"\n--- {method}\n{mine[0].text.strip()}")

@@ -69,6 +69,11 @@ class Row:
     weight: torch.Tensor  # (L)
     x: torch.Tensor | None = None  # (T, C) what the frozen lower layers make of the tokens
 
+    @property
+    def key(self) -> tuple:
+        """Rows with the same key have the same states."""
+        return tuple(self.ids.tolist()), tuple(self.segment.tolist())
+
 
 def make_row(examples: list[Example], prefix: int = 0) -> Row:
     """Lay examples end to end. ids [5 6 7] all counted, then [8 9]: at = [0 1 3], target = [6 7 9].
@@ -97,13 +102,18 @@ def arrange(examples: list[Example], row_len: int) -> list[tuple[list[int], int]
     Those that begin with a prompt, which the loss does not count, share rows among themselves, and the prompt's common
     beginning is read once for all: notes that are questions share half of their tokens.
     """
-    rows, length = [], [len(e.ids) for e in examples]
+    rows = []
     for prompted in (False, True):
         mine = [i for i, e in enumerate(examples) if (not e.counts[0]) is prompted]
         prefix = shared_prefix([examples[i] for i in mine]) if row_len else 0
-        packed = pack([length[i] - prefix for i in mine], max(0, row_len - prefix))
+        packed = pack([len(examples[i].ids) - prefix for i in mine], max(0, row_len - prefix))
         rows += [([mine[i] for i in row], prefix) for row in packed]
-    return sorted(rows, key=lambda row: -row[1] - sum(length[i] - row[1] for i in row[0]))
+    return sorted(rows, key=lambda row: -row_tokens(examples, *row))
+
+
+def row_tokens(examples: list[Example], row: list[int], prefix: int) -> int:
+    """How many tokens a row of arrange() has."""
+    return prefix + sum(len(examples[i].ids) - prefix for i in row)
 
 
 def shared_prefix(examples: list[Example]) -> int:
@@ -130,21 +140,23 @@ def with_lower_states(model: Transformer, rows: list[Row], stop: int, tokens: in
     if longest > model.config.max_seq_len:
         limit = f"the model's context of {model.config.max_seq_len}"
         raise SystemExit(f"error: a training sequence of {longest} tokens is longer than {limit}")
-    keys = [(tuple(row.ids.tolist()), tuple(row.segment.tolist())) for row in rows]
+    keys = [row.key for row in rows]
     rows = [replace(row, **{k: m.to(model.device) for k, m in vars(row).items() if m is not None}) for row in rows]
     states, batch = {}, {}
-    for key, row in sorted(zip(keys, rows), key=lambda pair: len(pair[1].ids)):
+    for key, row in sorted(dict(zip(keys, rows)).items(), key=lambda item: len(item[1].ids)):
         if batch and (len(batch) + 1) * len(row.ids) > tokens:
             states |= _lower_batch(model, batch, stop)
             batch = {}
-        batch |= {} if key in states else {key: row}
+        batch[key] = row
     states |= _lower_batch(model, batch, stop) if batch else {}
     return [replace(row, x=states[key]) for key, row in zip(keys, rows)]
 
 
 def _lower_batch(model: Transformer, batch: dict, stop: int) -> dict:
     ragged, (ids, pos, segment) = end_to_end(list(batch.values()), "ids", "pos", "segment")
-    x = model.run_layers(model.embed(ids), pos, packed_mask(ragged.spread(segment)), stop=stop, ragged=ragged)
+    x = model.embed(ids)
+    if stop:
+        x = model.run_layers(x, pos, packed_mask(ragged.spread(segment)), stop=stop, ragged=ragged)
     return dict(zip(batch, x[0].split([len(row.ids) for row in batch.values()])))
 
 

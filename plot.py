@@ -17,6 +17,7 @@ matplotlib.use("svg")
 import matplotlib.pyplot as plt
 
 from common import read_json, read_jsonl
+from eval_qa import protocol_title
 from quiz import HelpFormatter, Parser
 
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#999999"  # told apart with any colour vision (Okabe and Ito)
@@ -28,7 +29,6 @@ STYLE = {
     "axes.spines.right": False,
     "figure.constrained_layout.use": True,
 }
-PROTOCOL = {"steps": "steps and learning rate as suits each row best", "epochs": "equal epochs (the paper's protocol)"}
 
 
 def colour(method: str) -> str:
@@ -49,9 +49,7 @@ def draw_ladder(results: list[dict]):
         axes.set_yticks(range(len(rows)), [r["method"] for r in rows])
         axes.set_xlim(0, 1.12 * max(100 * r["ci95"][1] for r in rows) + 4)
         axes.set_xlabel("quiz accuracy without the passage, %")
-        axes.set_title(
-            f"{PROTOCOL.get(result['protocol'], result['protocol'])}\n{result['n_passages']} passages", fontsize=11
-        )
+        axes.set_title(f"{protocol_title(result)}\n{result['n_passages']} passages", fontsize=11)
     return figure
 
 

@@ -78,7 +78,7 @@ def inner_flops(model, examples, config, study) -> float:
     block = sum(w.numel() for w in weights.values())
     lora = config.rank * sum(sum(weights[t].shape) for t in config.targets)
     rows, always = lay_rows(model, examples, [study] * len(examples), config.start)
-    below = {(tuple(row.ids.tolist()), tuple(row.segment.tolist())) for mine in rows + always for row in mine}
+    below = {row.key for mine in rows + always for row in mine}
     trained = []
     for mine, first in zip(rows, always):
         for step in plan_steps(len(mine), study, seed=0):

@@ -171,6 +171,10 @@ def sentences(text: str) -> list[str]:
     return [s for s in re.split(r"(?<=[.!?])\s+", text) if s]
 
 
+def copies_example(text: str) -> bool:
+    return any(name in text for name in EXAMPLE_NAMES)
+
+
 def edit_prompts(tok: Tokenizer, style: str, title: str, passage: str, shots: int = 1) -> list[list[int]]:
     """Token ids of the chats that ask for a self-edit: one about the passage, or one about each of its sentences, as the
     style says. With shots=1 a worked example comes first.
@@ -280,16 +284,17 @@ def sample_self_edits(model, tok, prompts: dict, read, copies, args, seed, log=N
 def ask_for_notes(tok: Tokenizer, passages, args) -> tuple[dict, callable]:
     """{passage id: prompts} and how to read the answers, for sample_self_edits(), in the style of args."""
 
+    texts = {p.id: p.text for p in passages}
+
     def read(id, parts):
         notes, flaws = zip(*(parse(text, args.style, ended) for text, ended in parts))
         if STYLES[args.style].asks_only:
             notes = [[f"Question: {q}\nAnswer: {told}" for q in mine] for mine, told in zip(notes, sentences(texts[id]))]
-        copied = [args.shots > 0 and any(name in text for name in EXAMPLE_NAMES) for text, _ in parts]
+        copied = [args.shots > 0 and copies_example(text) for text, _ in parts]
         flaws = [flaw or ("copied" if c else "") for flaw, c in zip(flaws, copied)]
         notes = list(dict.fromkeys(note for mine in notes for note in mine))
         return {"style": args.style, "notes": notes, "flaws": flaws, "flaw": "" if "" in flaws else flaws[0]}
 
-    texts = {p.id: p.text for p in passages}
     return {p.id: edit_prompts(tok, args.style, p.title, p.text, args.shots) for p in passages}, read
 
 

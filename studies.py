@@ -52,7 +52,7 @@ from quiz import (
     study_all,
     study_settings,
 )
-from selfedit import EXAMPLE_NAMES, STYLES, write_self_edits
+from selfedit import STYLES, copies_example, write_self_edits
 
 REWARDS = {
     "accuracy": lambda s: s["accuracy"],
@@ -249,7 +249,7 @@ def measure(tok, p: Passage, text: str, notes: list[str]) -> dict:
     each = [w for w in each if w]
     repeats = [any(len(w & v) >= 0.8 * len(w) for v in each[:i]) for i, w in enumerate(each)]
     unsupported = [len(w & (own | words(p.title))) < 0.6 * len(w) for w in each]
-    copied = [any(name in n for name in EXAMPLE_NAMES) for n in notes]
+    copied = [copies_example(n) for n in notes]
     said = " ".join(notes)
     return {
         "tokens": len(tok.encode(text)),

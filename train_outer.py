@@ -38,7 +38,7 @@ import numpy as np
 
 from common import Progress, digest, open_run, read_jsonl, sub_seed, write_jsonl
 from data.qa import Question, load_passages
-from inner import Study, arrange, inner_update
+from inner import Study, arrange, inner_update, row_tokens
 from lora import PROJECTIONS, Adapters, LoRAConfig, load_adapter, merge, save_adapter, unmerge
 from puzzle import Puzzles
 from quiz import (
@@ -49,6 +49,7 @@ from quiz import (
     make_parser,
     mean_scores,
     normalize,
+    score_answer,
     study_all,
     study_settings,
 )
@@ -62,8 +63,10 @@ ARC = {
     "outer_batch": 2,
     "temperature": 1.0,
     "max_new": 160,
+    "targets": ["q_proj", "v_proj", "gate_proj", "down_proj", "up_proj"],
+    "top_layers": 0,
+    "population": 4,
 }
-ARC |= {"targets": ["q_proj", "v_proj", "gate_proj", "down_proj", "up_proj"], "top_layers": 0, "population": 4}
 DEFAULTS = {"qa": {}, "arc": ARC}
 
 
@@ -170,8 +173,9 @@ class Passages:
         if len(e.parts) == 1:
             return [e.reward]
         passage, earned = self.passages[e.passage], [[] for _ in e.parts]
+        texts = sentences(passage.text)
         for question, answer in zip(passage.questions, answers):
-            earned[sentence_about(question, sentences(passage.text))].append(answer[reward])
+            earned[sentence_about(question, texts)].append(answer[reward])
         return [float(np.mean(mine)) if mine else None for mine in earned]
 
 
@@ -180,23 +184,25 @@ def sentence_about(question: Question, texts: list[str]) -> int:
 
     "Who cast it?" (Hessa Lorn) of ["A bell was cast.", "Hessa Lorn cast it."]: 1.
     """
-    texts, asked = [f" {normalize(t)} " for t in texts], normalize(question.question).split()
-    told = [any(f" {normalize(a)} " in t for a in question.answers) for t in texts]
-    return max(range(len(texts)), key=lambda k: (told[k], sum(f" {w} " in texts[k] for w in asked)))
+    told = [score_answer(t, question.answers)["accuracy"] for t in texts]
+    words, asked = [normalize(t).split() for t in texts], normalize(question.question).split()
+    return max(range(len(texts)), key=lambda k: (told[k], sum(w in words[k] for w in asked)))
 
 
 TASKS = {"qa": Passages, "arc": Puzzles}
+
+
+def outer_study(args) -> Study:
+    return Study(lr=args.outer_lr, epochs=args.outer_epochs, row_len=args.outer_row_len, batch=args.outer_batch)
 
 
 def reinforce(model, tok, prompts: dict, edits, policy: Adapters, args, seed, label) -> float:
     """Outer update: fine-tune the policy adapter in place on what is kept of the self-edits. Returns the last loss."""
     parts = [part for e in edits for part in zip(prompts[e.passage], e.parts, e.kept) if part[2]]
     examples = [policy_example(tok, prompt, text) for prompt, text, _ in parts]
-    study = Study(lr=args.outer_lr, epochs=args.outer_epochs, row_len=args.outer_row_len, batch=args.outer_batch)
-    tokens = sum(
-        prefix + sum(len(examples[i].ids) - prefix for i in row) for row, prefix in arrange(examples, study.row_len)
-    )
-    progress = Progress(label, args.outer_epochs * tokens)
+    study = outer_study(args)
+    tokens = sum(row_tokens(examples, *row) for row in arrange(examples, study.row_len))
+    progress = Progress(label, study.epochs * tokens)
     [outcome] = inner_update(
         model, policy, [examples], [study], seed, tick=lambda tokens, loss: progress.step(tokens, loss=loss)
     )

@@ -25,7 +25,8 @@ def rows(shift: float):
 @pytest.fixture
 def results(tmp_path):
     for name, protocol in (("qa_ladder", "steps"), ("qa_ladder_epochs", "epochs")):
-        value = {"rows": rows(0.05), "protocol": protocol, "n_passages": 48}
+        settings = {"epochs": 6, "steps": 9, "recipes": None}
+        value = {"rows": rows(0.05), "protocol": protocol, "n_passages": 48, "settings": settings}
         (tmp_path / f"{name}.json").write_text(json.dumps(value))
     metrics = [{"round": k, "reward_mean": 0.3, "reward_kept": None if k == 2 else 0.5} for k in (1, 2)]
     (tmp_path / "qa_rounds.jsonl").write_text("\n".join(map(json.dumps, metrics)))
@@ -42,6 +43,7 @@ def test_every_figure_is_drawn_the_same_each_time(results, monkeypatch):
     figures = {p.name: p.read_text() for p in results.glob("*.svg")}
     assert set(figures) == {"ladder.svg", "directions.svg", "rounds.svg"}
     assert all(m["method"] in figures["ladder.svg"] for m in rows(0)) and "equal epochs" in figures["ladder.svg"]
+    assert "9 optimiser steps in every row" in figures["ladder.svg"]
     assert ">35.0<" in figures["ladder.svg"] and "reversed" in figures["directions.svg"]
     draw(monkeypatch, results)
     assert figures == {p.name: p.read_text() for p in results.glob("*.svg")}

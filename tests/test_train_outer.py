@@ -228,5 +228,7 @@ def test_only_what_is_kept_is_imitated(tok, monkeypatch):
     monkeypatch.setattr(train_outer, "inner_update", spy)
     args = SimpleNamespace(outer_lr=1e-3, outer_epochs=1, outer_row_len=0, outer_batch=2)
     edits = [SelfEdit("a", ["good", "not this"], kept=[True, False]), SelfEdit("a", ["nor", "that"], kept=[False, False])]
+    edits.append(SelfEdit("a", ["no", "fine"], kept=[False, True]))
     train_outer.reinforce(None, tok, {"a": [[5], [6]]}, edits, None, args, 0, "test")
-    assert [tok.decode(e.ids[1:]) for e in seen] == ["good<|im_end|>"] and seen[0].ids[0] == 5
+    assert [tok.decode(e.ids[1:]) for e in seen] == ["good<|im_end|>", "fine<|im_end|>"]
+    assert [e.ids[0] for e in seen] == [5, 6]
