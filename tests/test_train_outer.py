@@ -150,7 +150,7 @@ def test_selection_by_part():
     edits = [SelfEdit("a", ["t"] * 4, score={"logprob": 0.0}, credits=c, flaws=f) for c, f in rows]
     select(edits, {}, "parts")
     assert [e.kept for e in edits] == [[True, False, False, True], [False, False, False, True], [False, True, False, False]]
-    edits[0].flaw = "diverged"  # nor do the others have to be better than it
+    edits[0].flaw, edits[0].credits[1] = "diverged", 1  # the others need not be better than what it would add to the mean
     select(edits, {}, "parts")
     assert not edits[0].selected and edits[0].why == "diverged" and edits[1].kept == [False, False, False, True]
     assert edits[2].kept == [False, True, False, False]
