@@ -30,7 +30,7 @@ from common import read_json, write_json
 from data.qa import load_passages
 from inner import Study, arrange, inner_update, plan_steps, split_rehearsed
 from lora import PROJECTIONS, Adapters, LoRAConfig
-from quiz import Candidate, at_least, load, lora_config, make_parser, quiz_items, study_settings, to_study
+from quiz import ANSWER_LEN, Candidate, at_least, load, lora_config, make_parser, quiz_items, study_settings, to_study
 from sampler import generate
 from scaling import timed
 from selfedit import edit_prompts, policy_example, write_self_edits
@@ -251,7 +251,7 @@ def outer(b: Bench) -> None:
         model = b.other.attach(b.fresh(config, 1)).eval()
         prompts = [[list(i.prompt) for i in quiz_items(b.tok, c.passage)] for c in some]
         ends = [*b.tok.end_ids, *b.tok.newline_ids]
-        spent["quiz"] = timed(lambda: [b.other.generate(p, 24, model, ends=ends) for p in prompts]) * 64 / len(some)
+        spent["quiz"] = timed(lambda: [b.other.generate(p, ANSWER_LEN, model, ends=ends) for p in prompts]) * 64 / len(some)
         model.unload()
         run = lambda: b.other.train(b.fresh(policy, 1), steps, outer_study, steps=4)  # noqa: E731
         return spent | {"reinforce": b.other_time(run, len(steps) / 4)}

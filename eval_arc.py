@@ -19,6 +19,7 @@ With --vote N there is a second number for each row that trains, "voted": two at
 "train" and "heldout". A task with a prompt longer than the context is left out and counted.
 """
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -26,9 +27,9 @@ import numpy as np
 from common import Progress, chunks, digest, open_run, sub_seed, write_json
 from data.arc import GROUPS, Task, load_tasks
 from eval_qa import bootstrap, find_policies, paired_steps, policy_digests
-from lora import load_adapter, merge, unmerge
+from lora import load_adapter, merged
 from puzzle import Puzzles, predict, read_grid, study_puzzles
-from quiz import at_least, load, lora_config, make_parser, result_head
+from quiz import at_least, learner, load, lora_config, make_parser, result_head
 from selfedit import sample_self_edits
 from train_outer import ARC, add_task_arguments
 
@@ -116,13 +117,15 @@ class Ladder:
         results = iter(study_puzzles(self.model, self.tok, candidates, *how))
         return [[next(results) for _ in mine] for mine in configs]
 
-    def self_edits(self, method: str) -> list:
-        """The row of the model as it is now: it writes self-edits, and learns as they say."""
+    def self_edits(self, method: str, policy=None) -> list:
+        """A row: the model, or a policy, writes self-edits, and the learner learns as they say."""
         n, log = self.args.samples, self.work / f"{method}-sampled.jsonl"
         how = (n, self.args, sub_seed(self.args.seed, 0), log, f"{method} sample")
-        edits = sample_self_edits(self.model, self.tok, self.puzzles.prompts, self.puzzles.read, *how)
+        with merged(self.model, policy) if policy else nullcontext():
+            edits = sample_self_edits(self.model, self.tok, self.puzzles.prompts, self.puzzles.read, *how)
         how = (self.args, sub_seed(self.args.seed, 1), self.work / f"{method}-studied.jsonl", method)
-        results = self.puzzles.results(self.model, self.tok, edits, *how)
+        with learner(self.model, policy, self.args):
+            results = self.puzzles.results(self.model, self.tok, edits, *how)
         grouped = chunks(results, n)
         self.add(method, grouped, chunks([e.settings for e in edits], n))
         return grouped
@@ -137,9 +140,7 @@ class Ladder:
         self.add("ttt-fixed", self.study("ttt-fixed", fixed), fixed)
         last = self.self_edits("self-edit")
         for method, adapter in policies.items():
-            clean = merge(self.model, load_adapter(self.model, adapter))
-            last = self.self_edits(method)
-            unmerge(self.model, clean)
+            last = self.self_edits(method, load_adapter(self.model, adapter))
         self.add(f"best-of-{self.args.samples}", last, [], best=True)
         if self.args.oracle:
             grid = [GRID] * len(self.tasks)

@@ -33,11 +33,12 @@ import numpy as np
 
 from common import Progress, chunks, digest, open_run, read_json, sub_seed, write_json
 from data.qa import load_passages
-from lora import load_adapter, merge, unmerge
+from lora import load_adapter, merged
 from quiz import (
     Candidate,
     ask,
     at_least,
+    learner,
     load,
     lora_config,
     make_parser,
@@ -197,9 +198,11 @@ class Climb:
             self.row("passage+unrelated", *unrelated(passages, notes))
         self.row("passage+self-edit", notes)
         for method, adapter in policies.items():
-            clean = merge(model, load_adapter(model, adapter))
-            self.row(method, self.write(method))
-            unmerge(model, clean)
+            policy = load_adapter(model, adapter)
+            with merged(model, policy):
+                notes = self.write(method)
+            with learner(model, policy, self.args):
+                self.row(method, notes)
         if all(p.self_edits for p in passages):
             given = [[tuple(parse(text, "implications", True)[0]) for text in p.self_edits] for p in passages]
             self.row("stronger-editor", [mine[: self.args.samples] for mine in given])

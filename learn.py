@@ -5,17 +5,18 @@
 
 `study` lets the model write self-edits about the text, trains a LoRA on the text and its notes, and saves it as a PEFT
 adapter, with the title and the policy in study.json. `ask` answers under that adapter; the text is not in the prompt.
-With --policy (a round-K/policy folder of a train_outer.py run) the notes are written, and learned, by that policy.
+With --policy (a round-K/policy folder of a train_outer.py run) that policy writes the notes.
 """
 
+from contextlib import nullcontext
 from pathlib import Path
 
 from checkpoint import save_model
 from common import read_json, sub_seed, write_json
 from data.qa import Passage
 from inner import inner_update
-from lora import Adapters, load_adapter, merge, save_adapter
-from quiz import at_least, load, lora_config, make_parser, quiz_prompt, study_examples, study_settings
+from lora import Adapters, load_adapter, merge, merged, save_adapter
+from quiz import ANSWER_LEN, at_least, load, lora_config, make_parser, quiz_prompt, study_examples, study_settings
 from sampler import generate
 from selfedit import write_self_edits
 from tokenizer import Tokenizer
@@ -28,7 +29,7 @@ def parse_arguments():
     add("text", help="study: a text file; ask: the question")
     add("--title", default="Notes", help="study: what the text is about, in a few words")
     add("--samples", type=at_least(1), default=2, help="study: self-edits to sample; their notes are pooled")
-    add("--policy", help="study: adapter folder of a trained policy, merged into the model first")
+    add("--policy", help="study: adapter folder of a trained policy")
     add("--out", default="runs/learned", help="study: folder for the adapter")
     add("--merged", help="study: also write the updated model, whole, to this new folder")
     add("--adapter", default="runs/learned", help="ask: folder of the adapter")
@@ -46,10 +47,13 @@ def study(model, tok: Tokenizer, args) -> None:
         raise SystemExit(f"error: {args.text} is empty")
     if args.merged and Path(args.merged).exists():
         raise SystemExit(f"error: --merged {args.merged} exists already; choose another folder")
-    if args.policy:
-        merge(model, load_adapter(model, args.policy))
+    policy = load_adapter(model, args.policy) if args.policy else None
     passage = Passage("text", args.title, text, ())
-    edits = write_self_edits(model, tok, [passage], args.samples, args, sub_seed(args.seed, 0))
+    with merged(model, policy) if policy else nullcontext():
+        edits = write_self_edits(model, tok, [passage], args.samples, args, sub_seed(args.seed, 0))
+    base = args.policy if args.learner == "policy" else None  # what the adapter is to stand on
+    if base:
+        merge(model, policy)
     notes = list(dict.fromkeys(note for e in edits for note in e.notes))
     print("\n".join(["", f"{len(notes)} notes:", *notes, ""]))
     adapters = Adapters.init(model, lora_config(args, model), 1, sub_seed(args.seed, 1))
@@ -58,7 +62,7 @@ def study(model, tok: Tokenizer, args) -> None:
     if outcome.diverged:
         raise SystemExit(f"error: training diverged at step {outcome.steps}; try a lower --lr than {args.lr}")
     save_adapter(adapters, args.out, args.model)
-    write_json(Path(args.out) / "study.json", {"title": args.title, "policy": args.policy})
+    write_json(Path(args.out) / "study.json", {"title": args.title, "policy": base})
     print(f"{outcome.steps} steps, last loss {outcome.loss:.3f}; adapter written to {args.out}")
     if args.merged:
         merge(model, adapters)
@@ -72,7 +76,7 @@ def ask(model, tok: Tokenizer, args) -> None:
     if studied.get("policy"):
         merge(model, load_adapter(model, studied["policy"]))
     prompt, ends = quiz_prompt(tok, studied.get("title", ""), args.text), {*tok.end_ids, *tok.newline_ids}
-    [ids] = generate(model, [prompt], 48, ends, adapters=load_adapter(model, args.adapter))
+    [ids] = generate(model, [prompt], ANSWER_LEN, ends, adapters=load_adapter(model, args.adapter))
     print(tok.decode([t for t in ids if t not in tok.end_ids]).strip())
 
 

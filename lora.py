@@ -17,6 +17,7 @@ it (inner.py trains rows, save_adapter writes one). Top to bottom: adapters, att
 import json
 import math
 import re
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -244,7 +245,7 @@ def load_adapter(model: Transformer, folder) -> Adapters:
 
 @torch.no_grad()
 def merge(model: Transformer, adapters: Adapters, row: int = 0) -> dict:
-    """Add one adapter to the base weights, W <- W + scale B A (in float32). Returns the old weights, for unmerge()."""
+    """Add one adapter to the base weights, W <- W + scale B A (in float32). Returns the old weights."""
     old = {}
     for path in adapters.slots:
         linear = model.get_submodule(path)
@@ -255,7 +256,12 @@ def merge(model: Transformer, adapters: Adapters, row: int = 0) -> dict:
     return old
 
 
-def unmerge(model: Transformer, old: dict) -> None:
-    """Put back the weights that merge() replaced, the same tensors bit for bit."""
-    for path, weight in old.items():
-        model.get_submodule(path).weight = nn.Parameter(weight, requires_grad=False)
+@contextmanager
+def merged(model: Transformer, adapters: Adapters):
+    """Within, the model has one adapter in its weights; on leaving, it has its own again, the same tensors bit for bit."""
+    old = merge(model, adapters)
+    try:
+        yield
+    finally:
+        for path, weight in old.items():
+            model.get_submodule(path).weight = nn.Parameter(weight, requires_grad=False)

@@ -17,6 +17,7 @@ import shlex
 import string
 import sys
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,7 +30,7 @@ from checkpoint import load_model
 from common import Progress, read_jsonl, write_jsonl
 from data.qa import Passage, Question
 from inner import Example, Study, inner_update
-from lora import PROJECTIONS, Adapters, LoRAConfig
+from lora import PROJECTIONS, Adapters, LoRAConfig, merged
 from model import Transformer, causal_mask
 from sampler import generate
 from selfedit import QA_PAIR, STYLES
@@ -71,6 +72,9 @@ def mean_scores(scores: list[dict]) -> dict:
 # asking
 
 
+ANSWER_LEN = 48  # most tokens of an answer; a sentence of a passage fits
+
+
 @dataclass(frozen=True)
 class Item:
     """One question to ask, under candidate `owner`'s adapter."""
@@ -104,7 +108,9 @@ def quiz_items(tok: Tokenizer, passage: Passage, owner: int = 0, show_passage: b
     return items
 
 
-def ask(model: Transformer, tok: Tokenizer, items: list[Item], adapters: Adapters | None = None, max_new=24) -> list[dict]:
+def ask(
+    model: Transformer, tok: Tokenizer, items: list[Item], adapters: Adapters | None = None, max_new=ANSWER_LEN
+) -> list[dict]:
     """Greedy answers to all items in one batch, scored: {"answer", "accuracy", "em", "f1", "logprob"} per item."""
     golds = [[*tok.encode(i.question.answers[0]), tok.end_ids[0]] for i in items]
     logprobs = {}
@@ -266,7 +272,7 @@ def make_parser(doc: str) -> argparse.ArgumentParser:
     backends = ["off", "inductor", "cudagraphs"]
     add("--compile", default="off", choices=backends, help="of the inner update; cudagraphs needs CUDA, but no Triton")
     add = parser.add_argument_group("self-edits").add_argument
-    add("--style", default="sentence-qa", choices=STYLES, help="prompt style")
+    add("--style", default="quoted-qa", choices=STYLES, help="prompt style")
     add("--shots", type=int, default=1, choices=[0, 1], help="worked examples in the prompt; the paper: 0")
     add("--temperature", type=at_least(0.0), default=0.7, help="of sampling, 0 is greedy; the paper: 1")
     add("--top-p", type=at_least(0.01), default=0.95, help="nucleus mass")
@@ -279,6 +285,7 @@ def make_parser(doc: str) -> argparse.ArgumentParser:
     add("--lr", type=at_least(0.0), default=Study.lr, help="peak learning rate, decays linearly; the paper: 1e-3")
     add("--steps", type=at_least(0), default=8, help="optimiser steps; 0 or the paper: as many as --epochs make")
     add("--epochs", type=at_least(1), default=Study.epochs, help="passes over the rows with --steps 0; the paper: 10")
+    add("--learner", default="base", choices=["base", "policy"], help="who studies what the policy wrote; the paper: policy")
     rehearse = argparse.BooleanOptionalAction
     add("--rehearse", action=rehearse, default=True, help="every step also takes the passage; the paper: --no-rehearse")
     add(
@@ -324,6 +331,11 @@ def lora_config(args, model: Transformer) -> LoRAConfig:
     if args.top_layers > n:
         raise SystemExit(f"error: --top-layers {args.top_layers}: the model has {n} layers")
     return LoRAConfig(args.rank, args.alpha, tuple(args.targets), n - args.top_layers if args.top_layers else 0, n)
+
+
+def learner(model: Transformer, policy: Adapters | None, args):
+    """Within, the model has the weights that study and answer: its own, or with --learner policy those of the policy."""
+    return merged(model, policy) if policy and args.learner == "policy" else nullcontext()
 
 
 def study_settings(args) -> Study:

@@ -7,14 +7,15 @@ How this departs from the paper (arXiv 2506.10943, sections 3.1 and B):
  1. The prompts are worded anew, for a chat model, and by default show one worked example: without it a 135M model
     answers with chatter, with it it lists facts.
  2. Every training sequence ends with an end-of-text token that the loss counts, and is never padded: pads do not count.
- 3. List markers ("1.", "-") are stripped, a note that repeats an earlier one is dropped, and when a sample ran into
+ 3. By default a note is a question about one sentence, and the sentence is its answer, not what the model wrote.
+ 4. List markers ("1.", "-") are stripped, a note that repeats an earlier one is dropped, and when a sample ran into
     the length limit its unfinished last note is dropped.
 
 Top to bottom: the record, prompt styles, parsing, sampling.
 """
 
 import re
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from common import Progress, read_jsonl, sub_seed, write_jsonl
@@ -34,7 +35,7 @@ class SelfEdit:
     parts: list  # as sampled: one text, or one for each sentence of the passage
     style: str = ""
     notes: list = field(default_factory=list)  # as parsed; empty if the texts are unusable
-    flaws: list = field(default_factory=list)  # of each part: "", "empty", "malformed", "copied" or "endless"
+    flaws: list = field(default_factory=list)  # of each part: "", "empty", "malformed", "endless", "repeats" or "copied"
     flaw: str = ""  # of the whole: "", that of the first part if none is sound, or "diverged"
     settings: dict = field(default_factory=dict)  # of the inner update, as used
     steps: int = 0
@@ -74,7 +75,7 @@ class Style:
     ask: str  # the instruction
     example: str | tuple  # a good self-edit for the example passage; a tuple: for its first sentences, one by one
     separator: str  # regular expression between two notes
-    asks_only: bool = False  # notes are questions, and the sentence that they are about is the answer
+    quotes: bool = False  # a note answers with the sentence that it is about, not with what the model wrote
 
     @property
     def by_sentence(self) -> bool:
@@ -148,22 +149,8 @@ STYLES = {
         ),
         r"\n(?=Question)",
     ),
-    "questions": Style(
-        "Write four different questions that the sentence answers, one per line. Use full names.",
-        (
-            "Who cast the Vantor Bell?\n"
-            "What did Hessa Lorn cast?\n"
-            "In what year was the Vantor Bell cast?\n"
-            "Where was the potter Hessa Lorn from?",
-            "How much does the Vantor Bell weigh?\n"
-            "Where does the Vantor Bell hang?\n"
-            "What hangs in the tower of the harbour school?\n"
-            "Which school has the Vantor Bell in its tower?",
-        ),
-        r"\n",
-        asks_only=True,
-    ),
 }
+STYLES["quoted-qa"] = replace(STYLES["sentence-qa"], quotes=True)  # what is learnt is true, whatever the model answers
 
 
 def sentences(text: str) -> list[str]:
@@ -198,17 +185,19 @@ def edit_prompts(tok: Tokenizer, style: str, title: str, passage: str, shots: in
 MARKER = re.compile(r"^\s*(?:[-*\u2022]+|\(?\d{1,2}[.):]|(?:Version|Rewrite|Implication)\s*\d*\s*:)(?:\s+|$)", re.IGNORECASE)
 
 
-def parse(text: str, style: str, ended: bool) -> tuple[list[str], str]:
-    """Sampled text -> (notes, flaw). `ended` is False if the sample ran into the length limit.
+def parse(text: str, style: str, ended: bool, sentence: str = "") -> tuple[list[str], str]:
+    """Sampled text, about `sentence` if the style goes by sentences -> (notes, flaw). `ended` is False if the sample ran
+    into the length limit.
 
     One note per line:                  "A is B.\\nC is D."                  -> ["A is B.", "C is D."]
     rewrite, one per paragraph:         "A is B.\\nSo C.\\n\\nD is E."       -> ["A is B. So C.", "D is E."]
-    both kinds of qa, one per pair:     "Question: Q?\\nAnswer: A"           -> ["Question: Q?\\nAnswer: A"]
+    all kinds of qa, one per pair:      "Question: Q?\\nAnswer: A"           -> ["Question: Q?\\nAnswer: A"]
         a question without an answer is dropped; "Question 2:" is read as "Question:"
-    questions, one per line:            "1. Q?\\nSure!\\nR?"                 -> ["Q?", "R?"]
+        quoted-qa puts the sentence for A: sentence="B is A."              -> ["Question: Q?\\nAnswer: B is A."]
     markers go, bare headings go:       "Implications:\\n1. A is B.\\n- C"   -> ["A is B.", "C"]
         a marker is followed by a blank: "10.5 million came." stays as it is
     a repeated note is kept once:       "A is B.\\nA is B."                  -> ["A is B."]
+        and in a part about one sentence it is a flaw, "repeats": the policy is not to learn to say it twice
     the unfinished last note goes:      "A is B.\\nC is", ended=False        -> ["A is B."], "endless"
     nothing there:                      "  \\n"                              -> [], "empty"
     something, but not in the form:     "Sure!" for self-qa                  -> [], "malformed"
@@ -218,14 +207,15 @@ def parse(text: str, style: str, ended: bool) -> tuple[list[str], str]:
     parts = re.split(STYLES[style].separator, text.strip())
     if not ended:
         parts = parts[:-1]
-    if style in ("self-qa", "sentence-qa"):
-        parts = [m.expand(r"Question: \1\nAnswer: \2") for p in parts if (m := QA_PAIR.match(p.strip()))]
+    if style.endswith("qa"):
+        pairs = [m for p in parts if (m := QA_PAIR.match(p.strip()))]
+        parts = [f"Question: {m[1]}\nAnswer: {sentence if STYLES[style].quotes else m[2]}" for m in pairs]
     else:
         parts = [" ".join(MARKER.sub("", p).split()) for p in parts]
         parts = [p for p in parts if not p.endswith(":") and any(c.isalnum() for c in p)]
-        parts = [p for p in parts if p.endswith("?") or not STYLES[style].asks_only]
     notes = list(dict.fromkeys(parts))
-    return notes, "endless" if not ended else "" if notes else "malformed"
+    repeats = STYLES[style].by_sentence and len(notes) < len(parts)
+    return notes, "endless" if not ended else "malformed" if not notes else "repeats" if repeats else ""
 
 
 QA_PAIR = re.compile(r"Question\s*\d*\s*:\s*(\S[^\n]*)\n\s*Answer\s*\d*\s*:\s*(\S[^\n]*)", re.IGNORECASE)
@@ -287,9 +277,8 @@ def ask_for_notes(tok: Tokenizer, passages, args) -> tuple[dict, callable]:
     texts = {p.id: p.text for p in passages}
 
     def read(id, parts):
-        notes, flaws = zip(*(parse(text, args.style, ended) for text, ended in parts))
-        if STYLES[args.style].asks_only:
-            notes = [[f"Question: {q}\nAnswer: {told}" for q in mine] for mine, told in zip(notes, sentences(texts[id]))]
+        about = sentences(texts[id]) if STYLES[args.style].by_sentence else [""]
+        notes, flaws = zip(*(parse(text, args.style, ended, of) for (text, ended), of in zip(parts, about)))
         copied = [args.shots > 0 and copies_example(text) for text, _ in parts]
         flaws = [flaw or ("copied" if c else "") for flaw, c in zip(flaws, copied)]
         notes = list(dict.fromkeys(note for mine in notes for note in mine))

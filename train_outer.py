@@ -3,25 +3,26 @@
     python train_outer.py --out runs/demo --limit 16 --samples 3 --rounds 1    # minutes on two cores
     python train_outer.py --out runs/paper --samples 5 --rounds 2 --temperature 1 --rank 32 --alpha 64 \\
         --targets q_proj v_proj --top-layers 0 --lr 1e-3 --steps 0 --epochs 10 --row-len 0 \\
-        --no-rehearse --style implications-long --shots 0 --max-new 512 --select improving \\
+        --no-rehearse --learner policy --style implications-long --shots 0 --max-new 512 --select improving \\
         --outer-lr 3e-4 --outer-row-len 0 --outer-batch 10        # the paper's settings
 
     for each round:
         for each passage C:     SE_1 .. SE_M ~ LM_theta( . | C)                  sample
-            for each SE_i:      theta_i = SFT(theta, SE_i)                       study  (inner update, a small LoRA)
+            for each SE_i:      theta_i = SFT(theta_0, SE_i)                     study  (inner update, a small LoRA)
                                 r_i = score of LM_theta_i on C's quiz            quiz   (C is not in the prompt)
         theta <- SFT(theta, {(C, SE_i): SE_i was rewarded})                      reinforce
 
 How this departs from the paper (arXiv 2506.10943, section 3):
  1. The reward needs no judge: quiz accuracy by string match, or the mean log-probability of the reference answers.
  2. Candidates train and answer as populations (lora.py), not one by one.
- 3. theta is the base model plus one policy adapter that all rounds go on training; it is merged into the weights
-    while sampling, studying and quizzing.
+ 3. The policy is the base model plus one adapter that all rounds go on training. It writes; the base model studies and
+    answers (--learner base). The paper's policy does both: a small model that has been taught to write notes to whatever
+    a user says is the worse for answering questions.
  4. A self-edit whose parts are about one sentence each is rewarded part by part: a part earns what the questions about its
     sentence earn, and is imitated if that is more than the average of its kind (--select parts). One reward for the
     whole tells little about six parts. What is written about a sentence that no question is about is never imitated.
- 5. A self-edit, or part, that was cut off by the length limit, is empty, not in the asked form or copies the worked example
-    is scored, but never imitated.
+ 5. A self-edit, or part, that was cut off by the length limit, is empty, not in the asked form, asks the same twice or
+    copies the worked example is scored, but never imitated.
  6. Every inner step of the reward also takes the passage (--rehearse), and all self-edits get the same number of steps.
 
 Each round writes to OUT/round-K/: sampled.jsonl and studied.jsonl (progress), candidates.jsonl (one record per self-edit:
@@ -39,11 +40,12 @@ import numpy as np
 from common import Progress, digest, open_run, read_jsonl, sub_seed, write_jsonl
 from data.qa import Question, load_passages
 from inner import Study, arrange, inner_update, row_tokens
-from lora import PROJECTIONS, Adapters, LoRAConfig, load_adapter, merge, save_adapter, unmerge
+from lora import PROJECTIONS, Adapters, LoRAConfig, load_adapter, merged, save_adapter
 from puzzle import Puzzles
 from quiz import (
     Candidate,
     at_least,
+    learner,
     load,
     lora_config,
     make_parser,
@@ -216,11 +218,11 @@ def reinforce(model, tok, prompts: dict, edits, policy: Adapters, args, seed, la
 def outer_round(model, tok, task, policy: Adapters, k: int, args, out: Path) -> dict:
     """Round k: sample, study, quiz, select, reinforce. Writes the round's files and returns its metrics."""
     folder, start = out / f"round-{k}", time.perf_counter()
-    clean = merge(model, policy)
     how = (args.samples, args, sub_seed(args.seed, k, 0), folder / "sampled.jsonl", f"{folder.name} sample")
-    edits = sample_self_edits(model, tok, task.prompts, task.read, *how)
-    alone = task.score(model, tok, edits, args, sub_seed(args.seed, k, 1), folder)
-    unmerge(model, clean)
+    with merged(model, policy):
+        edits = sample_self_edits(model, tok, task.prompts, task.read, *how)
+    with learner(model, policy, args):
+        alone = task.score(model, tok, edits, args, sub_seed(args.seed, k, 1), folder)
     select(edits, alone, args.select)
     write_jsonl(folder / "candidates.jsonl", [e.record() for e in edits])
     kept = [e for e in edits if e.selected]

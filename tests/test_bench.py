@@ -14,7 +14,7 @@ from common import read_json
 from data.qa import load_passages
 from inner import Example, Study, inner_update
 from lora import PROJECTIONS, Adapters, LoRAConfig
-from selfedit import generate, parse
+from selfedit import generate, parse, sentences
 from tests.baselines import Baseline
 
 
@@ -30,9 +30,11 @@ def sides(tmp_path):
 
 def test_the_work_is_real():
     passages, edits = load_passages(ROOT / bench.WORK), read_json(ROOT / bench.WORK)["self_edits"]
+    texts = {p.id: sentences(p.text) for p in passages}
     assert [e["passage"] for e in edits] == [p.id for p in passages for _ in range(4)] and len(passages) == 16
     for e in edits:  # of each part, ended or cut off
-        notes = [{n for ended in (True, False) for n in parse(text, "sentence-qa", ended)[0]} for text in e["parts"]]
+        about = zip(e["parts"], texts[e["passage"]], strict=True)
+        notes = [{n for ended in (True, False) for n in parse(text, "quoted-qa", ended, of)[0]} for text, of in about]
         assert set(e["notes"]) <= set().union(*notes)
     assert len({tuple(e["parts"]) for e in edits}) > 60
 

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from conftest import run_script
 
 import eval_qa
@@ -154,3 +155,24 @@ def test_without_studying(tiny_folder, passages_file, tmp_path, monkeypatch, cap
     result = json.loads((tmp_path / "ladder.json").read_text())
     assert [r["method"] for r in result["rows"]] == ["base", "in-context"] and result["n_passages"] == 5
     assert "nothing studied" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("learner", ["base", "policy"])
+def test_a_policy_writes_and_its_learner_studies(learner, tiny, tiny_folder, passages_file, tmp_path, monkeypatch):
+    policy, seen = Adapters.init(tiny, LoRAConfig(2, 4.0, ("q_proj",), 0, 4), 1, seed=0), []
+    policy.flat += 0.05
+    save_adapter(policy, tmp_path / "policy", tiny_folder)
+
+    def spy(name, real):
+        def wrapper(model, *args):
+            seen.append((name, any(not torch.equal(a, b) for a, b in zip(model.parameters(), tiny.parameters()))))
+            return real(model, *args)
+
+        monkeypatch.setattr(eval_qa, name, wrapper)
+
+    spy("write_self_edits", eval_qa.write_self_edits)
+    spy("study_all", eval_qa.study_all)
+    ladder(monkeypatch, tiny_folder, passages_file, tmp_path, "--policy", tmp_path / "policy", "--learner", learner)
+    *before, writes, studies = seen
+    assert not any(changed for _, changed in before) and len(before) == 4
+    assert (writes, studies) == (("write_self_edits", True), ("study_all", learner == "policy"))

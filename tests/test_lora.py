@@ -9,7 +9,7 @@ import transformers
 from conftest import write_checkpoint
 
 from checkpoint import load_model
-from lora import PROJECTIONS, Adapters, LoRAConfig, attached, load_adapter, merge, save_adapter, unmerge
+from lora import PROJECTIONS, Adapters, LoRAConfig, attached, load_adapter, merged, save_adapter
 
 CONFIGS = [
     LoRAConfig(4, 8.0, tuple(PROJECTIONS), 0, 4),
@@ -97,9 +97,8 @@ def test_merging_equals_attaching_and_unmerging_is_exact(model):
     adapters, before = random_adapters(model, CONFIGS[0]), {n: p.clone() for n, p in model.named_parameters()}
     with attached(model, adapters.pick([2])):
         expected = model(ids_for())
-    old = merge(model, adapters, row=2)
-    torch.testing.assert_close(model(ids_for()), expected, atol=1e-4, rtol=1e-4)
-    unmerge(model, old)
+    with merged(model, adapters.pick([2])):
+        torch.testing.assert_close(model(ids_for()), expected, atol=1e-4, rtol=1e-4)
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
 
 

@@ -1,6 +1,7 @@
 """quiz.py: scores with worked answers, log-probabilities against a plain forward pass, populations."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from quiz import (
     Candidate,
     Item,
     ask,
+    learner,
     mean_scores,
     normalize,
     populations,
@@ -119,3 +121,13 @@ def test_smollm2_answers_with_the_passage_and_learns_without(smollm2, tok):
     lora = LoRAConfig(16, 32.0, tuple(PROJECTIONS), 20, 30)
     [result] = study_and_quiz(smollm2, tok, [Candidate(p, ())], lora, Study(lr=2e-3, epochs=16), seed=0)
     assert mean_scores(result["answers"])["logprob"] > hidden["logprob"] + 0.5 and result["loss"] < 1.5
+
+
+@pytest.mark.parametrize("who, given, changed", [("base", True, False), ("policy", True, True), ("policy", False, False)])
+def test_the_learner_is_the_base_or_the_policy(who, given, changed, tiny):
+    policy, q_proj = Adapters.init(tiny, LORA, 1, seed=0), tiny.layers[3].self_attn.q_proj
+    policy.flat += 0.05
+    before = q_proj.weight
+    with learner(tiny, policy if given else None, SimpleNamespace(learner=who)):
+        assert torch.equal(q_proj.weight, before) is not changed
+    assert q_proj.weight.data_ptr() == before.data_ptr()

@@ -104,18 +104,22 @@ def test_prompts(tok, style):
     assert [len(notes) for notes, _ in parsed] == LENGTHS.get(style, [8])
 
 
-LENGTHS = {"rewrite": [3], "sentence-qa": [2, 2], "questions": [4, 4]}
+LENGTHS = {"rewrite": [3], "sentence-qa": [2, 2], "quoted-qa": [2, 2]}
 
 
-def test_questions_are_answered_with_their_sentence(tok):
-    args = SimpleNamespace(style="questions", shots=1)
+def test_a_quoted_note_answers_with_the_sentence(tok):
+    """Whatever the model answered. So two notes that ask the same are the same: a part that repeats itself is flawed."""
+    args = SimpleNamespace(style="quoted-qa", shots=1)
     _, read = ask_for_notes(tok, [Passage("p", "Rolm", "Rolm is a town. It sells bricks.", ())], args)
-    made = read("p", [("1. What is Rolm?\nIt is.", True), ("What does Rolm sell?\nWho sells", False)])
-    assert made["notes"] == [
+    asked = "Question: What is Rolm?\nAnswer: A river.", "Question: What does it sell?\nAnswer: Milk.\n"
+    what, sells = (
         "Question: What is Rolm?\nAnswer: Rolm is a town.",
-        "Question: What does Rolm sell?\nAnswer: It sells bricks.",
-    ]
-    assert made["flaws"] == ["", "endless"] and read("p", [("Sure!", True), ("", True)])["flaws"] == ["malformed", "empty"]
+        "Question: What does it sell?\nAnswer: It sells bricks.",
+    )
+    made = read("p", [(asked[0], True), (asked[1] + "Question: Who s", False)])
+    assert made == {"style": "quoted-qa", "notes": [what, sells], "flaws": ["", "endless"], "flaw": ""}
+    made = read("p", [(asked[0], True), (asked[1] + asked[1].replace("Milk", "Cheese"), True)])
+    assert (made["notes"], made["flaws"]) == ([what, sells], ["", "repeats"])
 
 
 def test_sentences():
@@ -155,7 +159,8 @@ def test_a_self_edit_in_parts(tok):
         ("implications", "  \n", True, ([], "empty")),
         ("implications", "...\n---", True, ([], "malformed")),
         ("self-qa", "Sure!", True, ([], "malformed")),
-        ("questions", "1. Q?\nSure!\nR?\nQ?", True, (["Q?", "R?"], "")),
+        ("sentence-qa", "Question: Q?\nAnswer: A\n" * 2, True, (["Question: Q?\nAnswer: A"], "repeats")),
+        ("sentence-qa", "Question: Q?\nAnswer: A\nQuestion: Q?\nAnswer: A", False, (["Question: Q?\nAnswer: A"], "endless")),
         ("implications", "1742 was the year.\n10.5 tons.\n-40 degrees.", True,
          (["1742 was the year.", "10.5 tons.", "-40 degrees."], "")),
         ("implications", "<|im_end|> __import__('os')", True, (["<|im_end|> __import__('os')"], "")),

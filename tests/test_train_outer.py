@@ -46,7 +46,7 @@ def finished(tiny_folder, tmp_path_factory):
     data.write_text(json.dumps([{**entry, "title": f"Rolm {n}"} for n in range(3)]))
     with pytest.MonkeyPatch.context() as patch:
         # A random model never ends its turn by itself: count every sample as ended, or nothing is ever selected.
-        patch.setattr("selfedit.parse", lambda text, style, ended: ([text.strip() or "x"], ""))
+        patch.setattr("selfedit.parse", lambda text, style, ended, about: ([text.strip() or "x"], ""))
         run(patch, tiny_folder, data, tmp / "out")
     return data, tmp / "out"
 
@@ -81,7 +81,7 @@ def test_a_round_leaves_its_records(finished):
 )
 def test_killed_and_resumed_ends_the_same(stage, call, finished, tiny_folder, tmp_path, monkeypatch):
     data, out = finished
-    monkeypatch.setattr("selfedit.parse", lambda text, style, ended: ([text.strip() or "x"], ""))
+    monkeypatch.setattr("selfedit.parse", lambda text, style, ended, about: ([text.strip() or "x"], ""))
     dies_at(monkeypatch, stage, call)
     with pytest.raises(KeyboardInterrupt):
         run(monkeypatch, tiny_folder, data, tmp_path / "out")
@@ -91,8 +91,9 @@ def test_killed_and_resumed_ends_the_same(stage, call, finished, tiny_folder, tm
     assert expected.keys() == got.keys() and all(expected[k] == got[k] for k in expected)
 
 
-def test_the_policy_is_in_the_weights_while_writing_and_studying_only(finished, tiny_folder, tiny, tmp_path, monkeypatch):
-    """And the outer update trains it on the untouched base, or round 2 would apply it twice."""
+@pytest.mark.parametrize("learner", ["base", "policy"])
+def test_when_the_policy_is_in_the_weights(learner, finished, tiny_folder, tiny, tmp_path, monkeypatch):
+    """While it writes, and studies if it is to. The outer update trains it on the base, or round 2 would apply it twice."""
     seen = []
 
     def spy(name):
@@ -106,12 +107,12 @@ def test_the_policy_is_in_the_weights_while_writing_and_studying_only(finished, 
 
         monkeypatch.setattr(f"train_outer.{name}", wrapper)
 
-    monkeypatch.setattr("selfedit.parse", lambda text, style, ended: ([text.strip() or "x"], ""))
+    monkeypatch.setattr("selfedit.parse", lambda text, style, ended, about: ([text.strip() or "x"], ""))
     for name in ("sample_self_edits", "Passages.score", "reinforce"):
         spy(name)
-    run(monkeypatch, tiny_folder, finished[0], tmp_path / "out")
+    run(monkeypatch, tiny_folder, finished[0], tmp_path / "out", "--learner", learner)
     one = [("sample_self_edits", False), ("Passages.score", False), ("reinforce", False)]  # round 1: B is still zero
-    two = [("sample_self_edits", True), ("Passages.score", True), ("reinforce", False)]
+    two = [("sample_self_edits", True), ("Passages.score", learner == "policy"), ("reinforce", False)]
     assert seen == one + two
 
 
@@ -176,7 +177,7 @@ def test_a_question_credits_the_part_about_its_sentence():
 
 def test_parts_are_credited_and_imitated(tiny_folder, passages_file, tmp_path, monkeypatch):
     """The default way, on passages of two sentences with both questions about the first: its parts alone are kept."""
-    monkeypatch.setattr("selfedit.parse", lambda text, style, ended: ([text.strip() or "x"], ""))
+    monkeypatch.setattr("selfedit.parse", lambda text, style, ended, about: ([text.strip() or "x"], ""))
     extra = ["--select", "parts", "--reward", "logprob", "--rounds", 1]
     run(monkeypatch, tiny_folder, passages_file, tmp_path / "out", *extra)
     records = read_jsonl(tmp_path / "out" / "round-1" / "candidates.jsonl")
