@@ -9,7 +9,7 @@ Rows, each with the share of tasks whose every test output is right, and its 95 
     icl          the model as it is, the demonstrations in its prompt; as do all rows below, it predicts greedily
     ttt-fixed    after test-time training with one setting for all tasks (FIXED)
     self-edit    after training as the untrained model's self-edits say; mean over --samples of them
-    seal-K       the same, writer and learner being the policy after outer round K
+    seal-K       the same, with self-edits that the policy wrote after outer round K (--learner policy: it trains, too)
     best-of-M    a task counts if any of the last policy's M self-edits solves it
     oracle       a task counts if any setting of a grid (GRID) solves it
 With --vote N there is a second number for each row that trains, "voted": two attempts by majority over N views of the test
@@ -29,7 +29,7 @@ from data.arc import GROUPS, Task, load_tasks
 from eval_qa import bootstrap, find_policies, paired_steps, policy_digests
 from lora import load_adapter, merged
 from puzzle import Puzzles, predict, read_grid, study_puzzles
-from quiz import at_least, learner, load, lora_config, make_parser, result_head
+from quiz import add_learner, at_least, learner, load, lora_config, make_parser, result_head
 from selfedit import sample_self_edits
 from train_outer import ARC, add_task_arguments
 
@@ -47,6 +47,7 @@ def parse_arguments():
     parser = make_parser(__doc__)
     add_task_arguments(parser, "heldout")
     add = parser.add_argument_group("ladder").add_argument
+    add_learner(add)
     add("--run", help="folder of a train_outer.py --task arc run: adds a row for the policy of each of its rounds")
     add("--policy", nargs="+", default=[], metavar="FOLDER", help="adapter folders to use as seal-1, seal-2, ...")
     add("--samples", type=at_least(1), default=5, help="self-edits per task, averaged; M of best-of-M")

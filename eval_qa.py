@@ -11,8 +11,8 @@ Rows:
     passage+unrelated    after an inner update on the passage and the untrained model's notes on another passage: what is
                          more training worth, without more to learn?
     passage+self-edit    after an inner update on the passage and the notes that the untrained model wrote
-    seal-K               the same, notes and learner being the policy after outer round K
-    stronger-editor      the same with the untrained learner and the "self_edits" that stand in the data file
+    seal-K               the same, with notes that the policy wrote after outer round K (--learner policy: it studies, too)
+    stronger-editor      the same, with the "self_edits" that stand in the data file
     in-context           the model as it is, with the passage in the prompt (what studying replaces)
 
 --match epochs is the paper's protocol: every row takes the same number of epochs, so more text means more optimiser
@@ -36,6 +36,7 @@ from data.qa import load_passages
 from lora import load_adapter, merged
 from quiz import (
     Candidate,
+    add_learner,
     ask,
     at_least,
     learner,
@@ -63,6 +64,7 @@ def parse_arguments():
     add("--run", help="folder of a train_outer.py run: adds a row for the policy of each of its rounds")
     add("--policy", nargs="+", default=[], metavar="FOLDER", help="adapter folders to use as seal-1, seal-2, ...")
     add("--samples", type=at_least(1), default=1, help="self-edits per passage, averaged")
+    add_learner(add)
     add("--seeds", type=at_least(1), default=1, help="climb so many times, with other self-edits and adapters, and average")
     add("--no-study", action="store_true", help="only base and in-context: what is known, and what can be read off")
     add("--match", default="steps", choices=["epochs", "steps", "both"], help="protocol")
@@ -277,9 +279,12 @@ def policy_digests(policies: dict) -> dict:
     return {name: digest(folder / "adapter_model.safetensors") for name, folder in policies.items()}
 
 
-def refuse_training_passages(passages, args) -> None:
-    """Exit if the run was trained on some of these passages, unless --split train asks for them."""
+def check_run(passages, args) -> None:
+    """Exit if the run was trained on some of these passages, unless --split train asks for them, or to write otherwise."""
     before = read_json(Path(args.run) / "settings.json")
+    for key in ("style", "shots", "learner"):
+        if before.get(key, getattr(args, key)) != getattr(args, key):
+            raise SystemExit(f"error: {args.run} was trained with --{key} {before[key]}; give this script the same")
     trained = load_passages(before["data"], "train", before["skip"], before["limit"])
     both = {p.text for p in passages} & {p.text for p in trained}
     if both and args.split != "train":
@@ -294,7 +299,7 @@ def main() -> None:
     policies = find_policies(args)
     recipes = own_recipes(args, policies)
     if args.run:
-        refuse_training_passages(passages, args)
+        check_run(passages, args)
     model, tok = load(args)
     lora_config(args, model)  # complains now rather than after sampling
     if args.match != "epochs" and not (args.steps or args.no_study):
@@ -314,7 +319,7 @@ def main() -> None:
         show(result["rows"], result["steps"], f"{len(passages)} passages, {protocol_title(result)}")
     print(f"\nSelf-edits for {passages[0].title!r}: {passages[0].text}" if edits else "")
     for method, mine in edits.items():
-        print(f"\n--- {method}\n{mine[0].text.strip()}")
+        print("\n".join([f"\n--- {method}", *mine[0].notes]))
 
 
 if __name__ == "__main__":

@@ -4,8 +4,9 @@
     python learn.py ask "Who founded Port Ambrel?" --adapter runs/ambrel
 
 `study` lets the model write self-edits about the text, trains a LoRA on the text and its notes, and saves it as a PEFT
-adapter, with the title and the policy in study.json. `ask` answers under that adapter; the text is not in the prompt.
-With --policy (a round-K/policy folder of a train_outer.py run) that policy writes the notes.
+adapter, with the title in study.json. `ask` answers under that adapter; the text is not in the prompt.
+With --policy (a round-K/policy folder of a train_outer.py run) that policy writes the notes; with --learner policy it also
+studies them, and `ask` loads it below the adapter.
 """
 
 from contextlib import nullcontext
@@ -16,7 +17,18 @@ from common import read_json, sub_seed, write_json
 from data.qa import Passage
 from inner import inner_update
 from lora import Adapters, load_adapter, merge, merged, save_adapter
-from quiz import ANSWER_LEN, at_least, load, lora_config, make_parser, quiz_prompt, study_examples, study_settings
+from quiz import (
+    ANSWER_LEN,
+    add_learner,
+    at_least,
+    learner,
+    load,
+    lora_config,
+    make_parser,
+    quiz_prompt,
+    study_examples,
+    study_settings,
+)
 from sampler import generate
 from selfedit import write_self_edits
 from tokenizer import Tokenizer
@@ -30,6 +42,7 @@ def parse_arguments():
     add("--title", default="Notes", help="study: what the text is about, in a few words")
     add("--samples", type=at_least(1), default=2, help="study: self-edits to sample; their notes are pooled")
     add("--policy", help="study: adapter folder of a trained policy")
+    add_learner(add)
     add("--out", default="runs/learned", help="study: folder for the adapter")
     add("--merged", help="study: also write the updated model, whole, to this new folder")
     add("--adapter", default="runs/learned", help="ask: folder of the adapter")
@@ -51,27 +64,26 @@ def study(model, tok: Tokenizer, args) -> None:
     passage = Passage("text", args.title, text, ())
     with merged(model, policy) if policy else nullcontext():
         edits = write_self_edits(model, tok, [passage], args.samples, args, sub_seed(args.seed, 0))
-    base = args.policy if args.learner == "policy" else None  # what the adapter is to stand on
-    if base:
-        merge(model, policy)
     notes = list(dict.fromkeys(note for e in edits for note in e.notes))
     print("\n".join(["", f"{len(notes)} notes:", *notes, ""]))
     adapters = Adapters.init(model, lora_config(args, model), 1, sub_seed(args.seed, 1))
     examples = study_examples(tok, args.title, [text, *notes])
-    [outcome] = inner_update(model, adapters, [examples], [study_settings(args)], sub_seed(args.seed, 1))
-    if outcome.diverged:
-        raise SystemExit(f"error: training diverged at step {outcome.steps}; try a lower --lr than {args.lr}")
-    save_adapter(adapters, args.out, args.model)
-    write_json(Path(args.out) / "study.json", {"title": args.title, "policy": base})
-    print(f"{outcome.steps} steps, last loss {outcome.loss:.3f}; adapter written to {args.out}")
-    if args.merged:
-        merge(model, adapters)
-        save_model(model, args.merged, args.model)
-        print(f"whole model written to {args.merged}")
+    with learner(model, policy, args):
+        [outcome] = inner_update(model, adapters, [examples], [study_settings(args)], sub_seed(args.seed, 1))
+        if outcome.diverged:
+            raise SystemExit(f"error: training diverged at step {outcome.steps}; try a lower --lr than {args.lr}")
+        save_adapter(adapters, args.out, args.model)
+        studied_on = args.policy if args.learner == "policy" else None
+        write_json(Path(args.out) / "study.json", {"title": args.title, "policy": studied_on})
+        print(f"{outcome.steps} steps, last loss {outcome.loss:.3f}; adapter written to {args.out}")
+        if args.merged:
+            merge(model, adapters)
+            save_model(model, args.merged, args.model)
+            print(f"whole model written to {args.merged}")
 
 
 def ask(model, tok: Tokenizer, args) -> None:
-    """Answer a question under the adapter, on top of the policy that it was trained on."""
+    """Answer a question under the adapter, on top of the policy if it was trained on one."""
     studied = read_json(Path(args.adapter) / "study.json")
     if studied.get("policy"):
         merge(model, load_adapter(model, studied["policy"]))

@@ -244,15 +244,15 @@ def load_adapter(model: Transformer, folder) -> Adapters:
 
 
 @torch.no_grad()
-def merge(model: Transformer, adapters: Adapters, row: int = 0) -> dict:
+def merge(model: Transformer, adapters: Adapters) -> dict:
     """Add one adapter to the base weights, W <- W + scale B A (in float32). Returns the old weights."""
     old = {}
     for path in adapters.slots:
         linear = model.get_submodule(path)
-        a, b = (m[row] for m in adapters.views(adapters.flat, path))
+        a, b = (m[0] for m in adapters.views(adapters.flat, path))
         old[path] = linear.weight.detach()
-        merged = linear.weight.float() + adapters.config.scale * (b @ a)
-        linear.weight = nn.Parameter(merged.to(linear.weight.dtype), requires_grad=False)
+        weight = linear.weight.float() + adapters.config.scale * (b @ a)
+        linear.weight = nn.Parameter(weight.to(linear.weight.dtype), requires_grad=False)
     return old
 
 

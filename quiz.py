@@ -72,7 +72,7 @@ def mean_scores(scores: list[dict]) -> dict:
 # asking
 
 
-ANSWER_LEN = 48  # most tokens of an answer; a sentence of a passage fits
+ANSWER_LEN = 48  # most tokens of an answer; nearly every sentence of a passage fits
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,7 @@ class Candidate:
 def study_examples(tok: Tokenizer, title: str, texts: list[str]) -> list[Example]:
     """What the inner update trains on, one sequence for each text, each with an end-of-text token.
 
-    A passage or a note is "{title}\\n{text}", every token counted. A question with its answer (style self-qa) is the chat
+    A passage or a note is "{title}\\n{text}", every token counted. A question with its answer (styles ...-qa) is the chat
     in which the quiz would ask it; the answer and its end are counted:
         "Question: Who cast it?\\nAnswer: Hessa Lorn"  ->  user: Topic: {title} ... Who cast it? ...  assistant: Hessa Lorn
     """
@@ -285,7 +285,6 @@ def make_parser(doc: str) -> argparse.ArgumentParser:
     add("--lr", type=at_least(0.0), default=Study.lr, help="peak learning rate, decays linearly; the paper: 1e-3")
     add("--steps", type=at_least(0), default=8, help="optimiser steps; 0 or the paper: as many as --epochs make")
     add("--epochs", type=at_least(1), default=Study.epochs, help="passes over the rows with --steps 0; the paper: 10")
-    add("--learner", default="base", choices=["base", "policy"], help="who studies what the policy wrote; the paper: policy")
     rehearse = argparse.BooleanOptionalAction
     add("--rehearse", action=rehearse, default=True, help="every step also takes the passage; the paper: --no-rehearse")
     add(
@@ -331,6 +330,11 @@ def lora_config(args, model: Transformer) -> LoRAConfig:
     if args.top_layers > n:
         raise SystemExit(f"error: --top-layers {args.top_layers}: the model has {n} layers")
     return LoRAConfig(args.rank, args.alpha, tuple(args.targets), n - args.top_layers if args.top_layers else 0, n)
+
+
+def add_learner(add) -> None:
+    """The setting of scripts in which a policy writes."""
+    add("--learner", default="base", choices=["base", "policy"], help="who studies what a policy wrote; the paper: policy")
 
 
 def learner(model: Transformer, policy: Adapters | None, args):

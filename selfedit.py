@@ -75,7 +75,7 @@ class Style:
     ask: str  # the instruction
     example: str | tuple  # a good self-edit for the example passage; a tuple: for its first sentences, one by one
     separator: str  # regular expression between two notes
-    quotes: bool = False  # a note answers with the sentence that it is about, not with what the model wrote
+    quotes: bool = False  # a note answers with the sentence that it is about; what the model answers is only its way there
 
     @property
     def by_sentence(self) -> bool:
@@ -154,8 +154,11 @@ STYLES["quoted-qa"] = replace(STYLES["sentence-qa"], quotes=True)  # what is lea
 
 
 def sentences(text: str) -> list[str]:
-    """Split after . ! or ? and a blank: "A is B. So is C." -> ["A is B.", "So is C."]. Good enough: "Mr. X" becomes two."""
-    return [s for s in re.split(r"(?<=[.!?])\s+", text) if s]
+    """Split after . ! or ? and a blank: "Rolm fell. So did Varbon." -> ["Rolm fell.", "So did Varbon."]. Not after "Mr.",
+    "Mrs.", "Dr.", "St." or an initial. One line each, however the text is wrapped.
+    """
+    ends = r"(?<=[.!?])(?<!\b[A-Z]\.)(?<!\bMr\.)(?<!\bMrs\.)(?<!\bDr\.)(?<!\bSt\.)\s+"
+    return [" ".join(s.split()) for s in re.split(ends, text) if s.strip()]
 
 
 def copies_example(text: str) -> bool:
@@ -186,7 +189,7 @@ MARKER = re.compile(r"^\s*(?:[-*\u2022]+|\(?\d{1,2}[.):]|(?:Version|Rewrite|Impl
 
 
 def parse(text: str, style: str, ended: bool, sentence: str = "") -> tuple[list[str], str]:
-    """Sampled text, about `sentence` if the style goes by sentences -> (notes, flaw). `ended` is False if the sample ran
+    """Sampled text, about `sentence` if the style quotes it -> (notes, flaw). `ended` is False if the sample ran
     into the length limit.
 
     One note per line:                  "A is B.\\nC is D."                  -> ["A is B.", "C is D."]
@@ -197,11 +200,12 @@ def parse(text: str, style: str, ended: bool, sentence: str = "") -> tuple[list[
     markers go, bare headings go:       "Implications:\\n1. A is B.\\n- C"   -> ["A is B.", "C"]
         a marker is followed by a blank: "10.5 million came." stays as it is
     a repeated note is kept once:       "A is B.\\nA is B."                  -> ["A is B."]
-        and in a part about one sentence it is a flaw, "repeats": the policy is not to learn to say it twice
+        and in a part about one sentence it is a flaw, "repeats": the policy is not to learn to write it twice
     the unfinished last note goes:      "A is B.\\nC is", ended=False        -> ["A is B."], "endless"
     nothing there:                      "  \\n"                              -> [], "empty"
     something, but not in the form:     "Sure!" for self-qa                  -> [], "malformed"
     """
+    assert sentence or not STYLES[style].quotes
     if not text.strip():
         return [], "empty"
     parts = re.split(STYLES[style].separator, text.strip())
@@ -278,7 +282,7 @@ def ask_for_notes(tok: Tokenizer, passages, args) -> tuple[dict, callable]:
 
     def read(id, parts):
         about = sentences(texts[id]) if STYLES[args.style].by_sentence else [""]
-        notes, flaws = zip(*(parse(text, args.style, ended, of) for (text, ended), of in zip(parts, about)))
+        notes, flaws = zip(*(parse(text, args.style, ended, of) for (text, ended), of in zip(parts, about, strict=True)))
         copied = [args.shots > 0 and copies_example(text) for text, _ in parts]
         flaws = [flaw or ("copied" if c else "") for flaw, c in zip(flaws, copied)]
         notes = list(dict.fromkeys(note for mine in notes for note in mine))

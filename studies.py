@@ -26,6 +26,10 @@ notes: of the self-edits that an eval_qa.py ladder sampled, per method; a word c
     unsupported  share of the notes with less than 60 % of their words in the passage and its title
     copied       share of the notes that name someone or something of the prompt's worked example
     told         share of the quiz's questions with an accepted answer in the notes (the model never saw these questions)
+    asked        do the notes ask what the quiz asks? The overlap (F1 of words) of a quiz question with the closest question
+                 of the notes whose answer has an accepted answer in it, and which has none itself; 0 without one; the mean
+Where a note quotes a sentence of the passage as its answer, repeats and unsupported look at its question only; covered and
+told count the quoted sentence, so that one note per sentence makes them 1, and asked is what is left to learn.
 "changes" compares each method with the first one, on the same passages.
 """
 
@@ -38,7 +42,7 @@ from types import SimpleNamespace
 import numpy as np
 
 from common import chunks, digest, open_run, read_jsonl, sub_seed, write_json
-from data.qa import Passage, load_passages
+from data.qa import Passage, Question, load_passages
 from eval_qa import bootstrap, paired_steps, unrelated
 from quiz import (
     Candidate,
@@ -52,7 +56,7 @@ from quiz import (
     study_all,
     study_settings,
 )
-from selfedit import STYLES, copies_example, write_self_edits
+from selfedit import QA_PAIR, STYLES, copies_example, sentences, write_self_edits
 
 REWARDS = {
     "accuracy": lambda s: s["accuracy"],
@@ -233,7 +237,7 @@ def study_recipes(model, tok, passages, args, work: Path) -> dict:
 # -----------------------------------------------------------------------------
 # notes
 
-MEASURES = ("tokens", "notes", "covered", "repeats", "unsupported", "copied", "told")
+MEASURES = ("tokens", "notes", "covered", "repeats", "unsupported", "copied", "told", "asked")
 ASKING = {"what", "which", "when", "where", "whose", "whom", "does", "many", "much", "question", "answer"}
 
 
@@ -243,9 +247,22 @@ def words(text: str) -> set:
     return {w for w in found if len(w) >= 4 or any(c.isdigit() for c in w)} - ASKING
 
 
+def closest_question(question: Question, pairs: list) -> float:
+    """How closely some (question, answer) of the notes asks for what a quiz question asks for.
+
+    "Who cast the bell?" (Hessa Lorn): ("Who cast it?", "Hessa Lorn did.") gives 2 * 2 / (3 + 3); ("What did Hessa Lorn
+    do?", "Hessa Lorn cast the bell.") gives 0, for it has the answer in the question.
+    """
+    pairs = [(q, a) for q, a in pairs if not score_answer(q, question.answers)["accuracy"]]
+    near = [score_answer(q, (question.question,))["f1"] for q, a in pairs if score_answer(a, question.answers)["accuracy"]]
+    return max(near, default=0.0)
+
+
 def measure(tok, p: Passage, text: str, notes: list[str]) -> dict:
     """The measures of one self-edit; shares of no notes are 0."""
-    own, each = words(p.text), [words(n) for n in notes]
+    pairs = {n: (m[1], m[2]) for n in notes if (m := QA_PAIR.fullmatch(n))}
+    quoted = {n: question for n, (question, answer) in pairs.items() if answer in sentences(p.text)}
+    own, each = words(p.text), [words(quoted.get(n, n)) for n in notes]
     each = [w for w in each if w]
     repeats = [any(len(w & v) >= 0.8 * len(w) for v in each[:i]) for i, w in enumerate(each)]
     unsupported = [len(w & (own | words(p.title))) < 0.6 * len(w) for w in each]
@@ -254,11 +271,12 @@ def measure(tok, p: Passage, text: str, notes: list[str]) -> dict:
     return {
         "tokens": len(tok.encode(text)),
         "notes": len(notes),
-        "covered": len(own & set().union(*each)) / len(own) if own else 0.0,
+        "covered": len(own & words(said)) / len(own) if own else 0.0,
         "repeats": float(np.mean(repeats)) if each else 0.0,
         "unsupported": float(np.mean(unsupported)) if each else 0.0,
         "copied": float(np.mean(copied)) if notes else 0.0,
         "told": float(np.mean([score_answer(said, q.answers)["accuracy"] for q in p.questions])),
+        "asked": float(np.mean([closest_question(q, pairs.values()) for q in p.questions])),
     }
 
 
@@ -282,7 +300,7 @@ def study_notes(tok, passages, args) -> dict:
         print("  ".join(f"{k} {v:.2f}" if isinstance(v, float) else str(v) for k, v in row.items() if "ci95" not in k))
         for p in (passages[0], passages[len(passages) // 2], passages[-1]):
             shown = examples.setdefault(p.id, {"title": p.title, "passage": p.text})
-            shown[method] = "\n".join(next(e["parts"] for e in edits if e["passage"] == p.id))
+            shown[method] = "\n".join(next(e["notes"] for e in edits if e["passage"] == p.id))
     changes, (first, *others) = [], [r["method"] for r in rows]
     for key in MEASURES:
         values = {r["method"]: means[r["method"], key] for r in rows}

@@ -16,13 +16,14 @@ How this departs from the paper (arXiv 2506.10943, section 3):
  1. The reward needs no judge: quiz accuracy by string match, or the mean log-probability of the reference answers.
  2. Candidates train and answer as populations (lora.py), not one by one.
  3. The policy is the base model plus one adapter that all rounds go on training. It writes; the base model studies and
-    answers (--learner base). The paper's policy does both: a small model that has been taught to write notes to whatever
-    a user says is the worse for answering questions.
+    answers (--learner base). The paper's policy does both; a small model that has been taught to write notes to whatever
+    a user says may be the worse for answering questions.
  4. A self-edit whose parts are about one sentence each is rewarded part by part: a part earns what the questions about its
     sentence earn, and is imitated if that is more than the average of its kind (--select parts). One reward for the
     whole tells little about six parts. What is written about a sentence that no question is about is never imitated.
- 5. A self-edit, or part, that was cut off by the length limit, is empty, not in the asked form, asks the same twice or
-    copies the worked example is scored, but never imitated.
+ 5. A self-edit, or part, that was cut off by the length limit, is empty, not in the asked form, says the same note
+    twice or copies the worked example is scored, but never imitated. What is imitated is the text as the model wrote it,
+    with answers of its own where the note has the sentence (--style quoted-qa).
  6. Every inner step of the reward also takes the passage (--rehearse), and all self-edits get the same number of steps.
 
 Each round writes to OUT/round-K/: sampled.jsonl and studied.jsonl (progress), candidates.jsonl (one record per self-edit:
@@ -44,6 +45,7 @@ from lora import PROJECTIONS, Adapters, LoRAConfig, load_adapter, merged, save_a
 from puzzle import Puzzles
 from quiz import (
     Candidate,
+    add_learner,
     at_least,
     learner,
     load,
@@ -91,6 +93,7 @@ def parse_arguments(argv=None):
     add("--task", default="qa", choices=DEFAULTS, help="qa: passages with a quiz; arc: ARC puzzles")
     add("--out", default="runs/qa", help="run folder")
     add("--rounds", type=at_least(1), default=2, help="outer rounds")
+    add_learner(add)
     add("--samples", type=at_least(1), default=4, help="self-edits per passage, M; the paper: 5")
     rewards, selections = ["accuracy", "logprob"], ["parts", "best", "improving"]
     add("--reward", default="accuracy", choices=rewards, help="of the quiz")
@@ -200,7 +203,7 @@ def outer_study(args) -> Study:
 
 def reinforce(model, tok, prompts: dict, edits, policy: Adapters, args, seed, label) -> float:
     """Outer update: fine-tune the policy adapter in place on what is kept of the self-edits. Returns the last loss."""
-    parts = [part for e in edits for part in zip(prompts[e.passage], e.parts, e.kept) if part[2]]
+    parts = [part for e in edits for part in zip(prompts[e.passage], e.parts, e.kept, strict=True) if part[2]]
     examples = [policy_example(tok, prompt, text) for prompt, text, _ in parts]
     study = outer_study(args)
     tokens = sum(row_tokens(examples, *row) for row in arrange(examples, study.row_len))

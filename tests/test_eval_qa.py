@@ -97,6 +97,11 @@ def test_the_ladder(tiny, tiny_folder, passages_file, tmp_path, monkeypatch, cap
     assert (tmp_path / "ladder_steps.json").read_text() == before
     with pytest.raises(SystemExit, match="was trained on 3 of these passages"):
         ladder(monkeypatch, tiny_folder, passages_file, tmp_path, *extra, "--split", "")
+    for key, other in (("style", "rewrite"), ("learner", "policy")):
+        (tmp_path / "run" / "settings.json").write_text(json.dumps(settings | {key: other}))
+        with pytest.raises(SystemExit, match=f"was trained with --{key} {other}"):
+            ladder(monkeypatch, tiny_folder, passages_file, tmp_path, *extra)
+    (tmp_path / "run" / "settings.json").write_text(json.dumps(settings))
     (tmp_path / "run" / "round-1" / "policy" / "adapter_model.safetensors").write_bytes(b"another policy")
     with pytest.raises(SystemExit, match="was started with policies"):
         ladder(monkeypatch, tiny_folder, passages_file, tmp_path, *extra)

@@ -97,9 +97,12 @@ def test_merging_equals_attaching_and_unmerging_is_exact(model):
     adapters, before = random_adapters(model, CONFIGS[0]), {n: p.clone() for n, p in model.named_parameters()}
     with attached(model, adapters.pick([2])):
         expected = model(ids_for())
-    with merged(model, adapters.pick([2])):
+    memory = {p.data_ptr() for p in model.parameters()}
+    with pytest.raises(ZeroDivisionError), merged(model, adapters.pick([2])):
         torch.testing.assert_close(model(ids_for()), expected, atol=1e-4, rtol=1e-4)
+        _ = 1 / 0  # whatever happens within
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+    assert {p.data_ptr() for p in model.parameters()} == memory
 
 
 def edit(folder, **fields):

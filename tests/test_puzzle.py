@@ -14,7 +14,7 @@ import puzzle
 import train_outer
 from common import read_jsonl
 from data.arc import GROUPS, Task
-from lora import PROJECTIONS, LoRAConfig
+from lora import PROJECTIONS, Adapters, LoRAConfig, save_adapter
 from puzzle import (
     EXAMPLE,
     MAX_STEPS,
@@ -273,6 +273,39 @@ def test_the_outer_loop_and_the_ladder(family, tiny_folder, tasks_file, tmp_path
     assert result["n_tasks"] == 1 and {t["id"] for t in result["tasks"]} == {"t3"} and len(result["tasks"]) == 8
     assert all({"config", "solved", "prediction", "flaw"} <= t.keys() for t in result["tasks"])
     assert "voted" in result["rows"][1] and "\x1b[48;5;" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("learner", ["base", "policy"])
+def test_a_policy_writes_and_its_learner_trains(learner, tiny, tiny_folder, tasks_file, tmp_path, monkeypatch):
+    policy, seen = Adapters.init(tiny, LoRAConfig(2, 4.0, ("q_proj",), 0, 4), 1, seed=0), []
+    policy.flat += 0.05
+    save_adapter(policy, tmp_path / "policy", tiny_folder)
+
+    def spy(owner, name, at):
+        def wrapper(*args):
+            pairs = zip(args[at].parameters(), tiny.parameters())
+            seen.append((name, any(not torch.equal(a, b) for a, b in pairs)))
+            return real(*args)
+
+        real = getattr(owner, name)
+        monkeypatch.setattr(owner, name, wrapper)
+
+    spy(eval_arc, "sample_self_edits", 0)
+    spy(puzzle.Puzzles, "results", 1)
+    args = ["--data", tasks_file, "--limit", 1, "--augmented", 4, "--rank", 2, "--max-new", 8, "--samples", 1]
+    args += [
+        "--policy",
+        tmp_path / "policy",
+        "--learner",
+        learner,
+        "--out",
+        tmp_path / "o.json",
+        "--work",
+        tmp_path / "work",
+    ]
+    run_script(monkeypatch, eval_arc, tiny_folder, *args)
+    assert [changed for _, changed in seen] == [False, False, True, learner == "policy"]
+    assert [name for name, _ in seen] == ["sample_self_edits", "results"] * 2
 
 
 def test_choosing(tiny_folder, tasks_file, tmp_path, monkeypatch):

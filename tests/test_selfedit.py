@@ -99,7 +99,7 @@ def test_prompts(tok, style):
     for one, zero, about in zip(map(tok.decode, ones), map(tok.decode, zeros), asked):
         assert one.endswith(f"{about}<|im_end|>\n<|im_start|>assistant\n")
         assert all(e in one and e not in zero for e in examples)
-    parsed = [parse(e, style, True) for e in examples]
+    parsed = [parse(e, style, True, "It sells bricks.") for e in examples]
     assert all(flaw == "" for _, flaw in parsed)
     assert [len(notes) for notes, _ in parsed] == LENGTHS.get(style, [8])
 
@@ -120,10 +120,15 @@ def test_a_quoted_note_answers_with_the_sentence(tok):
     assert made == {"style": "quoted-qa", "notes": [what, sells], "flaws": ["", "endless"], "flaw": ""}
     made = read("p", [(asked[0], True), (asked[1] + asked[1].replace("Milk", "Cheese"), True)])
     assert (made["notes"], made["flaws"]) == ([what, sells], ["", "repeats"])
+    _, read = ask_for_notes(tok, [Passage("p", "Rolm", "Rolm is\na town. It\n sells bricks.\n", ())], args)
+    assert read("p", [(asked[0], True), (asked[1], True)])["notes"] == [what, sells]  # wrapped: still one line
+    with pytest.raises(ValueError):
+        read("p", [(asked[0], True)])  # a part is missing
 
 
 def test_sentences():
-    assert sentences("A is B.  So is C! Is 1.5 D?") == ["A is B.", "So is C!", "Is 1.5 D?"]
+    assert sentences("Rolm fell.  So did Varbon! Is 1.5\nmuch?\n") == ["Rolm fell.", "So did Varbon!", "Is 1.5 much?"]
+    assert sentences("Dr. J. Quell met Mrs. Marn. St. Ambrel fell.") == ["Dr. J. Quell met Mrs. Marn.", "St. Ambrel fell."]
 
 
 def test_a_self_edit_in_parts(tok):
@@ -138,9 +143,10 @@ def test_a_self_edit_in_parts(tok):
     made = read("p", [("Sure!", True), (two, True)])
     assert (made["notes"], made["flaws"], made["flaw"]) == ([two], ["malformed", ""], "")
     bell = "Question: Who sold it?\nAnswer: Hessa Lorn sold it."  # out of the worked example: studied, but with a flaw
-    assert read("p", [(bell, True), (two, True)])["flaws"] == ["copied", ""] and read("p", [(bell, True)])["notes"] == [bell]
+    made = read("p", [(bell, True), (two, True)])
+    assert (made["notes"], made["flaws"]) == ([bell, two], ["copied", ""])
     args.shots = 0
-    assert read("p", [(bell, True)])["flaws"] == [""]
+    assert read("p", [(bell, True), (two, True)])["flaws"] == ["", ""]
     assert all(name in EXAMPLE_PASSAGE for name in EXAMPLE_NAMES)
 
 

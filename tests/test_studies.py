@@ -10,7 +10,7 @@ import eval_qa
 import studies
 from common import read_jsonl
 from data.qa import Passage, Question
-from studies import correlation, judge_reward, measure, words
+from studies import closest_question, correlation, judge_reward, measure, words
 
 
 def simulated(passages=200, samples=4, questions=6, seeds=3, signal=1.0, noise=1.0):
@@ -64,6 +64,21 @@ def test_measures(tok):
     assert m["repeats"] == 0 and m["unsupported"] == 0.5
     assert measure(tok, passage, "", [])["covered"] == measure(tok, passage, "", [])["told"] == 0
     assert measure(tok, passage, "", ["The Vantor Bell rang.", "Hessa Lorn", "A bell."])["copied"] == pytest.approx(2 / 3)
+
+
+def test_what_the_questions_of_the_notes_ask(tok):
+    """A note that quotes a sentence is judged by its question."""
+    cast = Question("Who cast the bell?", ("Hessa Lorn",))
+    near, far = ("Who cast it?", "Hessa Lorn did."), ("Whose?", "Hessa Lorn's.")
+    told, wrong = ("What did Hessa Lorn do?", "Hessa Lorn cast."), ("Who cast the bell?", "A potter did.")
+    assert closest_question(cast, [far, near, told, wrong]) == pytest.approx(2 / 3)
+    assert closest_question(cast, [told, wrong]) == closest_question(cast, []) == 0
+    passage = Passage("p", "Rolm", "Rolm sells bricks to Varbon. Hessa Lorn cast the bell.", (cast,))
+    sells, cast = "Answer: Rolm sells bricks to Varbon.", "Question: Who cast it?\nAnswer: Hessa Lorn cast the bell."
+    quotes = [f"Question: Which emperor ate cake?\n{sells}", f"Question: Who sells bricks there?\n{sells}", cast]
+    m = measure(tok, passage, "", quotes)
+    assert (m["unsupported"], m["repeats"], m["told"], m["covered"]) == (pytest.approx(1 / 3), 0, 1, 1)
+    assert m["asked"] == pytest.approx(2 / 3)
 
 
 def run(monkeypatch, folder, data, tmp_path, *extra):
