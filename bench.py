@@ -1,6 +1,6 @@
 """Speed, side by side: this project against transformers + peft, on the same machine, model and work, in one run.
 
-    python bench.py                                  # everything, about 45 minutes on two cores
+    python bench.py                                  # everything, about 40 minutes on two cores
     python bench.py --only quiz sampling --out runs/bench.json
     python bench.py --write-work                     # write data/bench_work.json anew: 16 passages x 4 real self-edits
 
@@ -224,12 +224,13 @@ def sampling(b: Bench) -> None:
 
 
 def outer(b: Bench) -> None:
-    """One whole outer round of 16 passages x 4. The other side's parts are timed on a share of the work and added up."""
+    """One outer round of 16 passages x 4: ours of half the passages, whole; the other side's parts on a share of the work,
+    added up. Both are scaled to all of it."""
     import train_outer
 
     sampling(b) if not any(row["work"] == "sampling" for row in b.rows) else None
     sampled = next(row for row in b.rows if row["work"] == "sampling")
-    args = ["--samples", "4", "--select", "best", "--data", WORK, "--split", "", "--model", b.args.model]
+    args = ["--samples", "4", "--select", "best", "--data", WORK, "--split", "", "--limit", "8", "--model", b.args.model]
     args = train_outer.parse_arguments([*args, "--seed", str(b.args.seed)])
     task = train_outer.Passages(args, b.model, b.tok)
     config, study = b.fast
@@ -256,10 +257,10 @@ def outer(b: Bench) -> None:
         run = lambda: b.other.train(b.fresh(policy, 1), steps, outer_study, steps=4)  # noqa: E731
         return spent | {"reinforce": b.other_time(run, len(steps) / 4)}
 
-    turns = [(timed(ours), other()) for _ in range(b.args.repeats)]
+    turns = [(2 * timed(ours), other()) for _ in range(b.args.repeats)]
     a, o = statistics.median(t[0] for t in turns), statistics.median(sum(t[1].values()) for t in turns)
-    note = f"16 passages x 4, --select best; the other: sampling from its row, {len(some)} of 64 candidates x 2 steps, "
-    note += f"4 of {len(steps)} outer steps, scaled"
+    note = "16 passages x 4, --select best; timed: ours 8 passages; the other: sampling from its row, "
+    note += f"{len(some)} of 64 candidates x 2 steps, 4 of {len(steps)} outer steps; and scaled"
     row = {"work": "round", "ours_s": a, "other": "transformers + peft", "other_s": o, "ratio": o / a, "note": note}
     b.add(row | {"turns": turns, "scaled": True})
 
@@ -296,12 +297,13 @@ def startup(b: Bench) -> None:
 
 def compiled(b: Bench) -> None:
     """--compile inductor, after it has compiled. Last of all, for it changes the model."""
-    run = lambda: b.train(b.longest, *b.fast)  # noqa: E731
+    config, study = b.fast
+    run = lambda: b.train(b.longest, config, replace(study, steps=2))  # noqa: E731
     eager = statistics.median(timed(run) for _ in range(b.args.repeats))
     b.model.compile_blocks("inductor")
     first = timed(run)
     later = statistics.median(timed(run) for _ in range(b.args.repeats))
-    note = f"default recipe, 8 candidates, --compile inductor; its first run took {first - later:.0f} s more, to compile"
+    note = f"8 candidates, 2 steps, --compile inductor; its first run took {first - later:.0f} s more, to compile"
     b.add(
         {
             "work": "compile",

@@ -22,8 +22,9 @@ seal-K and stronger-editor take those of passage+self-edit.
 
 Columns: accuracy, em, f1 and logprob are defined in quiz.py; means over passages of the mean over a passage's questions
 (and its self-edits, and --seeds). ci95 is a bootstrap interval over passages; "steps" in the JSON compares each row with
-the one before it, and with the last seal-K, on the same passages (paired), so its interval is the one to read for "does it
-help?". "gap_closed" is how much of the way from passage to in-context the last seal-K goes.
+the one before it and with the last seal-K, and the notes with the passage alone, on the same passages (paired), so its
+interval is the one to read for "does it help?". "gap_closed" is how much of the way from passage to in-context the last
+seal-K goes.
 """
 
 from dataclasses import replace
@@ -104,7 +105,8 @@ def summarize(table: dict, seed: int) -> dict:
         )
     seal = [m for m in methods if m.startswith("seal-")][-1:]
     below = methods[: methods.index(*seal)] if seal else []
-    pairs = dict.fromkeys([*zip(methods, methods[1:]), *((m, *seal) for m in below)])
+    notes = [("passage", "passage+self-edit")] if "passage+self-edit" in methods else []
+    pairs = dict.fromkeys([*zip(methods, methods[1:]), *notes, *((m, *seal) for m in below)])
     steps = paired_steps({m: scores["accuracy"] for m, scores in table.items()}, pairs, seed)
     result = {"rows": rows, "steps": steps}
     if seal:

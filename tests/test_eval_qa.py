@@ -83,7 +83,8 @@ def test_the_ladder(tiny, tiny_folder, passages_file, tmp_path, monkeypatch, cap
         result = json.loads((tmp_path / f"ladder_{protocol}.json").read_text())
         assert [r["method"] for r in result["rows"]] == methods and result["n_passages"] == 2 and result["n_questions"] == 4
         pairs = [(s["from"], s["to"]) for s in result["steps"]]
-        assert pairs == [*zip(methods, methods[1:]), *((m, "seal-1") for m in methods[:3])]
+        notes = ("passage", "passage+self-edit")
+        assert pairs == [*zip(methods, methods[1:]), notes, *((m, "seal-1") for m in methods[:3])]
         for r in result["rows"]:
             assert {"accuracy", "ci95", "em", "f1", "logprob", "forward", "reversed"} <= r.keys() and r["logprob"] < 0
         trained = [r["train_steps"] for r in result["rows"][1:-1]]

@@ -60,13 +60,16 @@ def test_files_stay_short():
         assert len(path.read_text().splitlines()) <= 380, path.name
 
 
-def test_the_readmes_table_is_the_committed_result(capsys):
+def test_the_readmes_table_is_the_committed_result(capsys, monkeypatch):
     result = read_json(ROOT / "results" / "qa_ladder.json")
     eval_qa.show(result["rows"], result["steps"], "")
     for line in capsys.readouterr().out.splitlines():
         assert line.strip() in (ROOT / "README.md").read_text(), line
     assert result["command"] in (ROOT / "Makefile").read_text().replace("$(PY)", "python")
     assert result["settings"]["data_sha256"] == digest(ROOT / "data" / "passages.json")
+    monkeypatch.setattr(sys, "argv", shlex.split(result["command"])[1:])
+    now = vars(eval_qa.parse_arguments())  # the defaults of today are those that it was measured with
+    assert {k: v for k, v in result["settings"].items() if k in now} == {k: now[k] for k in result["settings"] if k in now}
 
 
 def test_the_passages_gates():
