@@ -251,7 +251,7 @@ def closest_question(question: Question, pairs: list) -> float:
     """How closely some (question, answer) of the notes asks for what a quiz question asks for.
 
     "Who cast the bell?" (Hessa Lorn): ("Who cast it?", "Hessa Lorn did.") gives 2 * 2 / (3 + 3); ("What did Hessa Lorn
-    do?", "Hessa Lorn cast the bell.") gives 0, for it has the answer in the question.
+    cast?", "Hessa Lorn cast the bell.") gives 0, for it has the answer in the question.
     """
     pairs = [(q, a) for q, a in pairs if not score_answer(q, question.answers)["accuracy"]]
     near = [score_answer(q, (question.question,))["f1"] for q, a in pairs if score_answer(a, question.answers)["accuracy"]]

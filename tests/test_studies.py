@@ -70,7 +70,7 @@ def test_what_the_questions_of_the_notes_ask(tok):
     """A note that quotes a sentence is judged by its question."""
     cast = Question("Who cast the bell?", ("Hessa Lorn",))
     near, far = ("Who cast it?", "Hessa Lorn did."), ("Whose?", "Hessa Lorn's.")
-    told, wrong = ("What did Hessa Lorn do?", "Hessa Lorn cast."), ("Who cast the bell?", "A potter did.")
+    told, wrong = ("Which bell did Hessa Lorn cast?", "Hessa Lorn cast it."), ("Who cast the bell?", "A potter did.")
     assert closest_question(cast, [far, near, told, wrong]) == pytest.approx(2 / 3)
     assert closest_question(cast, [told, wrong]) == closest_question(cast, []) == 0
     passage = Passage("p", "Rolm", "Rolm sells bricks to Varbon. Hessa Lorn cast the bell.", (cast,))
