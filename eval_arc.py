@@ -19,7 +19,6 @@ With --vote N there is a second number for each row that trains, "voted": two at
 "train" and "heldout". A task with a prompt longer than the context is left out and counted.
 """
 
-from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -122,7 +121,7 @@ class Ladder:
         """A row: the model, or a policy, writes self-edits, and the learner learns as they say."""
         n, log = self.args.samples, self.work / f"{method}-sampled.jsonl"
         how = (n, self.args, sub_seed(self.args.seed, 0), log, f"{method} sample")
-        with merged(self.model, policy) if policy else nullcontext():
+        with merged(self.model, policy):
             edits = sample_self_edits(self.model, self.tok, self.puzzles.prompts, self.puzzles.read, *how)
         how = (self.args, sub_seed(self.args.seed, 1), self.work / f"{method}-studied.jsonl", method)
         with learner(self.model, policy, self.args):

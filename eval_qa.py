@@ -265,12 +265,16 @@ def show(rows: list, steps: list, title: str) -> None:
 
 
 def find_policies(args) -> dict:
-    """{"seal-K": adapter folder} of --run and --policy. Exits if --run has no finished round."""
+    """{"seal-K": adapter folder} of --run and --policy. Exits if --run has no finished round, or was to write otherwise."""
     found = {}
     if args.run:
         found = {int(f.parent.parent.name[6:]): f.parent for f in Path(args.run).glob("round-*/policy/adapter_config.json")}
         if not found:
             raise SystemExit(f"error: --run {args.run}: no finished round (round-K/policy) there")
+        before = read_json(Path(args.run) / "settings.json")
+        for key in ("style", "shots", "learner"):
+            if before.get(key, getattr(args, key)) != getattr(args, key):
+                raise SystemExit(f"error: {args.run} was trained with --{key} {before[key]}; give this script the same")
     policies = {f"seal-{k}": found[k] for k in sorted(found)}
     start = max(found, default=0) + 1
     return policies | {f"seal-{k}": Path(folder) for k, folder in enumerate(args.policy, start)}
@@ -281,12 +285,9 @@ def policy_digests(policies: dict) -> dict:
     return {name: digest(folder / "adapter_model.safetensors") for name, folder in policies.items()}
 
 
-def check_run(passages, args) -> None:
-    """Exit if the run was trained on some of these passages, unless --split train asks for them, or to write otherwise."""
+def refuse_training_passages(passages, args) -> None:
+    """Exit if the run was trained on some of these passages, unless --split train asks for them."""
     before = read_json(Path(args.run) / "settings.json")
-    for key in ("style", "shots", "learner"):
-        if before.get(key, getattr(args, key)) != getattr(args, key):
-            raise SystemExit(f"error: {args.run} was trained with --{key} {before[key]}; give this script the same")
     trained = load_passages(before["data"], "train", before["skip"], before["limit"])
     both = {p.text for p in passages} & {p.text for p in trained}
     if both and args.split != "train":
@@ -301,7 +302,7 @@ def main() -> None:
     policies = find_policies(args)
     recipes = own_recipes(args, policies)
     if args.run:
-        check_run(passages, args)
+        refuse_training_passages(passages, args)
     model, tok = load(args)
     lora_config(args, model)  # complains now rather than after sampling
     if args.match != "epochs" and not (args.steps or args.no_study):

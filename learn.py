@@ -9,7 +9,6 @@ With --policy (a round-K/policy folder of a train_outer.py run) that policy writ
 studies them, and `ask` loads it below the adapter.
 """
 
-from contextlib import nullcontext
 from pathlib import Path
 
 from checkpoint import save_model
@@ -62,7 +61,7 @@ def study(model, tok: Tokenizer, args) -> None:
         raise SystemExit(f"error: --merged {args.merged} exists already; choose another folder")
     policy = load_adapter(model, args.policy) if args.policy else None
     passage = Passage("text", args.title, text, ())
-    with merged(model, policy) if policy else nullcontext():
+    with merged(model, policy):
         edits = write_self_edits(model, tok, [passage], args.samples, args, sub_seed(args.seed, 0))
     notes = list(dict.fromkeys(note for e in edits for note in e.notes))
     print("\n".join(["", f"{len(notes)} notes:", *notes, ""]))

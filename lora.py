@@ -257,9 +257,9 @@ def merge(model: Transformer, adapters: Adapters) -> dict:
 
 
 @contextmanager
-def merged(model: Transformer, adapters: Adapters):
-    """Within, the model has one adapter in its weights; on leaving, it has its own again, the same tensors bit for bit."""
-    old = merge(model, adapters)
+def merged(model: Transformer, adapters: Adapters | None):
+    """Within, the model has one adapter, or none, in its weights; after, its own again, the same tensors bit for bit."""
+    old = merge(model, adapters) if adapters else {}
     try:
         yield
     finally:

@@ -17,7 +17,6 @@ import shlex
 import string
 import sys
 from collections import Counter
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -339,7 +338,7 @@ def add_learner(add) -> None:
 
 def learner(model: Transformer, policy: Adapters | None, args):
     """Within, the model has the weights that study and answer: its own, or with --learner policy those of the policy."""
-    return merged(model, policy) if policy and args.learner == "policy" else nullcontext()
+    return merged(model, policy if args.learner == "policy" else None)
 
 
 def study_settings(args) -> Study:

@@ -261,7 +261,8 @@ def closest_question(question: Question, pairs: list) -> float:
 def measure(tok, p: Passage, text: str, notes: list[str]) -> dict:
     """The measures of one self-edit; shares of no notes are 0."""
     pairs = {n: (m[1], m[2]) for n in notes if (m := QA_PAIR.fullmatch(n))}
-    quoted = {n: question for n, (question, answer) in pairs.items() if answer in sentences(p.text)}
+    texts = sentences(p.text)
+    quoted = {n: question for n, (question, answer) in pairs.items() if answer in texts}
     own, each = words(p.text), [words(quoted.get(n, n)) for n in notes]
     each = [w for w in each if w]
     repeats = [any(len(w & v) >= 0.8 * len(w) for v in each[:i]) for i, w in enumerate(each)]

@@ -61,6 +61,19 @@ def dies_at(monkeypatch, target: str, call: int) -> list:
     return calls
 
 
+def watch_weights(monkeypatch, target: str, tiny, seen: list) -> None:
+    """Make "module.name" add to `seen`, before it does its work, (name, has its model other weights than `tiny`?)."""
+    module, _, name = target.partition(".")
+    real = attrgetter(name)(sys.modules[module])
+
+    def watched(*args, **kwargs):
+        model = next(a for a in args if isinstance(a, torch.nn.Module))
+        seen.append((name, any(not torch.equal(a, b) for a, b in zip(model.parameters(), tiny.parameters(), strict=True))))
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(target, watched)
+
+
 @pytest.fixture(scope="session", params=FAMILIES)
 def family_folder(request, tmp_path_factory):
     return write_checkpoint(tmp_path_factory.mktemp(request.param), request.param)

@@ -4,8 +4,7 @@ import json
 
 import numpy as np
 import pytest
-import torch
-from conftest import run_script
+from conftest import run_script, watch_weights
 
 import eval_qa
 from eval_qa import bootstrap, per_passage, summarize
@@ -168,16 +167,8 @@ def test_a_policy_writes_and_its_learner_studies(learner, tiny, tiny_folder, pas
     policy, seen = Adapters.init(tiny, LoRAConfig(2, 4.0, ("q_proj",), 0, 4), 1, seed=0), []
     policy.flat += 0.05
     save_adapter(policy, tmp_path / "policy", tiny_folder)
-
-    def spy(name, real):
-        def wrapper(model, *args):
-            seen.append((name, any(not torch.equal(a, b) for a, b in zip(model.parameters(), tiny.parameters()))))
-            return real(model, *args)
-
-        monkeypatch.setattr(eval_qa, name, wrapper)
-
-    spy("write_self_edits", eval_qa.write_self_edits)
-    spy("study_all", eval_qa.study_all)
+    for name in ("write_self_edits", "study_all"):
+        watch_weights(monkeypatch, f"eval_qa.{name}", tiny, seen)
     ladder(monkeypatch, tiny_folder, passages_file, tmp_path, "--policy", tmp_path / "policy", "--learner", learner)
     *before, writes, studies = seen
     assert not any(changed for _, changed in before) and len(before) == 4

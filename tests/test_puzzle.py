@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import dies_at, run_script, write_checkpoint
+from conftest import dies_at, run_script, watch_weights, write_checkpoint
 from test_tokenizer import vocabulary
 
 import eval_arc
@@ -280,18 +280,8 @@ def test_a_policy_writes_and_its_learner_trains(learner, tiny, tiny_folder, task
     policy, seen = Adapters.init(tiny, LoRAConfig(2, 4.0, ("q_proj",), 0, 4), 1, seed=0), []
     policy.flat += 0.05
     save_adapter(policy, tmp_path / "policy", tiny_folder)
-
-    def spy(owner, name, at):
-        def wrapper(*args):
-            pairs = zip(args[at].parameters(), tiny.parameters())
-            seen.append((name, any(not torch.equal(a, b) for a, b in pairs)))
-            return real(*args)
-
-        real = getattr(owner, name)
-        monkeypatch.setattr(owner, name, wrapper)
-
-    spy(eval_arc, "sample_self_edits", 0)
-    spy(puzzle.Puzzles, "results", 1)
+    watch_weights(monkeypatch, "eval_arc.sample_self_edits", tiny, seen)
+    watch_weights(monkeypatch, "puzzle.Puzzles.results", tiny, seen)
     args = ["--data", tasks_file, "--limit", 1, "--augmented", 4, "--rank", 2, "--max-new", 8, "--samples", 1]
     args += [
         "--policy",
@@ -305,7 +295,7 @@ def test_a_policy_writes_and_its_learner_trains(learner, tiny, tiny_folder, task
     ]
     run_script(monkeypatch, eval_arc, tiny_folder, *args)
     assert [changed for _, changed in seen] == [False, False, True, learner == "policy"]
-    assert [name for name, _ in seen] == ["sample_self_edits", "results"] * 2
+    assert [name for name, _ in seen] == ["sample_self_edits", "Puzzles.results"] * 2
 
 
 def test_choosing(tiny_folder, tasks_file, tmp_path, monkeypatch):

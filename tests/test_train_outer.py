@@ -1,12 +1,10 @@
 """train_outer.py end to end on a tiny model: files, selection, resuming after a kill, bad input."""
 
 import json
-from operator import attrgetter
 from types import SimpleNamespace
 
 import pytest
-import torch
-from conftest import dies_at, run_script
+from conftest import dies_at, run_script, watch_weights
 
 import train_outer
 from common import read_jsonl
@@ -95,21 +93,9 @@ def test_killed_and_resumed_ends_the_same(stage, call, finished, tiny_folder, tm
 def test_when_the_policy_is_in_the_weights(learner, finished, tiny_folder, tiny, tmp_path, monkeypatch):
     """While it writes, and studies if it is to. The outer update trains it on the base, or round 2 would apply it twice."""
     seen = []
-
-    def spy(name):
-        real = attrgetter(name)(train_outer)
-
-        def wrapper(*args, **kwargs):
-            model = args[1] if name == "Passages.score" else args[0]
-            pairs = zip(model.parameters(), tiny.parameters())
-            seen.append((name, any(not torch.equal(a, b) for a, b in pairs)))
-            return real(*args, **kwargs)
-
-        monkeypatch.setattr(f"train_outer.{name}", wrapper)
-
     monkeypatch.setattr("selfedit.parse", lambda text, style, ended, about: ([text.strip() or "x"], ""))
     for name in ("sample_self_edits", "Passages.score", "reinforce"):
-        spy(name)
+        watch_weights(monkeypatch, f"train_outer.{name}", tiny, seen)
     run(monkeypatch, tiny_folder, finished[0], tmp_path / "out", "--learner", learner)
     one = [("sample_self_edits", False), ("Passages.score", False), ("reinforce", False)]  # round 1: B is still zero
     two = [("sample_self_edits", True), ("Passages.score", learner == "policy"), ("reinforce", False)]
