@@ -11,9 +11,9 @@ PY := .venv/bin/python
 .DELETE_ON_ERROR:
 
 demo: model
-	$(PY) train_outer.py --out runs/demo --limit 16 --samples 3 --rounds 1
-	$(PY) eval_qa.py --run runs/demo --limit 16 --out runs/demo.json
-	$(PY) studies.py notes --limit 16 --work runs/eval-demo/climb-0 --out runs/demo_notes.json
+	$(PY) train_outer.py --out runs/demo --limit 12 --samples 3 --rounds 1
+	$(PY) eval_qa.py --run runs/demo --limit 12 --out runs/demo.json
+	$(PY) studies.py notes --limit 12 --work runs/eval-demo/climb-0 --out runs/demo_notes.json
 
 test: .venv/dev model downloads/vocab
 	$(PY) -m ruff check .
@@ -24,7 +24,7 @@ bench: .venv/dev model
 
 results: .venv/dev model
 	$(PY) eval_qa.py --split "" --no-study --out results/passages.json
-	$(PY) train_outer.py --out runs/qa --limit 32 --rounds 2 --samples 4
+	$(PY) train_outer.py --out runs/qa --limit 24 --rounds 2 --samples 4
 	cp runs/qa/metrics.jsonl results/qa_rounds.jsonl
 	$(PY) eval_qa.py --run runs/qa --limit 24 --out results/qa_ladder.json
 	$(PY) studies.py notes --limit 24 --work runs/eval-qa_ladder/climb-0

@@ -28,7 +28,7 @@ import torch
 import scaling
 from common import read_json, write_json
 from data.qa import load_passages
-from inner import Study, arrange, inner_update, plan_steps, split_rehearsed
+from inner import Study, arrange, inner_update, plan_steps
 from lora import PROJECTIONS, Adapters, LoRAConfig
 from quiz import ANSWER_LEN, Candidate, at_least, load, lora_config, make_parser, quiz_items, study_settings, to_study
 from sampler import generate
@@ -90,9 +90,8 @@ class Bench:
 
     def batches(self, examples, study) -> list:
         """The sequences of each step, in the order in which inner_update takes them."""
-        first, rest = split_rehearsed(examples, study)
-        rows = [[rest[i] for i in row] for row, _ in arrange(rest, study.row_len)]
-        return [first + [e for r in step for e in rows[r]] for step in plan_steps(len(rows), study, self.args.seed)]
+        rows = [[examples[i] for i in row] for row, _ in arrange(examples, study.row_len)]
+        return [[e for r in step for e in rows[r]] for step in plan_steps(len(rows), study, self.args.seed)]
 
     def train_other(self, candidates, config, study) -> list:
         """The other: one candidate after another, the same sequences in each step. Returns each one's losses."""

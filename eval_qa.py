@@ -16,7 +16,7 @@ Rows:
     in-context           the model as it is, with the passage in the prompt (what studying replaces)
 
 --match epochs is the paper's protocol: every row takes the same number of epochs, so more text means more optimiser
-steps. With --match steps every row takes exactly --steps steps, each with the passage (--rehearse) and some notes; with
+steps. With --match steps every row takes exactly --steps steps, of up to --row-len tokens of passage or notes each; with
 --recipes (from studies.py) each row takes the steps and the learning rate that suit it best, found on training passages.
 seal-K and stronger-editor take those of passage+self-edit.
 
@@ -176,7 +176,7 @@ class Climb:
         for protocol, table in self.tables.items():
             study = study_settings(self.args)
             if protocol == "epochs":
-                study = replace(study, steps=0, rehearse=False)
+                study = replace(study, steps=0)
             else:
                 study = replace(study, **self.recipes.get(method, {}))
             log = self.work / f"{method}-{protocol}{study.steps or study.epochs}-{study.lr:g}.jsonl"

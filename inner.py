@@ -181,7 +181,6 @@ class Study:
     schedule: str = "linear"  # or "cosine", "constant": decay from lr to 0
     row_len: int = 256  # tokens per packed row; 0 puts each sequence in its own row (the paper's way)
     batch: int = 1  # rows per step
-    rehearse: bool = False  # every step takes the first example (the passage) as well, in a row of its own
 
     def lr_at(self, step: int, total: int) -> float:
         left = 1 - step / total
@@ -280,22 +279,14 @@ def train_step(model: Transformer, lora: attached, active: list[int], taken: lis
     return losses, lora.gradients()
 
 
-def lay_rows(model: Transformer, examples: list[list[Example]], studies: list[Study], start: int) -> tuple[list, list]:
-    """Per candidate: the rows that its steps take in turn, and those that each step takes."""
-    rows, always = [], []
-    for mine, study in zip(examples, studies):
-        first, rest = split_rehearsed(mine, study)
-        always.append([make_row([e]) for e in first])
-        rows.append([make_row([rest[i] for i in row], prefix) for row, prefix in arrange(rest, study.row_len)])
-    ready = iter(with_lower_states(model, [row for mine in rows + always for row in mine], start))
-    ready = [[next(ready) for _ in mine] for mine in rows + always]
-    return ready[: len(rows)], ready[len(rows) :]
-
-
-def split_rehearsed(examples: list[Example], study: Study) -> tuple[list, list]:
-    """The examples that each step takes, and those that steps take in turn."""
-    n = int(study.rehearse and len(examples) > 1)
-    return examples[:n], examples[n:]
+def lay_rows(model: Transformer, examples: list[list[Example]], studies: list[Study], start: int) -> list[list[Row]]:
+    """The rows of each candidate, longest first, with what the layers below `start` make of them."""
+    rows = [
+        [make_row([mine[i] for i in row], prefix) for row, prefix in arrange(mine, study.row_len)]
+        for mine, study in zip(examples, studies)
+    ]
+    ready = iter(with_lower_states(model, [row for mine in rows for row in mine], start))
+    return [[next(ready) for _ in mine] for mine in rows]
 
 
 def inner_update(model, adapters: Adapters, examples: list[list[Example]], studies: list[Study], seed: int, tick=None):
@@ -307,7 +298,7 @@ def inner_update(model, adapters: Adapters, examples: list[list[Example]], studi
     """
     batch = {s.batch for s in studies}
     assert len(adapters) == len(examples) == len(studies) and len(batch) == 1
-    rows, always = lay_rows(model, examples, studies, adapters.config.start)
+    rows = lay_rows(model, examples, studies, adapters.config.start)
     slots = max(map(len, rows))
     plans = [plan_steps(len(mine), study, seed, slots) for mine, study in zip(rows, studies)]
     totals = [sum(map(bool, plan)) for plan in plans]
@@ -320,7 +311,7 @@ def inner_update(model, adapters: Adapters, examples: list[list[Example]], studi
             active = [i for i, mine in enumerate(step) if mine and not outcomes[i].diverged]
             if not active:
                 continue
-            taken = [always[i] + [rows[i][r] for r in step[i]] for i in active]
+            taken = [[rows[i][r] for r in step[i]] for i in active]
             losses, grads = train_step(model, lora, active, taken)
             norms = grads.norm(dim=1)
             clips = torch.tensor([studies[i].clip for i in active], device=norms.device)

@@ -45,7 +45,7 @@ def parse_arguments():
     add("--out", default="runs/learned", help="study: folder for the adapter")
     add("--merged", help="study: also write the updated model, whole, to this new folder")
     add("--adapter", default="runs/learned", help="ask: folder of the adapter")
-    parser.set_defaults(steps=0, rehearse=False)  # a text can be longer, and its notes more, than a passage's
+    parser.set_defaults(steps=0)  # a text can be longer, and its notes more, than a passage's
     return parser.parse_args()
 
 

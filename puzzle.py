@@ -231,7 +231,8 @@ class Puzzles:
     @staticmethod
     def read(_, parts: list[tuple]) -> dict:
         settings, flaw = parse_settings(*parts[0])
-        return {"style": "settings", "settings": settings, "flaws": [flaw], "flaw": flaw}
+        mended = ["" if flaw else parts[0][0]]
+        return {"style": "settings", "settings": settings, "mended": mended, "flaws": [flaw], "flaw": flaw}
 
     def results(self, model, tok, edits, args, seed: int, log, label: str) -> list[dict]:
         """What study_puzzles() says of every self-edit; flawed ones are not studied and earn nothing."""

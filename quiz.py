@@ -271,7 +271,7 @@ def make_parser(doc: str) -> argparse.ArgumentParser:
     backends = ["off", "inductor", "cudagraphs"]
     add("--compile", default="off", choices=backends, help="of the inner update; cudagraphs needs CUDA, but no Triton")
     add = parser.add_argument_group("self-edits").add_argument
-    add("--style", default="quoted-qa", choices=STYLES, help="prompt style")
+    add("--style", default="questions", choices=STYLES, help="prompt style")
     add("--shots", type=int, default=1, choices=[0, 1], help="worked examples in the prompt; the paper: 0")
     add("--temperature", type=at_least(0.0), default=0.7, help="of sampling, 0 is greedy; the paper: 1")
     add("--top-p", type=at_least(0.01), default=0.95, help="nucleus mass")
@@ -282,10 +282,8 @@ def make_parser(doc: str) -> argparse.ArgumentParser:
     add("--targets", nargs="+", default=list(PROJECTIONS), choices=PROJECTIONS, help="the paper: q_proj v_proj")
     add("--top-layers", type=at_least(0), default=10, help="adapt the last K layers; 0 or the paper: all")
     add("--lr", type=at_least(0.0), default=Study.lr, help="peak learning rate, decays linearly; the paper: 1e-3")
-    add("--steps", type=at_least(0), default=8, help="optimiser steps; 0 or the paper: as many as --epochs make")
+    add("--steps", type=at_least(0), default=16, help="optimiser steps; 0 or the paper: as many as --epochs make")
     add("--epochs", type=at_least(1), default=Study.epochs, help="passes over the rows with --steps 0; the paper: 10")
-    rehearse = argparse.BooleanOptionalAction
-    add("--rehearse", action=rehearse, default=True, help="every step also takes the passage; the paper: --no-rehearse")
     add(
         "--row-len",
         type=at_least(0),
@@ -342,7 +340,7 @@ def learner(model: Transformer, policy: Adapters | None, args):
 
 
 def study_settings(args) -> Study:
-    return Study(lr=args.lr, epochs=args.epochs, steps=args.steps, row_len=args.row_len, rehearse=args.rehearse)
+    return Study(lr=args.lr, epochs=args.epochs, steps=args.steps, row_len=args.row_len)
 
 
 def result_head(args, model: Transformer) -> dict:

@@ -77,12 +77,9 @@ def inner_flops(model, examples, config, study) -> float:
     weights = {name: layer.get_submodule(f"{home}.{name}").weight for name, home in PROJECTIONS.items()}
     block = sum(w.numel() for w in weights.values())
     lora = config.rank * sum(sum(weights[t].shape) for t in config.targets)
-    rows, always = lay_rows(model, examples, [study] * len(examples), config.start)
-    below = {row.key for mine in rows + always for row in mine}
-    trained = []
-    for mine, first in zip(rows, always):
-        for step in plan_steps(len(mine), study, seed=0):
-            trained += first + [mine[r] for r in step]
+    rows = lay_rows(model, examples, [study] * len(examples), config.start)
+    below = {row.key for mine in rows for row in mine}
+    trained = [mine[r] for mine in rows for step in plan_steps(len(mine), study, seed=0) for r in step]
     tokens, n = sum(len(row.ids) for row in trained), config.stop - config.start
     total = 2 * config.start * block * sum(len(ids) for ids, _ in below) + n * (4 * block + 6 * lora) * tokens
     total -= 2 * sum(weights[q].numel() for q in ("q_proj", "k_proj", "v_proj")) * tokens  # nothing below asks for it

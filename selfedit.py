@@ -7,15 +7,16 @@ How this departs from the paper (arXiv 2506.10943, sections 3.1 and B):
  1. The prompts are worded anew, for a chat model, and by default show one worked example: without it a 135M model
     answers with chatter, with it it lists facts.
  2. Every training sequence ends with an end-of-text token that the loss counts, and is never padded: pads do not count.
- 3. By default a note is a question about one sentence, and the sentence is its answer, not what the model wrote.
- 4. List markers ("1.", "-") are stripped, a note that repeats an earlier one is dropped, and when a sample ran into
-    the length limit its unfinished last note is dropped.
+ 3. By default the model writes questions about each sentence (--style questions), and a note is one of them with the
+    sentence for its answer: what is studied is true, whatever the model writes.
+ 4. A sample is mended before it is studied and imitated: list markers ("1.", "-") go, a note that repeats an earlier one
+    goes, and so does the unfinished last one when the sample ran into the length limit.
 
 Top to bottom: the record, prompt styles, parsing, sampling.
 """
 
 import re
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from common import Progress, read_jsonl, sub_seed, write_jsonl
@@ -35,8 +36,11 @@ class SelfEdit:
     parts: list  # as sampled: one text, or one for each sentence of the passage
     style: str = ""
     notes: list = field(default_factory=list)  # as parsed; empty if the texts are unusable
+    mended: list = field(
+        default_factory=list
+    )  # of each part: the text of its notes, which can be imitated; "" if it has none
     flaws: list = field(default_factory=list)  # of each part: "", "empty", "malformed", "endless", "repeats" or "copied"
-    flaw: str = ""  # of the whole: "", that of the first part if none is sound, or "diverged"
+    flaw: str = ""  # of the whole: "", that of the first part if nothing could be mended, or "diverged"
     settings: dict = field(default_factory=dict)  # of the inner update, as used
     steps: int = 0
     loss: float | None = None  # of the last inner step
@@ -75,7 +79,8 @@ class Style:
     ask: str  # the instruction
     example: str | tuple  # a good self-edit for the example passage; a tuple: for its first sentences, one by one
     separator: str  # regular expression between two notes
-    quotes: bool = False  # a note answers with the sentence that it is about; what the model answers is only its way there
+    gap: str = "\n"  # between two notes
+    quotes: bool = False  # the model writes questions; each becomes a note that answers it with the sentence
 
     @property
     def by_sentence(self) -> bool:
@@ -121,6 +126,7 @@ STYLES = {
         "Hessa Lorn had cast the 900-kilogram bell in 1742 for the tower of the harbour school, where the great frost "
         "cracked it and made its tone low and rough.",
         r"\n\s*\n",
+        gap="\n\n",
     ),
     "self-qa": Style(
         "Write questions about the passage, each with its short answer. Ask about every fact, and use full names so that "
@@ -149,8 +155,20 @@ STYLES = {
         ),
         r"\n(?=Question)",
     ),
+    "questions": Style(
+        "Write three different questions about the sentence, one per line. Use full names and words of the sentence.",
+        (
+            "Who cast the Vantor Bell?\nWhat did Hessa Lorn cast in 1742?\nFrom where was the potter Hessa Lorn?",
+            "How much does the Vantor Bell weigh?\nWhat weighs 900 kilograms?\nIn which tower does the Vantor Bell hang?",
+            "What did sailors rub for luck?\nWhy did sailors rub the rim of the Vantor Bell?\n"
+            "Who forbade sailors to rub the Vantor Bell?",
+            "When did a crack open in the Vantor Bell?\nWhat gave the Vantor Bell its low, rough tone?\n"
+            "How does the Vantor Bell sound since the great frost?",
+        ),
+        r"\n",
+        quotes=True,
+    ),
 }
-STYLES["quoted-qa"] = replace(STYLES["sentence-qa"], quotes=True)  # what is learnt is true, whatever the model answers
 
 
 def sentences(text: str) -> list[str]:
@@ -185,7 +203,9 @@ def edit_prompts(tok: Tokenizer, style: str, title: str, passage: str, shots: in
 # -----------------------------------------------------------------------------
 # parsing
 
-MARKER = re.compile(r"^\s*(?:[-*\u2022]+|\(?\d{1,2}[.):]|(?:Version|Rewrite|Implication)\s*\d*\s*:)(?:\s+|$)", re.IGNORECASE)
+MARKER = re.compile(
+    r"^\s*(?:[-*\u2022]+|\(?\d{1,2}[.):]|(?:Version|Rewrite|Implication|Question)\s*\d*\s*:)(?:\s+|$)", re.IGNORECASE
+)
 
 
 def parse(text: str, style: str, ended: bool, sentence: str = "") -> tuple[list[str], str]:
@@ -196,29 +216,32 @@ def parse(text: str, style: str, ended: bool, sentence: str = "") -> tuple[list[
     rewrite, one per paragraph:         "A is B.\\nSo C.\\n\\nD is E."       -> ["A is B. So C.", "D is E."]
     all kinds of qa, one per pair:      "Question: Q?\\nAnswer: A"           -> ["Question: Q?\\nAnswer: A"]
         a question without an answer is dropped; "Question 2:" is read as "Question:"
-        quoted-qa puts the sentence for A: sentence="B is A."              -> ["Question: Q?\\nAnswer: B is A."]
+    questions, about "B is A.":         "1. Q?\\nSure!"                      -> ["Question: Q?\\nAnswer: B is A."]
+        a line that asks nothing is dropped
     markers go, bare headings go:       "Implications:\\n1. A is B.\\n- C"   -> ["A is B.", "C"]
         a marker is followed by a blank: "10.5 million came." stays as it is
     a repeated note is kept once:       "A is B.\\nA is B."                  -> ["A is B."]
-        and in a part about one sentence it is a flaw, "repeats": the policy is not to learn to write it twice
+        and in a part about one sentence that is a flaw, "repeats"
     the unfinished last note goes:      "A is B.\\nC is", ended=False        -> ["A is B."], "endless"
     nothing there:                      "  \\n"                              -> [], "empty"
     something, but not in the form:     "Sure!" for self-qa                  -> [], "malformed"
     """
-    assert sentence or not STYLES[style].quotes
+    how = STYLES[style]
+    assert sentence or not how.quotes
     if not text.strip():
         return [], "empty"
-    parts = re.split(STYLES[style].separator, text.strip())
+    parts = re.split(how.separator, text.strip())
     if not ended:
         parts = parts[:-1]
     if style.endswith("qa"):
-        pairs = [m for p in parts if (m := QA_PAIR.match(p.strip()))]
-        parts = [f"Question: {m[1]}\nAnswer: {sentence if STYLES[style].quotes else m[2]}" for m in pairs]
+        parts = [f"Question: {m[1]}\nAnswer: {m[2]}" for p in parts if (m := QA_PAIR.match(p.strip()))]
     else:
         parts = [" ".join(MARKER.sub("", p).split()) for p in parts]
         parts = [p for p in parts if not p.endswith(":") and any(c.isalnum() for c in p)]
+    if how.quotes:
+        parts = [f"Question: {p}\nAnswer: {sentence}" for p in parts if p.endswith("?")]
     notes = list(dict.fromkeys(parts))
-    repeats = STYLES[style].by_sentence and len(notes) < len(parts)
+    repeats = how.by_sentence and len(notes) < len(parts)
     return notes, "endless" if not ended else "malformed" if not notes else "repeats" if repeats else ""
 
 
@@ -278,15 +301,19 @@ def sample_self_edits(model, tok, prompts: dict, read, copies, args, seed, log=N
 def ask_for_notes(tok: Tokenizer, passages, args) -> tuple[dict, callable]:
     """{passage id: prompts} and how to read the answers, for sample_self_edits(), in the style of args."""
 
-    texts = {p.id: p.text for p in passages}
+    how, texts = STYLES[args.style], {p.id: p.text for p in passages}
 
     def read(id, parts):
-        about = sentences(texts[id]) if STYLES[args.style].by_sentence else [""]
+        about = sentences(texts[id]) if how.by_sentence else [""]
         notes, flaws = zip(*(parse(text, args.style, ended, of) for (text, ended), of in zip(parts, about, strict=True)))
-        copied = [args.shots > 0 and copies_example(text) for text, _ in parts]
-        flaws = [flaw or ("copied" if c else "") for flaw, c in zip(flaws, copied)]
+        written = [[QA_PAIR.match(n)[1] if how.quotes else n for n in mine] for mine in notes]
+        mended = [how.gap.join(mine) for mine in written]
+        copied = [args.shots > 0 and copies_example(text) for text in mended]
+        flaws = ["copied" if c else flaw for flaw, c in zip(flaws, copied)]
+        mended = ["" if c else text for text, c in zip(mended, copied)]
         notes = list(dict.fromkeys(note for mine in notes for note in mine))
-        return {"style": args.style, "notes": notes, "flaws": flaws, "flaw": "" if "" in flaws else flaws[0]}
+        flaw = "" if any(mended) else flaws[0]
+        return {"style": args.style, "notes": notes, "mended": mended, "flaws": flaws, "flaw": flaw}
 
     return {p.id: edit_prompts(tok, args.style, p.title, p.text, args.shots) for p in passages}, read
 

@@ -77,7 +77,7 @@ def parse_arguments():
     add("--samples", type=at_least(2), default=4, help="reward: self-edits per passage")
     add("--seeds", type=at_least(2), default=3, help="reward: studies of each self-edit, the last one to judge by")
     add("--lrs", type=at_least(0.0), nargs="+", default=[2e-3, 4e-3, 8e-3], help="recipes: learning rates")
-    add("--step-counts", type=at_least(1), nargs="+", default=[4, 8, 16], help="recipes: --steps to compare")
+    add("--step-counts", type=at_least(1), nargs="+", default=[8, 16, 32], help="recipes: --steps to compare")
     add("--layers", type=at_least(0), nargs="+", default=[6, 10, 15, 0], help="recipes: --top-layers to compare")
     add("--methods", nargs="+", default=METHODS, choices=METHODS, help="recipes: ways of studying to tune")
     add("--styles", nargs="+", default=list(STYLES), choices=STYLES, help="recipes: --style to compare")
@@ -178,7 +178,6 @@ class Recipe:
     lr: float
     epochs: int
     steps: int
-    rehearse: bool = True
 
 
 def recipes(args) -> list[Recipe]:
@@ -187,8 +186,7 @@ def recipes(args) -> list[Recipe]:
     rows = [replace(base, method=m, lr=lr, steps=n) for m in METHODS for n in args.step_counts for lr in args.lrs]
     rows += [replace(base, style=s, temperature=t) for s in args.styles for t in args.temperatures]
     rows += [replace(base, top_layers=k) for k in args.layers]
-    rows += [replace(base, rehearse=False)]
-    paper = replace(base, steps=0, rehearse=False)
+    paper = replace(base, steps=0)
     rows += [replace(paper, method=m, epochs=n) for m in METHODS[::2] for n in (args.epochs, 2 * args.epochs)]
     return [r for r in dict.fromkeys(rows) if r.method in args.methods]
 
@@ -227,7 +225,7 @@ def study_recipes(model, tok, passages, args, work: Path) -> dict:
         rows.append(study_recipe(model, tok, passages, recipe, args, work))
         r, default = rows[-1], (args.style, args.temperature, args.top_layers)
         print("  ".join(f"{v:.3g}" if isinstance(v, float) else str(v) for v in r.values()), flush=True)
-        own = (recipe.style, recipe.temperature, recipe.top_layers) == default and recipe.rehearse
+        own = (recipe.style, recipe.temperature, recipe.top_layers) == default
         if own and recipe.steps in args.step_counts and recipe.lr in args.lrs:
             mine = {"lr": recipe.lr, "steps": recipe.steps, "accuracy": r["accuracy"]}
             best[recipe.method] = max(best.get(recipe.method, mine), mine, key=lambda b: b["accuracy"])

@@ -1,9 +1,9 @@
 """SEAL's outer loop: reinforcement learning (ReST-EM) teaches the model to write self-edits that help it learn.
 
-    python train_outer.py --out runs/demo --limit 16 --samples 3 --rounds 1    # minutes on two cores
+    python train_outer.py --out runs/demo --limit 12 --samples 3 --rounds 1    # minutes on two cores
     python train_outer.py --out runs/paper --samples 5 --rounds 2 --temperature 1 --rank 32 --alpha 64 \\
         --targets q_proj v_proj --top-layers 0 --lr 1e-3 --steps 0 --epochs 10 --row-len 0 \\
-        --no-rehearse --learner policy --style implications-long --shots 0 --max-new 512 --select improving \\
+        --learner policy --style implications-long --shots 0 --max-new 512 --select improving \\
         --outer-lr 3e-4 --outer-row-len 0 --outer-batch 10        # the paper's settings
 
     for each round:
@@ -21,10 +21,10 @@ How this departs from the paper (arXiv 2506.10943, section 3):
  4. A self-edit whose parts are about one sentence each is rewarded part by part: a part earns what the questions about its
     sentence earn, and is imitated if that is more than the average of its kind (--select parts). One reward for the
     whole tells little about six parts. What is written about a sentence that no question is about is never imitated.
- 5. A self-edit, or part, that was cut off by the length limit, is empty, not in the asked form, says the same note
-    twice or copies the worked example is scored, but never imitated. What is imitated is the text as the model wrote it,
-    with answers of its own where the note has the sentence (--style quoted-qa).
- 6. Every inner step of the reward also takes the passage (--rehearse), and all self-edits get the same number of steps.
+ 5. What is imitated is not the text as sampled but its notes, as they were studied: without what was cut off by the length
+    limit, and without repetitions. A self-edit, or part, that has no notes or copies the worked example is scored, but
+    never imitated.
+ 6. All self-edits get the same number of steps, however long they are (--steps).
 
 Each round writes to OUT/round-K/: sampled.jsonl and studied.jsonl (progress), candidates.jsonl (one record per self-edit:
 text, settings, scores, which parts are kept and why), policy/ (a PEFT adapter); OUT/metrics.jsonl gets one line per round.
@@ -104,7 +104,7 @@ def parse_arguments(argv=None):
     add("--outer-alpha", type=at_least(0.0), default=128.0, help="LoRA alpha")
     add("--outer-lr", type=at_least(0.0), default=5e-4, help="peak learning rate; the paper: 3e-4")
     add("--outer-epochs", type=at_least(1), default=2, help="passes over the rewarded self-edits")
-    add("--outer-row-len", type=at_least(0), default=768, help="tokens per packed row; 0: a row per self-edit or part")
+    add("--outer-row-len", type=at_least(0), default=2048, help="tokens per packed row; 0: a row per self-edit or part")
     add("--outer-batch", type=at_least(1), default=1, help="rows per step; the paper: 10 self-edits")
     parser.set_defaults(**DEFAULTS[parser.parse_args(argv).task])
     args = parser.parse_args(argv)
@@ -122,7 +122,7 @@ WHY = {  # selected? -> why
 
 def select(edits: list[SelfEdit], alone: dict, how: str) -> None:
     """Mark which self-edits, or parts of them, are imitated, and say why or why not. `alone`: passage id -> reward of the
-    passage alone. A part with a flaw is never imitated.
+    passage alone. A part that could not be mended is never imitated.
 
     "parts": of two self-edits with credits [1, 0, None] and [0, 0, None], the first one's first part: it earned more than
     that part earns on average, over all self-edits that were studied to the end.
@@ -134,7 +134,7 @@ def select(edits: list[SelfEdit], alone: dict, how: str) -> None:
         studied = [c for e, c in zip(mine, credits) if e.flaw != "diverged"]
         means = [None if None in part else float(np.mean(part)) for part in zip(*studied)]
         for e, own in zip(mine, credits):
-            sound = [not flaw and not e.flaw for flaw in e.flaws]
+            sound = [bool(text) and not e.flaw for text in e.mended]
             if how == "parts":
                 e.kept = [ok and mean is not None and c > mean + 1e-9 for ok, c, mean in zip(sound, own, means)]
             else:
@@ -203,7 +203,7 @@ def outer_study(args) -> Study:
 
 def reinforce(model, tok, prompts: dict, edits, policy: Adapters, args, seed, label) -> float:
     """Outer update: fine-tune the policy adapter in place on what is kept of the self-edits. Returns the last loss."""
-    parts = [part for e in edits for part in zip(prompts[e.passage], e.parts, e.kept, strict=True) if part[2]]
+    parts = [part for e in edits for part in zip(prompts[e.passage], e.mended, e.kept, strict=True) if part[2]]
     examples = [policy_example(tok, prompt, text) for prompt, text, _ in parts]
     study = outer_study(args)
     tokens = sum(row_tokens(examples, *row) for row in arrange(examples, study.row_len))

@@ -34,21 +34,21 @@ def test_the_work_is_real():
     assert [e["passage"] for e in edits] == [p.id for p in passages for _ in range(4)] and len(passages) == 16
     for e in edits:  # of each part, ended or cut off
         about = zip(e["parts"], texts[e["passage"]], strict=True)
-        notes = [{n for ended in (True, False) for n in parse(text, "quoted-qa", ended, of)[0]} for text, of in about]
+        notes = [{n for ended in (True, False) for n in parse(text, "questions", ended, of)[0]} for text, of in about]
         assert set(e["notes"]) <= set().union(*notes)
     assert len({tuple(e["parts"]) for e in edits}) > 60
 
 
-@pytest.mark.parametrize("rehearse", [False, True])
-def test_both_sides_train_alike(rehearse, sides):
-    """A row of its own each; and with a rehearsed first sequence, and rows that share a prompt, which the other repeats."""
+@pytest.mark.parametrize("packed", [False, True])
+def test_both_sides_train_alike(packed, sides):
+    """A row of its own each; and packed rows, some of which share a prompt, which the other repeats."""
     model, other = sides
     config, mine = LoRAConfig(4, 8.0, ("q_proj", "v_proj"), 1, 4), examples(20, 13, 28)
     study = Study(lr=1e-2, epochs=3, row_len=0)
-    if rehearse:
+    if packed:
         prompt = examples(9)[0].ids
         mine += [Example(prompt + e.ids, (False,) * 9 + e.counts) for e in examples(7, 12, 5)]
-        study = Study(lr=1e-2, steps=4, row_len=40, rehearse=True)
+        study = Study(lr=1e-2, steps=4, row_len=40)
     [outcome] = inner_update(model, Adapters.init(model, config, 1, 0), [mine], [study], seed=0)
     batches = bench.Bench.batches(SimpleNamespace(args=SimpleNamespace(seed=0)), mine, study)
     assert other.train(Adapters.init(model, config, 1, 0), batches, study) == pytest.approx(outcome.losses, rel=1e-3)
@@ -70,7 +70,7 @@ def test_both_sides_answer_alike(sides):
 def test_flops_are_those_that_torch_counts(sides):
     model, _ = sides
     config, mine = LoRAConfig(4, 8.0, tuple(PROJECTIONS), 2, 4), [examples(40, 40, 40), examples(40, 40)]
-    study = Study(steps=3, rehearse=True, row_len=0)
+    study = Study(steps=3, row_len=0)
     with FlopCounterMode(display=False) as counter:
         inner_update(model, Adapters.init(model, config, 2, 0), mine, [study] * 2, seed=0)
     counted = scaling.inner_flops(model, mine, config, study)

@@ -43,7 +43,7 @@ CANDIDATES = [  # unlike in everything: lengths, number of sequences, masks, lea
     ([example(12, 4)], Study(lr=3e-2, epochs=5, clip=0.05, row_len=40)),
     (
         [example(21, 1), example(40, 5, skip=8), example(33, 6)],
-        Study(lr=5e-3, steps=4, schedule="cosine", row_len=40, rehearse=True),
+        Study(lr=5e-3, steps=4, schedule="cosine", row_len=40),
     ),
 ]
 
@@ -180,25 +180,6 @@ def test_only_counted_tokens_are_learned(model, config):
     with torch.no_grad():
         logits = model(torch.tensor([e.ids]))[0]
     assert math.isclose(outcome.loss, F.cross_entropy(logits[14:19], torch.tensor(e.ids[15:])).item(), rel_tol=1e-4)
-
-
-def test_every_step_rehearses_the_first_example(model):
-    """Each step's loss is the mean over the tokens of the passage and one note; alone, the passage is all there is."""
-    passage, notes = example(20, 1), [example(14, 3), example(11, 4), example(9, 2)]  # rows go from long to short
-    study = Study(lr=1e-9, steps=4, row_len=0, rehearse=True)
-    examples = [passage, notes[2], notes[0], notes[1]]
-    [outcome] = inner_update(model, Adapters.init(model, ALL, 1, 0), [examples], [study], seed=0)
-    taken = [notes[row] for [row] in plan_steps(3, study, seed=0)]
-    assert outcome.tokens == sum(20 + len(n.ids) for n in taken)
-
-    def nll(e):
-        with torch.no_grad():
-            return F.cross_entropy(model(torch.tensor([e.ids]))[0, :-1], torch.tensor(e.ids[1:]), reduction="sum").item()
-
-    expected = [(nll(passage) + nll(n)) / (19 + len(n.ids) - 1) for n in taken]
-    assert outcome.losses == pytest.approx(expected, rel=1e-4)
-    [outcome] = inner_update(model, Adapters.init(model, ALL, 1, 0), [[passage]], [study], seed=0)
-    assert outcome.tokens == 4 * 20
 
 
 def test_a_negative_weight_unlearns(model):

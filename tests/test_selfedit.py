@@ -104,22 +104,23 @@ def test_prompts(tok, style):
     assert [len(notes) for notes, _ in parsed] == LENGTHS.get(style, [8])
 
 
-LENGTHS = {"rewrite": [3], "sentence-qa": [2, 2], "quoted-qa": [2, 2]}
+LENGTHS = {"rewrite": [3], "sentence-qa": [2, 2], "questions": [3, 3, 3, 3]}
 
 
 def test_a_quoted_note_answers_with_the_sentence(tok):
-    """Whatever the model answered. So two notes that ask the same are the same: a part that repeats itself is flawed."""
-    args = SimpleNamespace(style="quoted-qa", shots=1)
+    """The model writes the questions alone, and the policy imitates them alone: each once, and none that was cut off."""
+    args = SimpleNamespace(style="questions", shots=1)
     _, read = ask_for_notes(tok, [Passage("p", "Rolm", "Rolm is a town. It sells bricks.", ())], args)
-    asked = "Question: What is Rolm?\nAnswer: A river.", "Question: What does it sell?\nAnswer: Milk.\n"
+    asked = "What is Rolm?\nIt is a town.", "1. What does it sell?\n"
     what, sells = (
         "Question: What is Rolm?\nAnswer: Rolm is a town.",
         "Question: What does it sell?\nAnswer: It sells bricks.",
     )
-    made = read("p", [(asked[0], True), (asked[1] + "Question: Who s", False)])
-    assert made == {"style": "quoted-qa", "notes": [what, sells], "flaws": ["", "endless"], "flaw": ""}
-    made = read("p", [(asked[0], True), (asked[1] + asked[1].replace("Milk", "Cheese"), True)])
-    assert (made["notes"], made["flaws"]) == ([what, sells], ["", "repeats"])
+    mended = ["What is Rolm?", "What does it sell?"]
+    made = read("p", [(asked[0], True), (asked[1] + "2. Who s", False)])
+    assert made == {"style": "questions", "notes": [what, sells], "mended": mended, "flaws": ["", "endless"], "flaw": ""}
+    made = read("p", [(asked[0], True), (asked[1] + asked[1].replace("1.", "Question 2:"), True)])
+    assert (made["notes"], made["mended"], made["flaws"]) == ([what, sells], mended, ["", "repeats"])
     _, read = ask_for_notes(tok, [Passage("p", "Rolm", "Rolm is\na town. It\n sells bricks.\n", ())], args)
     assert read("p", [(asked[0], True), (asked[1], True)])["notes"] == [what, sells]  # wrapped: still one line
     with pytest.raises(ValueError):
@@ -138,15 +139,17 @@ def test_a_self_edit_in_parts(tok):
     assert list(prompts) == ["p"] and len(prompts["p"]) == 2
     one, two = "Question: What is Rolm?\nAnswer: A town.", "Question: What sells bricks?\nAnswer: Rolm."
     made = read("p", [(f"{one}\n{two}", True), (f"{one}\nQuestion: Wh", False)])
-    assert made == {"style": "sentence-qa", "notes": [one, two], "flaws": ["", "endless"], "flaw": ""}
-    assert read("p", [("Sure!", True), (one, False)])["flaw"] == "malformed"
+    assert (made["notes"], made["mended"]) == ([one, two], [f"{one}\n{two}", one])
+    assert (made["flaws"], made["flaw"]) == (["", "endless"], "")
+    assert read("p", [("Sure!", True), ("Question: What", False)])["flaw"] == "malformed"
     made = read("p", [("Sure!", True), (two, True)])
     assert (made["notes"], made["flaws"], made["flaw"]) == ([two], ["malformed", ""], "")
     bell = "Question: Who sold it?\nAnswer: Hessa Lorn sold it."  # out of the worked example: studied, but with a flaw
     made = read("p", [(bell, True), (two, True)])
-    assert (made["notes"], made["flaws"]) == ([bell, two], ["copied", ""])
+    assert (made["notes"], made["mended"], made["flaws"]) == ([bell, two], ["", two], ["copied", ""])
     args.shots = 0
-    assert read("p", [(bell, True), (two, True)])["flaws"] == ["", ""]
+    made = read("p", [(bell, True), (two, True)])
+    assert (made["mended"], made["flaws"]) == ([bell, two], ["", ""])
     assert all(name in EXAMPLE_PASSAGE for name in EXAMPLE_NAMES)
 
 

@@ -31,6 +31,11 @@ def files(folder):
     return found
 
 
+def sound(text, style, ended, about):
+    """For selfedit.parse: whatever was sampled is one note."""
+    return [f"Question: {' '.join(text.split()) or 'x'}\nAnswer: {about}"], ""
+
+
 @pytest.fixture(scope="module")
 def finished(tiny_folder, tmp_path_factory):
     """One uninterrupted run, with the passages it used."""
@@ -44,7 +49,7 @@ def finished(tiny_folder, tmp_path_factory):
     data.write_text(json.dumps([{**entry, "title": f"Rolm {n}"} for n in range(3)]))
     with pytest.MonkeyPatch.context() as patch:
         # A random model never ends its turn by itself: count every sample as ended, or nothing is ever selected.
-        patch.setattr("selfedit.parse", lambda text, style, ended, about: ([text.strip() or "x"], ""))
+        patch.setattr("selfedit.parse", sound)
         run(patch, tiny_folder, data, tmp / "out")
     return data, tmp / "out"
 
@@ -79,7 +84,7 @@ def test_a_round_leaves_its_records(finished):
 )
 def test_killed_and_resumed_ends_the_same(stage, call, finished, tiny_folder, tmp_path, monkeypatch):
     data, out = finished
-    monkeypatch.setattr("selfedit.parse", lambda text, style, ended, about: ([text.strip() or "x"], ""))
+    monkeypatch.setattr("selfedit.parse", sound)
     dies_at(monkeypatch, stage, call)
     with pytest.raises(KeyboardInterrupt):
         run(monkeypatch, tiny_folder, data, tmp_path / "out")
@@ -93,7 +98,7 @@ def test_killed_and_resumed_ends_the_same(stage, call, finished, tiny_folder, tm
 def test_when_the_policy_is_in_the_weights(learner, finished, tiny_folder, tiny, tmp_path, monkeypatch):
     """While it writes, and studies if it is to. The outer update trains it on the base, or round 2 would apply it twice."""
     seen = []
-    monkeypatch.setattr("selfedit.parse", lambda text, style, ended, about: ([text.strip() or "x"], ""))
+    monkeypatch.setattr("selfedit.parse", sound)
     for name in ("sample_self_edits", "Passages.score", "reinforce"):
         watch_weights(monkeypatch, f"train_outer.{name}", tiny, seen)
     run(monkeypatch, tiny_folder, finished[0], tmp_path / "out", "--learner", learner)
@@ -115,7 +120,9 @@ def test_a_random_models_self_edits_never_stop_a_run(tiny_folder, passages_file,
 def test_selection():
     def edits():
         rows = [("a", 0.5, -3.0, ""), ("a", 0.5, -2.0, ""), ("a", 0.9, -1.0, "endless"), ("b", 0.2, -1.0, "")]
-        return [SelfEdit(p, ["t"], reward=r, score={"logprob": lp}, flaw=f, flaws=[f]) for p, r, lp, f in rows]
+        return [
+            SelfEdit(p, ["t"], mended=["" if f else "t"], reward=r, score={"logprob": lp}, flaw=f) for p, r, lp, f in rows
+        ]
 
     best, improving, parts = edits(), edits(), edits()
     select(best, {}, "best")
@@ -129,12 +136,8 @@ def test_selection():
 
 
 def test_selection_by_part():
-    rows = [
-        ([1, 0, None, 1], ["", "", "", ""]),
-        ([0, 0, None, 1], ["", "", "", ""]),
-        ([1, 0.5, None, 0], ["copied", "", "", ""]),
-    ]
-    edits = [SelfEdit("a", ["t"] * 4, score={"logprob": 0.0}, credits=c, flaws=f) for c, f in rows]
+    rows = [([1, 0, None, 1], "abcd"), ([0, 0, None, 1], "abcd"), ([1, 0.5, None, 0], ["", *"bcd"])]
+    edits = [SelfEdit("a", ["t"] * 4, score={"logprob": 0.0}, credits=c, mended=list(m)) for c, m in rows]
     select(edits, {}, "parts")
     assert [e.kept for e in edits] == [[True, False, False, True], [False, False, False, True], [False, True, False, False]]
     edits[0].flaw, edits[0].credits[1] = "diverged", 1  # the others need not be better than what it would add to the mean
@@ -163,7 +166,7 @@ def test_a_question_credits_the_part_about_its_sentence():
 
 def test_parts_are_credited_and_imitated(tiny_folder, passages_file, tmp_path, monkeypatch):
     """The default way, on passages of two sentences with both questions about the first: its parts alone are kept."""
-    monkeypatch.setattr("selfedit.parse", lambda text, style, ended, about: ([text.strip() or "x"], ""))
+    monkeypatch.setattr("selfedit.parse", sound)
     extra = ["--select", "parts", "--reward", "logprob", "--rounds", 1]
     run(monkeypatch, tiny_folder, passages_file, tmp_path / "out", *extra)
     records = read_jsonl(tmp_path / "out" / "round-1" / "candidates.jsonl")
@@ -214,8 +217,8 @@ def test_only_what_is_kept_is_imitated(tok, monkeypatch):
 
     monkeypatch.setattr(train_outer, "inner_update", spy)
     args = SimpleNamespace(outer_lr=1e-3, outer_epochs=1, outer_row_len=0, outer_batch=2)
-    edits = [SelfEdit("a", ["good", "not this"], kept=[True, False]), SelfEdit("a", ["nor", "that"], kept=[False, False])]
-    edits.append(SelfEdit("a", ["no", "fine"], kept=[False, True]))
+    rows = [(["good", "not this"], [True, False]), (["nor", "that"], [False, False]), (["no", "fine"], [False, True])]
+    edits = [SelfEdit("a", ["as sampled", "as sampled"], mended=mended, kept=kept) for mended, kept in rows]
     train_outer.reinforce(None, tok, {"a": [[5], [6]]}, edits, None, args, 0, "test")
     assert [tok.decode(e.ids[1:]) for e in seen] == ["good<|im_end|>", "fine<|im_end|>"]
     assert [e.ids[0] for e in seen] == [5, 6]
