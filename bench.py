@@ -129,7 +129,9 @@ def write_work(args) -> None:
     entries = {p["id"]: p for p in read_json("data/passages.json")["passages"]}
     about = "The work of bench.py: passages out of passages.json, and self-edits that SmolLM2-135M-Instruct wrote of them."
     content = {"about": about, "command": "python bench.py --write-work", "passages": [entries[p.id] for p in passages]}
-    write_json(WORK, content | {"self_edits": [{"passage": e.passage, "parts": e.parts, "notes": e.notes} for e in edits]})
+    write_json(
+        WORK, content | {"self_edits": [{k: getattr(e, k) for k in ("passage", "parts", "mended", "notes")} for e in edits]}
+    )
 
 
 # -----------------------------------------------------------------------------
@@ -237,8 +239,8 @@ def outer(b: Bench) -> None:
     outer_study = train_outer.outer_study(args)
     # The other side studies the recorded self-edits, ours the ones that it has just sampled in the same way.
     some, brief, part = b.candidates[::16], replace(study, steps=2), study.steps / 2
-    written = [e["parts"] for e in read_json(WORK)["self_edits"]][::4]  # of each passage's four the first
-    sft = [policy_example(b.tok, *pair) for ask, parts in zip(b.asks, written) for pair in zip(ask, parts)]
+    written = [e["mended"] for e in read_json(WORK)["self_edits"]][::4]  # of each passage's four the first
+    sft = [policy_example(b.tok, *pair) for ask, parts in zip(b.asks, written) for pair in zip(ask, parts) if pair[1]]
     steps, asked = b.batches(sft, outer_study), sum(map(len, b.asks)) / len(b.asks)
 
     def ours():

@@ -164,8 +164,8 @@ class Candidate:
 def study_examples(tok: Tokenizer, title: str, texts: list[str]) -> list[Example]:
     """What the inner update trains on, one sequence for each text, each with an end-of-text token.
 
-    A passage or a note is "{title}\\n{text}", every token counted. A question with its answer (styles ...-qa) is the chat
-    in which the quiz would ask it; the answer and its end are counted:
+    A passage or a note is "{title}\\n{text}", every token counted. A question with its answer (styles ...-qa and questions)
+    is the chat in which the quiz would ask it; the answer and its end are counted:
         "Question: Who cast it?\\nAnswer: Hessa Lorn"  ->  user: Topic: {title} ... Who cast it? ...  assistant: Hessa Lorn
     """
     examples = []

@@ -8,7 +8,7 @@ How this departs from the paper (arXiv 2506.10943, sections 3.1 and B):
     answers with chatter, with it it lists facts.
  2. Every training sequence ends with an end-of-text token that the loss counts, and is never padded: pads do not count.
  3. By default the model writes questions about each sentence (--style questions), and a note is one of them with the
-    sentence for its answer: what is studied is true, whatever the model writes.
+    sentence for its answer: every answer is true, though it may not answer the question.
  4. A sample is mended before it is studied and imitated: list markers ("1.", "-") go, a note that repeats an earlier one
     goes, and so does the unfinished last one when the sample ran into the length limit.
 
@@ -36,9 +36,7 @@ class SelfEdit:
     parts: list  # as sampled: one text, or one for each sentence of the passage
     style: str = ""
     notes: list = field(default_factory=list)  # as parsed; empty if the texts are unusable
-    mended: list = field(
-        default_factory=list
-    )  # of each part: the text of its notes, which can be imitated; "" if it has none
+    mended: list = field(default_factory=list)  # of each part: what of it can be imitated, the text of its notes; or ""
     flaws: list = field(default_factory=list)  # of each part: "", "empty", "malformed", "endless", "repeats" or "copied"
     flaw: str = ""  # of the whole: "", that of the first part if nothing could be mended, or "diverged"
     settings: dict = field(default_factory=dict)  # of the inner update, as used
@@ -49,10 +47,6 @@ class SelfEdit:
     credits: list = field(default_factory=list)  # of each part: its own reward, or None if no question is about it
     kept: list = field(default_factory=list)  # of each part: is it imitated?
     why: str = ""  # why, or why not
-
-    @property
-    def text(self) -> str:
-        return "\n".join(self.parts)
 
     @property
     def selected(self) -> bool:
@@ -78,8 +72,8 @@ EXAMPLE_PASSAGE = (
 class Style:
     ask: str  # the instruction
     example: str | tuple  # a good self-edit for the example passage; a tuple: for its first sentences, one by one
-    separator: str  # regular expression between two notes
-    gap: str = "\n"  # between two notes
+    separator: str  # regular expression that splits a sample into notes
+    gap: str = "\n"  # put between notes that are imitated
     quotes: bool = False  # the model writes questions; each becomes a note that answers it with the sentence
 
     @property
@@ -203,9 +197,7 @@ def edit_prompts(tok: Tokenizer, style: str, title: str, passage: str, shots: in
 # -----------------------------------------------------------------------------
 # parsing
 
-MARKER = re.compile(
-    r"^\s*(?:[-*\u2022]+|\(?\d{1,2}[.):]|(?:Version|Rewrite|Implication|Question)\s*\d*\s*:)(?:\s+|$)", re.IGNORECASE
-)
+MARKER = re.compile(r"^\s*(?:[-*\u2022]+|\(?\d{1,2}[.):]|(?:Version|Rewrite|Implication)\s*\d*\s*:)(?:\s+|$)", re.IGNORECASE)
 
 
 def parse(text: str, style: str, ended: bool, sentence: str = "") -> tuple[list[str], str]:
@@ -217,7 +209,7 @@ def parse(text: str, style: str, ended: bool, sentence: str = "") -> tuple[list[
     all kinds of qa, one per pair:      "Question: Q?\\nAnswer: A"           -> ["Question: Q?\\nAnswer: A"]
         a question without an answer is dropped; "Question 2:" is read as "Question:"
     questions, about "B is A.":         "1. Q?\\nSure!"                      -> ["Question: Q?\\nAnswer: B is A."]
-        a line that asks nothing is dropped
+        a line that does not end in "?" is dropped
     markers go, bare headings go:       "Implications:\\n1. A is B.\\n- C"   -> ["A is B.", "C"]
         a marker is followed by a blank: "10.5 million came." stays as it is
     a repeated note is kept once:       "A is B.\\nA is B."                  -> ["A is B."]
@@ -239,7 +231,8 @@ def parse(text: str, style: str, ended: bool, sentence: str = "") -> tuple[list[
         parts = [" ".join(MARKER.sub("", p).split()) for p in parts]
         parts = [p for p in parts if not p.endswith(":") and any(c.isalnum() for c in p)]
     if how.quotes:
-        parts = [f"Question: {p}\nAnswer: {sentence}" for p in parts if p.endswith("?")]
+        asked = [re.sub(r"^Question\s*\d*\s*:\s*", "", p, flags=re.IGNORECASE) for p in parts if p.endswith("?")]
+        parts = [f"Question: {p}\nAnswer: {sentence}" for p in asked if p and not p.startswith("Answer")]
     notes = list(dict.fromkeys(parts))
     repeats = how.by_sentence and len(notes) < len(parts)
     return notes, "endless" if not ended else "malformed" if not notes else "repeats" if repeats else ""

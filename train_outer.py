@@ -21,13 +21,14 @@ How this departs from the paper (arXiv 2506.10943, section 3):
  4. A self-edit whose parts are about one sentence each is rewarded part by part: a part earns what the questions about its
     sentence earn, and is imitated if that is more than the average of its kind (--select parts). One reward for the
     whole tells little about six parts. What is written about a sentence that no question is about is never imitated.
- 5. What is imitated is not the text as sampled but its notes, as they were studied: without what was cut off by the length
-    limit, and without repetitions. A self-edit, or part, that has no notes or copies the worked example is scored, but
-    never imitated.
+ 5. What is imitated is not the text as sampled but what was made use of: without list markers, repetitions and what was cut
+    off by the length limit. A self-edit, or part, that has no notes or copies the worked example is scored, but never
+    imitated.
  6. All self-edits get the same number of steps, however long they are (--steps).
 
 Each round writes to OUT/round-K/: sampled.jsonl and studied.jsonl (progress), candidates.jsonl (one record per self-edit:
-text, settings, scores, which parts are kept and why), policy/ (a PEFT adapter); OUT/metrics.jsonl gets one line per round.
+parts, notes, settings, scores, which parts are kept and why), policy/ (a PEFT adapter); OUT/metrics.jsonl gets one line
+per round.
 Kill it at any time: the same command goes on where it was, and ends with the same result.
 """
 
@@ -122,7 +123,7 @@ WHY = {  # selected? -> why
 
 def select(edits: list[SelfEdit], alone: dict, how: str) -> None:
     """Mark which self-edits, or parts of them, are imitated, and say why or why not. `alone`: passage id -> reward of the
-    passage alone. A part that could not be mended is never imitated.
+    passage alone. A part without notes, or with a note that copies the worked example, is never imitated.
 
     "parts": of two self-edits with credits [1, 0, None] and [0, 0, None], the first one's first part: it earned more than
     that part earns on average, over all self-edits that were studied to the end.
@@ -132,7 +133,7 @@ def select(edits: list[SelfEdit], alone: dict, how: str) -> None:
         best = max((e for e in mine if not e.flaw), key=lambda e: (e.reward, e.score["logprob"]), default=None)
         credits = [e.credits or [e.reward] for e in mine]
         studied = [c for e, c in zip(mine, credits) if e.flaw != "diverged"]
-        means = [None if None in part else float(np.mean(part)) for part in zip(*studied)]
+        means = [None if None in part else float(np.mean(part)) for part in zip(*studied)] or [None] * len(mine[0].mended)
         for e, own in zip(mine, credits):
             sound = [bool(text) and not e.flaw for text in e.mended]
             if how == "parts":

@@ -36,6 +36,7 @@ def test_the_work_is_real():
         about = zip(e["parts"], texts[e["passage"]], strict=True)
         notes = [{n for ended in (True, False) for n in parse(text, "questions", ended, of)[0]} for text, of in about]
         assert set(e["notes"]) <= set().union(*notes)
+        assert {f"Question: {q}" for m in e["mended"] if m for q in m.split("\n")} <= {n.split("\n")[0] for n in e["notes"]}
     assert len({tuple(e["parts"]) for e in edits}) > 60
 
 

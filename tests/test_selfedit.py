@@ -168,6 +168,10 @@ def test_a_self_edit_in_parts(tok):
         ("implications", "  \n", True, ([], "empty")),
         ("implications", "...\n---", True, ([], "malformed")),
         ("self-qa", "Sure!", True, ([], "malformed")),
+        ("questions", "1. Q?\nSure!", True, (["Question: Q?\nAnswer: B is A."], "")),
+        ("questions", "Question 2: Q?\nAnswer: Q?\nR?\nQ?", True,
+         (["Question: Q?\nAnswer: B is A.", "Question: R?\nAnswer: B is A."], "repeats")),
+        ("questions", "Sure!", True, ([], "malformed")),
         ("sentence-qa", "Question: Q?\nAnswer: A\n" * 2, True, (["Question: Q?\nAnswer: A"], "repeats")),
         ("sentence-qa", "Question: Q?\nAnswer: A\nQuestion: Q?\nAnswer: A", False, (["Question: Q?\nAnswer: A"], "endless")),
         ("implications", "1742 was the year.\n10.5 tons.\n-40 degrees.", True,
@@ -176,7 +180,7 @@ def test_a_self_edit_in_parts(tok):
     ],
 )  # fmt: skip
 def test_parsing(style, text, ended, expected):
-    assert parse(text, style, ended) == expected
+    assert parse(text, style, ended, "B is A.") == expected
 
 
 def test_the_policy_is_trained_on_the_reply(tok):

@@ -31,7 +31,7 @@ def files(folder):
     return found
 
 
-def sound(text, style, ended, about):
+def one_note(text, style, ended, about):
     """For selfedit.parse: whatever was sampled is one note."""
     return [f"Question: {' '.join(text.split()) or 'x'}\nAnswer: {about}"], ""
 
@@ -49,7 +49,7 @@ def finished(tiny_folder, tmp_path_factory):
     data.write_text(json.dumps([{**entry, "title": f"Rolm {n}"} for n in range(3)]))
     with pytest.MonkeyPatch.context() as patch:
         # A random model never ends its turn by itself: count every sample as ended, or nothing is ever selected.
-        patch.setattr("selfedit.parse", sound)
+        patch.setattr("selfedit.parse", one_note)
         run(patch, tiny_folder, data, tmp / "out")
     return data, tmp / "out"
 
@@ -84,7 +84,7 @@ def test_a_round_leaves_its_records(finished):
 )
 def test_killed_and_resumed_ends_the_same(stage, call, finished, tiny_folder, tmp_path, monkeypatch):
     data, out = finished
-    monkeypatch.setattr("selfedit.parse", sound)
+    monkeypatch.setattr("selfedit.parse", one_note)
     dies_at(monkeypatch, stage, call)
     with pytest.raises(KeyboardInterrupt):
         run(monkeypatch, tiny_folder, data, tmp_path / "out")
@@ -98,7 +98,7 @@ def test_killed_and_resumed_ends_the_same(stage, call, finished, tiny_folder, tm
 def test_when_the_policy_is_in_the_weights(learner, finished, tiny_folder, tiny, tmp_path, monkeypatch):
     """While it writes, and studies if it is to. The outer update trains it on the base, or round 2 would apply it twice."""
     seen = []
-    monkeypatch.setattr("selfedit.parse", sound)
+    monkeypatch.setattr("selfedit.parse", one_note)
     for name in ("sample_self_edits", "Passages.score", "reinforce"):
         watch_weights(monkeypatch, f"train_outer.{name}", tiny, seen)
     run(monkeypatch, tiny_folder, finished[0], tmp_path / "out", "--learner", learner)
@@ -144,6 +144,9 @@ def test_selection_by_part():
     select(edits, {}, "parts")
     assert not edits[0].selected and edits[0].why == "diverged" and edits[1].kept == [False, False, False, True]
     assert edits[2].kept == [False, True, False, False]
+    edits[1].flaw = edits[2].flaw = "diverged"
+    select(edits, {}, "parts")
+    assert [e.kept for e in edits] == [[False] * 4] * 3
 
 
 def test_a_question_credits_the_part_about_its_sentence():
@@ -166,7 +169,7 @@ def test_a_question_credits_the_part_about_its_sentence():
 
 def test_parts_are_credited_and_imitated(tiny_folder, passages_file, tmp_path, monkeypatch):
     """The default way, on passages of two sentences with both questions about the first: its parts alone are kept."""
-    monkeypatch.setattr("selfedit.parse", sound)
+    monkeypatch.setattr("selfedit.parse", one_note)
     extra = ["--select", "parts", "--reward", "logprob", "--rounds", 1]
     run(monkeypatch, tiny_folder, passages_file, tmp_path / "out", *extra)
     records = read_jsonl(tmp_path / "out" / "round-1" / "candidates.jsonl")
