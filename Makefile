@@ -2,7 +2,7 @@
 #   make demo    the whole loop on a real model, in small: under half an hour on two slow cores
 #   make test    linter and tests
 #   make bench   speed, side by side with transformers + peft, about 45 minutes on two cores
-#   make results a run of two rounds, its ladder, what changed in the notes, the figures: two hours on two slow cores
+#   make results a run of two rounds, its ladder, what changed in the notes, the figures: an hour on two slow cores
 #   make studies which reward, which recipe, and the paper's protocol: hours. Killed, both go on where they were
 PYTHON ?= python3
 PY := .venv/bin/python
@@ -24,13 +24,15 @@ bench: .venv/dev model
 
 results: .venv/dev model
 	$(PY) eval_qa.py --split "" --no-study --out results/passages.json
-	$(PY) train_outer.py --out runs/qa --limit 24 --rounds 2 --samples 4
+	$(PY) train_outer.py --out runs/qa --limit 24 --rounds 2 --samples 4 --reward asked --select notes
 	cp runs/qa/metrics.jsonl results/qa_rounds.jsonl
 	$(PY) eval_qa.py --run runs/qa --limit 24 --out results/qa_ladder.json
 	$(PY) studies.py notes --limit 24 --work runs/eval-qa_ladder/climb-0
 	$(PY) plot.py
 
 studies: .venv/dev model
+	$(PY) train_outer.py --out runs/studied --limit 24 --rounds 1 --samples 4
+	$(PY) studies.py proxy --limit 24 --work runs/studied/round-1
 	$(PY) studies.py reward
 	$(PY) studies.py recipes --limit 24
 	$(PY) eval_qa.py --run runs/qa --limit 24 --match epochs --out results/qa_ladder_epochs.json

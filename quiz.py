@@ -62,6 +62,30 @@ def score_answer(answer: str, golds: tuple) -> dict:
     }
 
 
+ASKING = {"what", "which", "when", "where", "whose", "whom", "does", "many", "much", "question", "answer"}
+
+
+def words(text: str) -> set:
+    """Those that count: four letters or more, or a digit. "In 1742 she cast the bell." -> {"1742", "cast", "bell"}."""
+    found = re.findall(r"\w+", text.lower())
+    return {w for w in found if len(w) >= 4 or any(c.isdigit() for c in w)} - ASKING
+
+
+def closest_question(question: Question, pairs: list) -> float:
+    """From 0 to 1, how closely some (question, answer) of the notes asks for what a quiz question asks for: F1 of the words
+    that count. A pair whose answer has no accepted answer in it, or whose question has one, asks for something else: 0.
+
+    "Who cast the bell?" (Hessa Lorn): ("Who cast it?", "Hessa Lorn did.") gives 2 * 1 / (1 + 2), for "cast" of "cast bell";
+    ("What did Hessa Lorn cast?", "Hessa Lorn cast the bell.") gives 0.
+    """
+    goal, best = words(question.question), 0.0
+    for asked, answer in pairs:
+        told = [score_answer(text, question.answers)["accuracy"] for text in (asked, answer)]
+        if told == [0.0, 1.0]:
+            best = max(best, 2 * len(words(asked) & goal) / max(1, len(words(asked)) + len(goal)))
+    return best
+
+
 def mean_scores(scores: list[dict]) -> dict:
     """The mean of each score over questions."""
     return {k: float(np.mean([s[k] for s in scores])) for k in ("accuracy", "em", "f1", "logprob")}

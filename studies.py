@@ -1,7 +1,8 @@
-"""Three studies behind the defaults and the results.
+"""Four studies behind the defaults and the results.
 
     python studies.py reward      # which reward says what a self-edit is worth?       -> results/reward_reliability.json
     python studies.py recipes     # prompt style, temperature, layers, lr, epochs      -> results/recipes.json
+    python studies.py proxy --limit 24 --work runs/studied/round-1    # what is --reward asked worth? -> results/proxy.json
     python studies.py notes --work runs/eval-qa_ladder/climb-0    # what did RL change in the notes?  -> results/notes.json
 
 reward: each self-edit is studied with --seeds seeds (other adapters, other order of rows). A reward is reliable if, among
@@ -13,7 +14,12 @@ And what matters: pick each passage's best self-edit by the reward on half of th
 on the other half, "picks_best" is how often it has the highest accuracy there (ties count; "chance" if picked blindly), and
 "gain" its accuracy above the mean of the passage's self-edits. Rewards are accuracy, logprob (quiz.py) and
     mixed        accuracy + logprob / 4
+    asked        closest_question() in quiz.py, which needs no study: its reliability over seeds is 1 by construction
 each averaged over 1, 2, ... seeds of study.
+
+proxy: of the self-edits that a round of train_outer.py --reward accuracy studied: how does what a part earned go with
+"asked", the proxy reward of that part? Both as differences from the mean of the same part of the passage's self-edits.
+"slope" is accuracy per unit of asked, "correlation" theirs, each with a bootstrap interval over passages.
 
 recipes: on training passages, one change at a time from the defaults; each row with its accuracy and seconds per candidate.
 "best" holds, for each way of studying, the learning rate and number of steps with the highest accuracy: eval_qa.py --recipes
@@ -26,14 +32,12 @@ notes: of the self-edits that an eval_qa.py ladder sampled, per method; a word c
     unsupported  share of the notes with less than 60 % of their words in the passage and its title
     copied       share of the notes that name someone or something of the prompt's worked example
     told         share of the quiz's questions with an accepted answer in the notes (the model never saw these questions)
-    asked        do the notes ask what the quiz asks? The overlap (F1 of words) of a quiz question with the closest question
-                 of the notes whose answer has an accepted answer in it, and which has none itself; 0 without one; the mean
+    asked        do the notes ask what the quiz asks? closest_question() in quiz.py, the mean over the quiz
 Where a note quotes a sentence of the passage as its answer, repeats and unsupported look at its question only; covered and
 told count the quoted sentence, so that one note per sentence makes them 1, and asked is what is left to learn.
 "changes" compares each method with the first one, on the same passages.
 """
 
-import re
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -42,11 +46,12 @@ from types import SimpleNamespace
 import numpy as np
 
 from common import chunks, digest, open_run, read_jsonl, sub_seed, write_json
-from data.qa import Passage, Question, load_passages
+from data.qa import Passage, load_passages
 from eval_qa import bootstrap, paired_steps, unrelated
 from quiz import (
     Candidate,
     at_least,
+    closest_question,
     load,
     lora_config,
     make_parser,
@@ -55,16 +60,19 @@ from quiz import (
     score_answer,
     study_all,
     study_settings,
+    words,
 )
 from selfedit import QA_PAIR, STYLES, copies_example, sentences, write_self_edits
+from train_outer import sentence_about
 
 REWARDS = {
     "accuracy": lambda s: s["accuracy"],
     "logprob": lambda s: s["logprob"],
     "mixed": lambda s: s["accuracy"] + s["logprob"] / 4,
+    "asked": lambda s: s["asked"],
 }
 METHODS = ["passage", "passage+unrelated", "passage+self-edit"]
-OUT = {"reward": "reward_reliability", "recipes": "recipes", "notes": "notes"}
+OUT = {"reward": "reward_reliability", "recipes": "recipes", "proxy": "proxy", "notes": "notes"}
 
 
 def parse_arguments():
@@ -82,7 +90,9 @@ def parse_arguments():
     add("--methods", nargs="+", default=METHODS, choices=METHODS, help="recipes: ways of studying to tune")
     add("--styles", nargs="+", default=list(STYLES), choices=STYLES, help="recipes: --style to compare")
     add("--temperatures", type=at_least(0.0), nargs="+", default=[0.4, 0.7, 1.0], help="recipes: --temperature to compare")
-    add("--work", help="recipes, reward: folder for progress, default runs/STUDY; notes: the ladder's, with *-sampled.jsonl")
+    add(
+        "--work", help="folder for progress, default runs/STUDY; proxy: a round's; notes: the ladder's, with *-sampled.jsonl"
+    )
     add("--out", help="default: results/... as above")
     args = parser.parse_args()
     args.out = args.out or f"results/{OUT[args.study]}.json"
@@ -151,7 +161,11 @@ def study_reward(model, tok, passages, args, work: Path) -> dict:
     for s in range(args.seeds):
         log, label = work / f"studied-{s}.jsonl", f"seed {s + 1}/{args.seeds}"
         results = study_all(model, tok, candidates, *how, sub_seed(args.seed, 1, s), args.population, log, label)
-        answers = [r["answers"] for r in results]
+        answers = []
+        for c, r in zip(candidates, results):
+            pairs = [m.groups() for n in c.notes if (m := QA_PAIR.fullmatch(n))]
+            asked = [closest_question(q, pairs) for q in c.passage.questions]
+            answers.append([a | {"asked": x} for a, x in zip(r["answers"], asked)])
         scores.append(chunks(answers, args.samples))
     # A quiz of one question has no halves.
     scores = [[p for p in mine if len(p[0]) > 1] for mine in scores]
@@ -161,6 +175,35 @@ def study_reward(model, tok, passages, args, work: Path) -> dict:
         low, high = r["ci95"]
         print(f"{r['reward']:9} x{r['seeds']}  {line}  gain {100 * r['gain']:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]")
     return {"samples": args.samples, "seeds": args.seeds, "rows": rows}
+
+
+# -----------------------------------------------------------------------------
+# proxy
+
+
+def study_proxy(passages, args) -> dict:
+    log = Path(args.work or "") / "candidates.jsonl"
+    if not args.work or not log.is_file():
+        raise SystemExit(f"error: --work {args.work}: no candidates.jsonl there; give a round's folder of train_outer.py")
+    sums, parts = [], 0  # per passage: of x * x, x * y and y * y
+    for p in passages:
+        mine, texts, rows = [e for e in read_jsonl(log) if e["passage"] == p.id], sentences(p.text), []
+        for k in range(len(texts) if mine else 0):
+            quiz = [q for q in p.questions if sentence_about(q, texts) == k]
+            if quiz:
+                pairs = [[QA_PAIR.fullmatch(n).groups() for n in e["notes"]] for e in mine]
+                asked = np.array([np.mean([closest_question(q, some) for q in quiz]) for some in pairs])
+                earned = np.array([e["credits"][k] for e in mine])
+                rows.append((asked - asked.mean(), earned - earned.mean()))
+        sums.append([sum(a @ a for a, _ in rows), sum(a @ e for a, e in rows), sum(e @ e for _, e in rows)])
+        parts += len(rows) * len(mine)
+    at = np.random.default_rng(args.seed).integers(0, len(sums), (10_000, len(sums)))
+    result = {"n_parts": parts}
+    for name, f in {"slope": lambda s: s[1] / s[0], "correlation": lambda s: s[1] / np.sqrt(s[0] * s[2])}.items():
+        low, high = np.quantile(f(np.array(sums)[at].sum(axis=1).T), [0.025, 0.975])
+        result[name] = {"value": float(f(np.sum(sums, axis=0))), "ci95": [float(low), float(high)]}
+    print(result)
+    return result
 
 
 # -----------------------------------------------------------------------------
@@ -236,24 +279,6 @@ def study_recipes(model, tok, passages, args, work: Path) -> dict:
 # notes
 
 MEASURES = ("tokens", "notes", "covered", "repeats", "unsupported", "copied", "told", "asked")
-ASKING = {"what", "which", "when", "where", "whose", "whom", "does", "many", "much", "question", "answer"}
-
-
-def words(text: str) -> set:
-    """Those that count: four letters or more, or a digit. "In 1742 she cast the bell." -> {"1742", "cast", "bell"}."""
-    found = re.findall(r"\w+", text.lower())
-    return {w for w in found if len(w) >= 4 or any(c.isdigit() for c in w)} - ASKING
-
-
-def closest_question(question: Question, pairs: list) -> float:
-    """How closely some (question, answer) of the notes asks for what a quiz question asks for.
-
-    "Who cast the bell?" (Hessa Lorn): ("Who cast it?", "Hessa Lorn did.") gives 2 * 2 / (3 + 3); ("What did Hessa Lorn
-    cast?", "Hessa Lorn cast the bell.") gives 0, for it has the answer in the question.
-    """
-    pairs = [(q, a) for q, a in pairs if not score_answer(q, question.answers)["accuracy"]]
-    near = [score_answer(q, (question.question,))["f1"] for q, a in pairs if score_answer(a, question.answers)["accuracy"]]
-    return max(near, default=0.0)
 
 
 def measure(tok, p: Passage, text: str, notes: list[str]) -> dict:
@@ -313,6 +338,8 @@ def main() -> None:
     model, tok = load(args)
     if args.study == "notes":
         result = study_notes(tok, passages, args)
+    elif args.study == "proxy":
+        result = study_proxy(passages, args)
     else:
         settings = {k: v for k, v in vars(args).items() if k not in ("work", "out")} | {"data_sha256": digest(args.data)}
         work = open_run(args.work or f"runs/{args.study}", settings)

@@ -1,6 +1,7 @@
 """SEAL's outer loop: reinforcement learning (ReST-EM) teaches the model to write self-edits that help it learn.
 
     python train_outer.py --out runs/demo --limit 12 --samples 3 --rounds 1    # minutes on two cores
+    python train_outer.py --out runs/qa --limit 24 --reward asked --select notes    # a proxy reward: as long, for two rounds
     python train_outer.py --out runs/paper --samples 5 --rounds 2 --temperature 1 --rank 32 --alpha 64 \\
         --targets q_proj v_proj --top-layers 0 --lr 1e-3 --steps 0 --epochs 10 --row-len 0 \\
         --learner policy --style implications-long --shots 0 --max-new 512 --select improving \\
@@ -13,14 +14,17 @@
         theta <- SFT(theta, {(C, SE_i): SE_i was rewarded})                      reinforce
 
 How this departs from the paper (arXiv 2506.10943, section 3):
- 1. The reward needs no judge: quiz accuracy by string match, or the mean log-probability of the reference answers.
+ 1. The reward needs no judge: quiz accuracy by string match, or the mean log-probability of the reference answers. With
+    --reward asked nothing is studied, and notes that are questions earn how closely they ask what the quiz asks: a proxy
+    without the noise of a study, which also tells what a single note is worth. --select notes imitates, for each part, the
+    best notes of all self-edits together.
  2. Candidates train and answer as populations (lora.py), not one by one.
  3. The policy is the base model plus one adapter that all rounds go on training. It writes; the base model studies and
     answers (--learner base). The paper's policy does both; a small model that has been taught to write notes to whatever
     a user says may be the worse for answering questions.
  4. A self-edit whose parts are about one sentence each is rewarded part by part: a part earns what the questions about its
-    sentence earn, and is imitated if that is more than the average of its kind (--select parts). One reward for the
-    whole tells little about six parts. What is written about a sentence that no question is about is never imitated.
+    sentence earn, and the best of its kind is imitated if it is better than the average (--select parts). One reward for
+    the whole tells little about six parts. What is written about a sentence that no question is about is never imitated.
  5. What is imitated is not the text as sampled but what was made use of: without list markers, repetitions and what was cut
     off by the length limit. A self-edit, or part, that has no notes or copies the worked example is scored, but never
     imitated.
@@ -48,6 +52,7 @@ from quiz import (
     Candidate,
     add_learner,
     at_least,
+    closest_question,
     learner,
     load,
     lora_config,
@@ -58,7 +63,7 @@ from quiz import (
     study_all,
     study_settings,
 )
-from selfedit import SelfEdit, ask_for_notes, policy_example, sample_self_edits, sentences
+from selfedit import QA_PAIR, STYLES, SelfEdit, ask_for_notes, policy_example, sample_self_edits, sentences
 
 # What another task than qa changes in the defaults. ARC's LoRA is the paper's in its targets only: a small model needs more.
 ARC = {
@@ -96,28 +101,33 @@ def parse_arguments(argv=None):
     add("--rounds", type=at_least(1), default=2, help="outer rounds")
     add_learner(add)
     add("--samples", type=at_least(1), default=4, help="self-edits per passage, M; the paper: 5")
-    rewards, selections = ["accuracy", "logprob"], ["parts", "best", "improving"]
-    add("--reward", default="accuracy", choices=rewards, help="of the quiz")
-    how = "parts better than average; each passage's best; all improving on the passage alone (the paper)"
+    rewards, selections = ["accuracy", "logprob", "asked"], ["parts", "best", "improving", "notes"]
+    add("--reward", default="accuracy", choices=rewards, help="of the quiz; asked: without any study, see above")
+    how = "the best of each part; each passage's best; all improving on the passage alone (the paper); the best notes"
     add("--select", default="parts", choices=selections, help=f"what is imitated: {how}")
     add = parser.add_argument_group("outer update (policy adapter on all layers)").add_argument
     add("--outer-rank", type=at_least(1), default=64, help="LoRA rank")
     add("--outer-alpha", type=at_least(0.0), default=128.0, help="LoRA alpha")
     add("--outer-lr", type=at_least(0.0), default=5e-4, help="peak learning rate; the paper: 3e-4")
     add("--outer-epochs", type=at_least(1), default=2, help="passes over the rewarded self-edits")
-    add("--outer-row-len", type=at_least(0), default=2048, help="tokens per packed row; 0: a row per self-edit or part")
+    add("--outer-row-len", type=at_least(0), default=1024, help="tokens per packed row; 0: a row per self-edit or part")
     add("--outer-batch", type=at_least(1), default=1, help="rows per step; the paper: 10 self-edits")
     parser.set_defaults(**DEFAULTS[parser.parse_args(argv).task])
     args = parser.parse_args(argv)
     if args.select == "parts" and args.samples < 2:
         parser.error("--select parts compares a passage's self-edits: it needs --samples of at least 2")
+    if args.reward == "asked" and (args.select == "improving" or not STYLES[args.style].quotes or args.task != "qa"):
+        parser.error("--reward asked is for --style questions, and not for --select improving")
+    if args.select == "notes" and args.reward != "asked":
+        parser.error("--select notes needs --reward asked, which tells what each note is worth")
     return args
 
 
 WHY = {  # selected? -> why
-    "parts": ("no sound part better than average", "parts better than average"),
+    "parts": ("no sound part is the best", "some parts are the best"),
     "best": ("not the best", "best"),
     "improving": ("no better than the passage alone", "better than the passage alone"),
+    "notes": ("no note among the best", "some notes are among the best"),
 }
 
 
@@ -125,23 +135,40 @@ def select(edits: list[SelfEdit], alone: dict, how: str) -> None:
     """Mark which self-edits, or parts of them, are imitated, and say why or why not. `alone`: passage id -> reward of the
     passage alone. A part without notes, or with a note that copies the worked example, is never imitated.
 
-    "parts": of two self-edits with credits [1, 0, None] and [0, 0, None], the first one's first part: it earned more than
-    that part earns on average, over all self-edits that were studied to the end.
+    "parts": of two self-edits with credits [1, 0, None] and [0, 0, None], the first one's first part: it earned most, and
+    more than that part earns on average, over all self-edits that were studied to the end.
     """
     for passage in dict.fromkeys(e.passage for e in edits):
         mine = [e for e in edits if e.passage == passage]
-        best = max((e for e in mine if not e.flaw), key=lambda e: (e.reward, e.score["logprob"]), default=None)
-        credits = [e.credits or [e.reward] for e in mine]
-        studied = [c for e, c in zip(mine, credits) if e.flaw != "diverged"]
-        means = [None if None in part else float(np.mean(part)) for part in zip(*studied)] or [None] * len(mine[0].mended)
-        for e, own in zip(mine, credits):
-            sound = [bool(text) and not e.flaw for text in e.mended]
-            if how == "parts":
-                e.kept = [ok and mean is not None and c > mean + 1e-9 for ok, c, mean in zip(sound, own, means)]
-            else:
-                win = e is best if how == "best" else e.reward > alone[passage]
-                e.kept = [ok and win for ok in sound]
+        best = max((e for e in mine if not e.flaw), key=lambda e: (e.reward, e.score.get("logprob", 0.0)), default=None)
+        for e in mine:
+            win = how in ("parts", "notes") or (e is best if how == "best" else e.reward > alone[passage])
+            e.kept = [bool(text) and not e.flaw and win for text in e.mended]
+        if how == "parts":
+            for k, credits in enumerate(zip(*(e.credits or [e.reward] for e in mine))):
+                keep_best(mine, k, credits)
+        if how == "notes":
+            for k in range(len(mine[0].kept)):
+                chosen = best_notes(mine, k)
+                for e in mine:
+                    e.kept[k] = e.kept[k] and any(q in chosen for q in e.earned[k])
+        for e in mine:
             e.why = e.flaw or WHY[how][e.selected]
+
+
+def keep_best(mine: list[SelfEdit], k: int, credits: tuple) -> None:
+    """Of the parts k of one passage's self-edits, what they earned in credits: keep the best if it is above the mean."""
+    studied = [c for c, e in zip(credits, mine) if e.flaw != "diverged" and c is not None]
+    top = max((c for c, e in zip(credits, mine) if e.kept[k] and c is not None), default=None)
+    for c, e in zip(credits, mine):
+        e.kept[k] = e.kept[k] and c is not None and c == top and c > float(np.mean(studied)) + 1e-9
+
+
+def best_notes(mine: list[SelfEdit], k: int, n: int = 3) -> list[str]:
+    """The n best notes of the parts k of one passage's self-edits, best first, if they are above these notes' mean."""
+    earned = {question: credit for e in mine if e.mended[k] for question, credit in e.earned[k].items()}
+    best = sorted(earned, key=earned.get, reverse=True)[:n]
+    return [question for question in best if earned[question] > np.mean(list(earned.values())) + 1e-9]
 
 
 class Passages:
@@ -156,6 +183,8 @@ class Passages:
 
         The passage alone is only studied when --select improving needs it.
         """
+        if args.reward == "asked":
+            return self.compare(edits)
         lora, study = lora_config(args, model), study_settings(args)
         candidates = [Candidate(self.passages[e.passage], tuple(e.notes)) for e in edits]
         if args.select == "improving":
@@ -170,6 +199,17 @@ class Passages:
             e.credits = self.credit(e, result["answers"], args.reward)
         alone = zip(self.passages, results[len(edits) :])
         return {i: mean_scores(r["answers"])[args.reward] for i, r in alone}
+
+    def compare(self, edits: list[SelfEdit]) -> dict:
+        """--reward asked: how closely does a self-edit ask for what the quiz asks for? Nothing is studied."""
+        for e in edits:
+            quiz, pairs = self.passages[e.passage].questions, [QA_PAIR.fullmatch(note).groups() for note in e.notes]
+            asked = [{"asked": closest_question(q, pairs)} for q in quiz]
+            e.score = {"asked": float(np.mean([a["asked"] for a in asked]))}
+            e.reward, e.credits = e.score["asked"], self.credit(e, asked, "asked")
+            by_part = [[(q, a) for q, a in pairs if a == text] for text in sentences(self.passages[e.passage].text)]
+            e.earned = [{p[0]: max(closest_question(q, [p]) for q in quiz) for p in mine} for mine in by_part]
+        return {}
 
     def credit(self, e: SelfEdit, answers: list[dict], reward: str) -> list:
         """The reward of each part of a self-edit: the mean over the questions about its sentence; None if there are none.
@@ -202,10 +242,21 @@ def outer_study(args) -> Study:
     return Study(lr=args.outer_lr, epochs=args.outer_epochs, row_len=args.outer_row_len, batch=args.outer_batch)
 
 
+def to_imitate(prompts: dict, edits: list[SelfEdit], how: str) -> list[tuple]:
+    """(prompt, text) of what is kept: parts as they are, or with --select notes the best notes of all that a prompt gave."""
+    if how != "notes":
+        kept = [part for e in edits for part in zip(prompts[e.passage], e.mended, e.kept, strict=True)]
+        return [(prompt, text) for prompt, text, keep in kept if keep]
+    pairs = []
+    for passage in dict.fromkeys(e.passage for e in edits):
+        mine = [e for e in edits if e.passage == passage]
+        pairs += [(prompt, "\n".join(best_notes(mine, k))) for k, prompt in enumerate(prompts[passage])]
+    return [(prompt, text) for prompt, text in pairs if text]
+
+
 def reinforce(model, tok, prompts: dict, edits, policy: Adapters, args, seed, label) -> float:
     """Outer update: fine-tune the policy adapter in place on what is kept of the self-edits. Returns the last loss."""
-    parts = [part for e in edits for part in zip(prompts[e.passage], e.mended, e.kept, strict=True) if part[2]]
-    examples = [policy_example(tok, prompt, text) for prompt, text, _ in parts]
+    examples = [policy_example(tok, *pair) for pair in to_imitate(prompts, edits, args.select)]
     study = outer_study(args)
     tokens = sum(row_tokens(examples, *row) for row in arrange(examples, study.row_len))
     progress = Progress(label, study.epochs * tokens)
@@ -239,7 +290,7 @@ def outer_round(model, tok, task, policy: Adapters, k: int, args, out: Path) -> 
         "round": k,
         "reward_mean": float(np.mean([e.reward for e in edits])),
         "reward_kept": float(np.mean([e.reward for e in kept])) if kept else None,
-        "accuracy_mean": float(np.mean([e.score["accuracy"] for e in edits])),
+        "accuracy_mean": float(np.mean([e.score["accuracy"] for e in edits])) if args.reward != "asked" else None,
         "kept": len(kept),
         "total": len(edits),
         "kept_parts": sum(sum(e.kept) for e in edits),

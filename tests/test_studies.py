@@ -8,9 +8,10 @@ from conftest import run_script
 
 import eval_qa
 import studies
-from common import read_jsonl
-from data.qa import Passage, Question
-from studies import closest_question, correlation, judge_reward, measure, words
+from common import read_jsonl, write_jsonl
+from data.qa import Passage, Question, load_passages
+from quiz import closest_question, words
+from studies import correlation, judge_reward, measure
 
 
 def simulated(passages=200, samples=4, questions=6, seeds=3, signal=1.0, noise=1.0):
@@ -106,6 +107,26 @@ def test_the_reward_study(tiny_folder, passages_file, tmp_path, monkeypatch):
     assert result["n_passages"] == 3 and result["command"].startswith("python studies.py")
     monkeypatch.setattr("quiz.study_and_quiz", None)  # everything is found in the work folder
     assert run(monkeypatch, tiny_folder, passages_file, tmp_path, "reward", "--samples", 2)["rows"] == result["rows"]
+
+
+def test_what_the_proxy_is_worth(tiny_folder, tmp_path, monkeypatch):
+    """Two self-edits of each passage: one asks for the founder, one for nothing; what they earned goes with it or against."""
+    who, sells = {"question": "Who founded Rolm?", "answer": "Ada"}, {"question": "What sells there?", "answer": "bricks"}
+    entry = {"title": "Rolm", "passage": "Ada Quell founded Rolm. It sells bricks.", "questions": [who, sells]}
+    data, round_1 = tmp_path / "passages.json", tmp_path / "work"
+    data.write_text(json.dumps([{**entry, "title": f"Rolm {n}"} for n in range(3)]))
+    ids = [p.id for p in load_passages(data)]
+    notes = [f"Question: {q}\nAnswer: Ada Quell founded Rolm." for q in ("Who founded Rolm?", "Why?")]
+    for sign in (1, -1):
+        rows = [(i, note, credit) for i in ids for note, credit in zip(notes, (0.5 + sign / 4, 0.5 - sign / 4))]
+        write_jsonl(round_1 / "candidates.jsonl", [{"passage": i, "notes": [n], "credits": [c, 0.0]} for i, n, c in rows])
+        result = run(monkeypatch, tiny_folder, data, tmp_path, "proxy")
+        assert result["n_parts"] == 12
+        assert result["slope"] == {"value": sign * 0.5, "ci95": [sign * 0.5] * 2}
+        assert result["correlation"]["value"] == pytest.approx(sign)
+    (round_1 / "candidates.jsonl").unlink()
+    with pytest.raises(SystemExit, match="no candidates.jsonl there"):
+        run(monkeypatch, tiny_folder, data, tmp_path, "proxy")
 
 
 def test_the_recipe_study_feeds_the_ladder(tiny_folder, passages_file, tmp_path, monkeypatch):

@@ -8,7 +8,7 @@ from conftest import dies_at, run_script, watch_weights
 
 import train_outer
 from common import read_jsonl
-from data.qa import Question
+from data.qa import Passage, Question
 from selfedit import SelfEdit
 from train_outer import select, sentence_about
 
@@ -132,7 +132,7 @@ def test_selection():
     assert [e.selected for e in improving] == [True, True, False, False]
     parts[1].reward = 0.8  # the mean is 0.73, and the endless one cannot be imitated
     select(parts, {}, "parts")
-    assert [e.selected for e in parts] == [False, True, False, False] and parts[3].why == "no sound part better than average"
+    assert [e.selected for e in parts] == [False, True, False, False] and parts[3].why == "no sound part is the best"
 
 
 def test_selection_by_part():
@@ -147,6 +147,43 @@ def test_selection_by_part():
     edits[1].flaw = edits[2].flaw = "diverged"
     select(edits, {}, "parts")
     assert [e.kept for e in edits] == [[False] * 4] * 3
+
+
+def test_notes_that_ask_what_the_quiz_asks():
+    """--reward asked and --select notes: the best notes of both self-edits become one text, whoever wrote them."""
+    founded, sells = "Rolm was founded by Ada Quell.", "Each winter it sells bricks to Varbon."
+    quiz = Question("Who founded Rolm?", ("Ada Quell",)), Question("What does Rolm sell to Varbon?", ("bricks",))
+    task = object.__new__(train_outer.Passages)
+    task.passages = {"a": Passage("a", "Rolm", f"{founded} {sells}", quiz)}
+
+    def edit(first, second):
+        notes = [f"Question: {q}\nAnswer: {a}" for mine, a in ((first, founded), (second, sells)) for q in mine]
+        return SelfEdit("a", ["", ""], notes=notes, mended=["\n".join(first), "\n".join(second)])
+
+    one = edit(["Who founded Rolm?", "What is Rolm?"], ["What sells bricks?", "Who cried?"])
+    two = edit(["Who founded it?", "Was it Rolm?"], ["What is sold to Varbon?"])
+    assert task.compare([one, two]) == {}
+    assert one.earned == [{"Who founded Rolm?": 1.0, "What is Rolm?": 2 / 3}, {"What sells bricks?": 0.0, "Who cried?": 0.0}]
+    assert (
+        one.credits == [1.0, 0.0] and two.credits == [2 / 3, 0.4] and two.reward == two.score["asked"] == (2 / 3 + 0.4) / 2
+    )
+    select([one, two], {}, "notes")
+    assert one.kept == [True, False] and two.kept == [False, True] and one.selected and "among the best" in one.why
+    assert train_outer.to_imitate({"a": ["first", "second"]}, [one, two], "notes") == [
+        ("first", "Who founded Rolm?"),
+        ("second", "What is sold to Varbon?"),
+    ]
+    one.mended[0] = ""  # copied: not among those to choose from
+    select([one, two], {}, "notes")
+    assert one.kept == [False, False] and two.kept == [False, True]
+
+
+def test_the_proxy_reward_studies_nothing(tiny_folder, passages_file, tmp_path, monkeypatch):
+    monkeypatch.setattr("selfedit.parse", one_note)
+    monkeypatch.setattr("train_outer.study_all", None)
+    run(monkeypatch, tiny_folder, passages_file, tmp_path / "out", "--reward", "asked", "--select", "notes")
+    [first, second] = read_jsonl(tmp_path / "out" / "metrics.jsonl")
+    assert first["accuracy_mean"] is None and first["reward_mean"] >= 0 and second["round"] == 2
 
 
 def test_a_question_credits_the_part_about_its_sentence():
@@ -194,6 +231,8 @@ def test_parts_are_credited_and_imitated(tiny_folder, passages_file, tmp_path, m
         (["--top-layers", "9"], "the model has 4 layers"),
         (["--out", "README.md"], "cannot write README.md"),
         (["--frobnicate"], "unrecognized arguments"),
+        (["--reward", "asked", "--style", "self-qa"], "--reward asked is for --style questions"),
+        (["--select", "notes"], "--select notes needs --reward asked"),
         (["--lr", "fast"], "invalid float value"),
     ],
 )
@@ -219,7 +258,7 @@ def test_only_what_is_kept_is_imitated(tok, monkeypatch):
         return [SimpleNamespace(diverged=False, loss=1.0)]
 
     monkeypatch.setattr(train_outer, "inner_update", spy)
-    args = SimpleNamespace(outer_lr=1e-3, outer_epochs=1, outer_row_len=0, outer_batch=2)
+    args = SimpleNamespace(outer_lr=1e-3, outer_epochs=1, outer_row_len=0, outer_batch=2, select="parts")
     rows = [(["good", "not this"], [True, False]), (["nor", "that"], [False, False]), (["no", "fine"], [False, True])]
     edits = [SelfEdit("a", ["as sampled", "as sampled"], mended=mended, kept=kept) for mended, kept in rows]
     train_outer.reinforce(None, tok, {"a": [[5], [6]]}, edits, None, args, 0, "test")
