@@ -110,7 +110,7 @@ def test_the_reward_study(tiny_folder, passages_file, tmp_path, monkeypatch):
 
 
 def test_what_the_proxy_is_worth(tiny_folder, tmp_path, monkeypatch):
-    """Two self-edits of each passage: one asks for the founder, one for nothing; what they earned goes with it or against."""
+    """Two self-edits of each passage: one asks for the founder, one for nothing; their credits go with it or against."""
     who, sells = {"question": "Who founded Rolm?", "answer": "Ada"}, {"question": "What sells there?", "answer": "bricks"}
     entry = {"title": "Rolm", "passage": "Ada Quell founded Rolm. It sells bricks.", "questions": [who, sells]}
     data, round_1 = tmp_path / "passages.json", tmp_path / "work"
