@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 import scaling
-from common import read_json, write_json
+from common import read_json, sub_seed, write_json
 from data.qa import load_passages
 from inner import Study, arrange, inner_update, plan_steps
 from lora import PROJECTIONS, Adapters, LoRAConfig
@@ -122,10 +122,10 @@ class Bench:
 
 
 def write_work(args) -> None:
-    """The first 16 train passages, four self-edits each, as the default settings sample them from the model."""
+    """The first 16 train passages, four self-edits each: those that the first round of train_outer.py samples by default."""
     model, tok = load(args)
     passages = load_passages("data/passages.json", "train", 0, 16)
-    edits = write_self_edits(model, tok, passages, 4, args, args.seed)
+    edits = write_self_edits(model, tok, passages, 4, args, sub_seed(args.seed, 1, 0))
     entries = {p["id"]: p for p in read_json("data/passages.json")["passages"]}
     about = "The work of bench.py: passages out of passages.json, and self-edits that SmolLM2-135M-Instruct wrote of them."
     content = {"about": about, "command": "python bench.py --write-work", "passages": [entries[p.id] for p in passages]}
