@@ -149,6 +149,12 @@ def test_selection_by_part():
     assert [e.kept for e in edits] == [[False] * 4] * 3
 
 
+def test_of_each_part_only_the_best_is_imitated():
+    edits = [SelfEdit("a", ["t"], score={"logprob": 0.0}, credits=[c], mended=["t"]) for c in (0.9, 0.7, 0.0, 0.9)]
+    select(edits, {}, "parts")
+    assert [e.kept for e in edits] == [[True], [False], [False], [True]]  # 0.7 is above the mean, too
+
+
 def test_notes_that_ask_what_the_quiz_asks():
     """--reward asked and --select notes: the best notes of both self-edits become one text, whoever wrote them."""
     founded, sells = "Rolm was founded by Ada Quell.", "Each winter it sells bricks to Varbon."
@@ -176,6 +182,8 @@ def test_notes_that_ask_what_the_quiz_asks():
     one.mended[0] = ""  # copied: not among those to choose from
     select([one, two], {}, "notes")
     assert one.kept == [False, False] and two.kept == [False, True]
+    pairs = train_outer.to_imitate({"a": ["first", "second"]}, [one, two], "notes")
+    assert pairs == [("second", "What is sold to Varbon?")]
 
 
 def test_the_proxy_reward_studies_nothing(tiny_folder, passages_file, tmp_path, monkeypatch):
