@@ -86,6 +86,12 @@ def closest_question(question: Question, pairs: list) -> float:
     return best
 
 
+def asks(passage: Passage, notes) -> list[float]:
+    """closest_question() for each question of the passage's quiz; a note that is no question asks nothing."""
+    pairs = [m.groups() for note in notes if (m := QA_PAIR.fullmatch(note))]
+    return [closest_question(q, pairs) for q in passage.questions]
+
+
 def mean_scores(scores: list[dict]) -> dict:
     """The mean of each score over questions."""
     return {k: float(np.mean([s[k] for s in scores])) for k in ("accuracy", "em", "f1", "logprob")}

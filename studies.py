@@ -50,8 +50,8 @@ from data.qa import Passage, load_passages
 from eval_qa import bootstrap, paired_steps, unrelated
 from quiz import (
     Candidate,
+    asks,
     at_least,
-    closest_question,
     load,
     lora_config,
     make_parser,
@@ -63,7 +63,7 @@ from quiz import (
     words,
 )
 from selfedit import QA_PAIR, STYLES, copies_example, sentences, write_self_edits
-from train_outer import sentence_about
+from train_outer import by_sentence
 
 REWARDS = {
     "accuracy": lambda s: s["accuracy"],
@@ -161,11 +161,8 @@ def study_reward(model, tok, passages, args, work: Path) -> dict:
     for s in range(args.seeds):
         log, label = work / f"studied-{s}.jsonl", f"seed {s + 1}/{args.seeds}"
         results = study_all(model, tok, candidates, *how, sub_seed(args.seed, 1, s), args.population, log, label)
-        answers = []
-        for c, r in zip(candidates, results):
-            pairs = [m.groups() for n in c.notes if (m := QA_PAIR.fullmatch(n))]
-            asked = [closest_question(q, pairs) for q in c.passage.questions]
-            answers.append([a | {"asked": x} for a, x in zip(r["answers"], asked)])
+        asked = [asks(c.passage, c.notes) for c in candidates]
+        answers = [[a | {"asked": x} for a, x in zip(r["answers"], mine)] for r, mine in zip(results, asked)]
         scores.append(chunks(answers, args.samples))
     # A quiz of one question has no halves.
     scores = [[p for p in mine if len(p[0]) > 1] for mine in scores]
@@ -185,17 +182,13 @@ def study_proxy(passages, args) -> dict:
     log = Path(args.work or "") / "candidates.jsonl"
     if not args.work or not log.is_file():
         raise SystemExit(f"error: --work {args.work}: no candidates.jsonl there; give a round's folder of train_outer.py")
-    sums, parts = [], 0  # per passage: of x * x, x * y and y * y
+    edits, sums, parts = read_jsonl(log), [], 0  # sums per passage: of x * x, x * y and y * y
     for p in passages:
-        mine, texts, rows = [e for e in read_jsonl(log) if e["passage"] == p.id], sentences(p.text), []
-        for k in range(len(texts) if mine else 0):
-            quiz = [q for q in p.questions if sentence_about(q, texts) == k]
-            if quiz:
-                pairs = [[QA_PAIR.fullmatch(n).groups() for n in e["notes"]] for e in mine]
-                asked = np.array([np.mean([closest_question(q, some) for q in quiz]) for some in pairs])
-                earned = np.array([e["credits"][k] for e in mine])
-                rows.append((asked - asked.mean(), earned - earned.mean()))
-        sums.append([sum(a @ a for a, _ in rows), sum(a @ e for a, e in rows), sum(e @ e for _, e in rows)])
+        mine = [e for e in edits if e["passage"] == p.id]
+        asked, earned = zip(*(by_sentence(p, asks(p, e["notes"])) for e in mine)), zip(*(e["credits"] for e in mine))
+        both = [np.array(pair) for pair in zip(asked, earned) if None not in pair[0]]  # (2, self-edits) of each part
+        rows = [pair - pair.mean(axis=1, keepdims=True) for pair in both]
+        sums.append([sum(x @ x for x, _ in rows), sum(x @ y for x, y in rows), sum(y @ y for _, y in rows)])
         parts += len(rows) * len(mine)
     at = np.random.default_rng(args.seed).integers(0, len(sums), (10_000, len(sums)))
     result = {"n_parts": parts}
@@ -300,7 +293,7 @@ def measure(tok, p: Passage, text: str, notes: list[str]) -> dict:
         "unsupported": float(np.mean(unsupported)) if each else 0.0,
         "copied": float(np.mean(copied)) if notes else 0.0,
         "told": float(np.mean([score_answer(said, q.answers)["accuracy"] for q in p.questions])),
-        "asked": float(np.mean([closest_question(q, pairs.values()) for q in p.questions])),
+        "asked": float(np.mean(asks(p, notes))),
     }
 
 

@@ -51,8 +51,8 @@ from puzzle import Puzzles
 from quiz import (
     Candidate,
     add_learner,
+    asks,
     at_least,
-    closest_question,
     learner,
     load,
     lora_config,
@@ -203,12 +203,12 @@ class Passages:
     def compare(self, edits: list[SelfEdit]) -> dict:
         """--reward asked: how closely does a self-edit ask for what the quiz asks for? Nothing is studied."""
         for e in edits:
-            quiz, pairs = self.passages[e.passage].questions, [QA_PAIR.fullmatch(note).groups() for note in e.notes]
-            asked = [{"asked": closest_question(q, pairs)} for q in quiz]
-            e.score = {"asked": float(np.mean([a["asked"] for a in asked]))}
-            e.reward, e.credits = e.score["asked"], self.credit(e, asked, "asked")
-            by_part = [[(q, a) for q, a in pairs if a == text] for text in sentences(self.passages[e.passage].text)]
-            e.earned = [{p[0]: max(closest_question(q, [p]) for q in quiz) for p in mine} for mine in by_part]
+            passage, notes = self.passages[e.passage], [QA_PAIR.fullmatch(note) for note in e.notes]
+            asked = asks(passage, e.notes)
+            e.score = {"asked": float(np.mean(asked))}
+            e.reward, e.credits = e.score["asked"], by_sentence(passage, asked)
+            texts = sentences(passage.text)
+            e.earned = [{m[1]: max(asks(passage, [m[0]])) for m in notes if m[2] == text} for text in texts]
         return {}
 
     def credit(self, e: SelfEdit, answers: list[dict], reward: str) -> list:
@@ -218,11 +218,16 @@ class Passages:
         """
         if len(e.parts) == 1:
             return [e.reward]
-        passage, earned = self.passages[e.passage], [[] for _ in e.parts]
-        texts = sentences(passage.text)
-        for question, answer in zip(passage.questions, answers):
-            earned[sentence_about(question, texts)].append(answer[reward])
-        return [float(np.mean(mine)) if mine else None for mine in earned]
+        return by_sentence(self.passages[e.passage], [a[reward] for a in answers])
+
+
+def by_sentence(passage, values: list[float]) -> list:
+    """values of the quiz's questions -> for each sentence, the mean over the questions about it; None if there are none."""
+    texts = sentences(passage.text)
+    mine = [[] for _ in texts]
+    for question, value in zip(passage.questions, values):
+        mine[sentence_about(question, texts)].append(value)
+    return [float(np.mean(v)) if v else None for v in mine]
 
 
 def sentence_about(question: Question, texts: list[str]) -> int:
