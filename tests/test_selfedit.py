@@ -127,6 +127,14 @@ def test_a_quoted_note_answers_with_the_sentence(tok):
         read("p", [(asked[0], True)])  # a part is missing
 
 
+def test_what_is_imitated_can_be_parsed_again(tok):
+    """An empty line between two versions, as the prompt asks; without the third one, which was cut off."""
+    args = SimpleNamespace(style="rewrite", shots=1)
+    _, read = ask_for_notes(tok, [Passage("p", "Rolm", "Rolm is a town.", ())], args)
+    [mended] = read("p", [("Version 1: A is B.\nSo C.\n\nD is E.\n\nF", False)])["mended"]
+    assert mended == "A is B. So C.\n\nD is E." and parse(mended, "rewrite", True) == (["A is B. So C.", "D is E."], "")
+
+
 def test_sentences():
     assert sentences("Rolm fell.  So did Varbon! Is 1.5\nmuch?\n") == ["Rolm fell.", "So did Varbon!", "Is 1.5 much?"]
     assert sentences("Dr. J. Quell met Mrs. Marn. St. Ambrel fell.") == ["Dr. J. Quell met Mrs. Marn.", "St. Ambrel fell."]
