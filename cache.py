@@ -13,7 +13,7 @@ class KVCache:
 
     What all prompts begin with is read as one row, for each candidate; fan_out() makes it the prompts' rows, which go on
     in a block of their own, and again makes each prompt the rows of its samples. So nothing is stored or read twice. All
-    rows are at the same slot: a row whose prompt is shorter is padded on the left, and masks those slots out.
+    rows are at the same slot: one that has read less than others masks out the slots that it left empty.
     """
 
     def __init__(self, model: Transformer, rows: int, slots: int):
@@ -30,11 +30,12 @@ class KVCache:
     def length(self) -> int:
         return sum(block.length for block in self.blocks)
 
-    def fan_out(self, n: int, slots: int) -> None:
-        """Make every row n rows, which go on in a new block with the given number of slots."""
+    def fan_out(self, counts: list[int], slots: int) -> None:
+        """Make every row as many as counts says, which go on in a new block with the given number of slots."""
         for block in self.blocks:
-            block.serve([n * count for count in block.counts])
-        self._open(sum(self.blocks[0].counts), slots)
+            mine = iter(counts)
+            block.serve([sum(next(mine) for _ in range(count)) for count in block.counts])
+        self._open(sum(counts), slots)
 
     def extend(self, slots: int) -> None:
         """See to it that the last block has room for so many more tokens."""

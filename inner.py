@@ -239,10 +239,8 @@ def backward_through_head(model: Transformer, x, target, weight, chunk: int = 25
     normed = model.norm(leaf)
     grad, nll = torch.empty_like(normed), torch.empty(len(x), device=x.device)
     with torch.no_grad():
-        head = model.lm_head.weight  # (V, C)
-        buffer = x.new_empty(min(chunk, len(x)), len(head))
         for h, t, g, loss in zip(*(m.split(chunk) for m in (normed, target, grad, nll))):
-            p = torch.mm(h, head.T, out=buffer[: len(h)])
+            p = model.lm_head(h)
             torch.softmax(p, -1, out=p)  # in float32 inside
             hit = (torch.arange(len(t), device=x.device), t)
             loss.copy_(-p[hit].float().clamp(min=1e-38).log())  # at most 87.5, not infinite: it has not diverged

@@ -27,7 +27,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from common import read_json, write_atomic
-from model import Transformer
+from model import Ragged, Transformer
 
 PROJECTIONS = {  # name -> the submodule of a block that holds it
     "q_proj": "self_attn",
@@ -125,9 +125,9 @@ class LoRALinear(nn.Module):
         y = self.base(x)  # (P*b, T, out)
         if self.a is None:
             return y
-        if self.ragged is not None:  # x (1, N, in), candidates with unequally many tokens
+        if self.ragged is not None:  # candidates with unequally many of the tokens
             low = self.ragged.spread(x) @ self.a.mT  # (P, n, rank)
-            return y + self.ragged.join(low * self.scale @ self.b.mT)
+            return y + self.ragged.join(low * self.scale @ self.b.mT).view_as(y)
         P = self.a.size(0)
         low = x.reshape(P, -1, x.size(-1)) @ self.a.mT  # (P, b*T, rank)
         return torch.baddbmm(y.view(P, -1, y.size(-1)), low, self.b.mT, alpha=self.scale).view_as(y)
@@ -164,6 +164,12 @@ class attached:
             module.ragged = ragged
             views = self.adapters.views(self.adapters.flat, path)
             module.a, module.b = (m[rows].to(self.model.dtype).requires_grad_(train) for m in views)
+
+    def split(self, tokens: list[int]) -> None:
+        """From now on, the batch's tokens belong to the bound candidates in turn, in these numbers."""
+        ragged = Ragged(tokens, self.model.device, multiple=1) if len(set(tokens)) > 1 else None
+        for module in self.modules.values():
+            module.ragged = ragged
 
     def gradients(self):
         """The gradients since the last bind(), laid out like `flat`: (p, N) in float32. The next call overwrites them."""

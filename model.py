@@ -93,7 +93,7 @@ class Ragged:
     def __init__(self, lengths: list[int], device, multiple: int = 8):
         R, T = len(lengths), -(-max(lengths) // multiple) * multiple
         length = torch.tensor(lengths)[:, None]
-        start = length.cumsum(0) - length  # (R, 1)
+        start = (length.cumsum(0) - length).clamp(max=sum(lengths) - 1)  # (R, 1); a row may be empty
         t = torch.arange(T)
         real = t < length  # (R, T)
         self.shape = (R, T)
@@ -115,8 +115,9 @@ class Ragged:
 class Linear(nn.Linear):
     """A linear layer with a frozen weight.
 
-    In bfloat16 on a CPU, F.linear first brings the weight into oneDNN's blocked layout, in every call: with 40 rows that
-    takes as long as the product. So that form is kept, and its transpose for the backward pass, at the price of memory.
+    On a CPU, F.linear first brings the weight into the layout that its product wants, in every call: with 50 rows that
+    takes as long as the product. So oneDNN's form of it is kept, and its transpose's for the backward pass, at the price of
+    memory.
     Replace `weight` to change it (as lora.merge does); writing through `weight.data` would not be noticed.
     """
 
@@ -137,7 +138,7 @@ class Linear(nn.Linear):
         if torch.compiler.is_compiling():
             return False
         w = self.weight
-        return w.device.type == "cpu" and w.dtype == torch.bfloat16 and not w.requires_grad and has_bf16_products()
+        return w.device.type == "cpu" and not w.requires_grad and has_blocked_products(w.dtype)
 
     def blocked(self, transposed: bool = False):
         weight, version, form = self.kept.get(transposed, (None, 0, None))
@@ -149,9 +150,11 @@ class Linear(nn.Linear):
 
 
 @functools.cache
-def has_bf16_products() -> bool:
-    """Can this CPU, and this build of torch, multiply in oneDNN's bfloat16 layout?"""
-    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+def has_blocked_products(dtype) -> bool:
+    """Can this CPU, and this build of torch, multiply in oneDNN's layout for float32 or bfloat16?"""
+    if not torch.backends.mkldnn.is_available() or dtype not in (torch.float32, torch.bfloat16):
+        return False
+    return dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def blocked_product(x, form, bias=None):
@@ -239,10 +242,10 @@ class Attention(nn.Module):
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (R, H, T, D), (R, K, T, D), (R, K, T, D)
         blocks = [(k, v, None)] if layer_cache is None else layer_cache.append(k, v)
         # Query heads that share a key head are laid out as more queries of it, so k and v are never copied per head.
-        q = q.reshape(R, K, -1, D)  # (R, K, G*T, D)
+        q = q.reshape(R, K, -1, D) * D**-0.5  # (R, K, G*T, D); scaled here, where there is the least to multiply
         att = [multiply(q, k.mT, share) for k, _, share in blocks]  # each (R, K, G*T, slots of the block)
         att = torch.cat(att, -1) if len(att) > 1 else att[0]  # (R, K, G*T, S)
-        scores = torch.add(bias, att.view(R, K, H // K, T, -1), alpha=D**-0.5)  # (R, K, G, T, S)
+        scores = att.view(R, K, H // K, T, -1) + bias  # (R, K, G, T, S)
         att = scores.softmax(-1).view(att.shape)  # in float32 inside, whatever the dtype
         parts = att.split([v.size(-2) for _, v, _ in blocks], -1)
         y = [multiply(part, v, share) for part, (_, v, share) in zip(parts, blocks)]  # each (R, K, G*T, D)
@@ -326,7 +329,7 @@ class Transformer(nn.Module):
             run = self.train_block if torch.is_grad_enabled() else Block.forward
             x = run(layer, x, rope, bias, cache and cache.layer(i), ragged)
         if cache is not None:
-            cache.blocks[-1].length += x.size(1)
+            cache.blocks[-1].length += mask.size(1)
         return x
 
     def head(self, x):

@@ -272,8 +272,8 @@ def predict(model, tok, tasks: list[Task], adapters: Adapters | None = None) -> 
     longest = 2 + 2 * max(len(grid_ids(tok, g)) for g in known)  # hardly any task's output needs more
     logprobs = {}
 
-    def score_golds(order, cache, valid, x):
-        logprobs.update(zip(order, answer_logprobs(model, [golds[i] for i in order], cache, valid, x)))
+    def score_golds(order, batch, x):
+        logprobs.update(zip(order, answer_logprobs([golds[i] for i in order], batch, x)))
 
     how = {"adapters": adapters, "owner": [n for n, _ in asked], "on_prefill": score_golds}
     outputs = generate(model, prompts, max(longest, *map(len, golds)), tok.end_ids, **how)

@@ -22,16 +22,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.nn.utils.rnn import pad_sequence
 
-from cache import KVCache
 from checkpoint import load_model
 from common import Progress, read_jsonl, write_jsonl
 from data.qa import Passage, Question
 from inner import Example, Study, inner_update
 from lora import PROJECTIONS, Adapters, LoRAConfig, merged
-from model import Transformer, causal_mask
-from sampler import generate
+from model import Transformer
+from sampler import Batch, generate
 from selfedit import QA_PAIR, STYLES
 from tokenizer import Tokenizer
 
@@ -144,8 +142,8 @@ def ask(
     golds = [[*tok.encode(i.question.answers[0]), tok.end_ids[0]] for i in items]
     logprobs = {}
 
-    def score_golds(order, cache, valid, x):
-        logprobs.update(zip(order, answer_logprobs(model, [golds[i] for i in order], cache, valid, x)))
+    def score_golds(order, batch, x):
+        logprobs.update(zip(order, answer_logprobs([golds[i] for i in order], batch, x)))
 
     ends, slots = {*tok.end_ids, *tok.newline_ids}, max(max_new, *map(len, golds))
     prompts, owner = [list(i.prompt) for i in items], [i.owner for i in items]
@@ -157,24 +155,21 @@ def ask(
     return scores
 
 
-def answer_logprobs(model: Transformer, answers: list[list[int]], cache: KVCache, valid, x) -> list[float]:
-    """Mean log-likelihood per token of answers[n] as continuation of row n of the cache (teacher forcing).
+def answer_logprobs(answers: list[list[int]], batch: Batch, x) -> list[float]:
+    """Mean log-likelihood per token of answers[n] as continuation of row n of the batch (teacher forcing).
 
-    valid (R, filled slots) bool and x (R, C), the states of the rows' last tokens, are as prefill() returns them. The
-    answers are read into the cache and taken back: decoding can go on from the same prompts.
+    x (R, C) are the states of the rows' last tokens, as prefill() returns them. The answers, of two tokens or more, are read
+    and taken back: decoding can go on from the same prompts.
     """
-    inputs = pad_sequence([torch.tensor(a[:-1]) for a in answers], batch_first=True).to(x.device)  # (R, A - 1), right
-    R, T = inputs.shape
-    states = x[:, None]  # (R, 1, C): the prompt's last token predicts the first of the answer
-    if T:
-        pos = valid.sum(1, keepdim=True) + torch.arange(T, device=x.device)
-        mask = causal_mask(torch.cat([valid, valid.new_ones(R, T)], dim=1), T)
-        cache.extend(T)
-        states = torch.cat([states, model.run_layers(model.embed(inputs), pos, mask, cache=cache)], dim=1)  # (R, A, C)
-        cache.take_back(T)
-    at = torch.tensor([n * (T + 1) + k for n, a in enumerate(answers) for k in range(len(a))], device=x.device)
+    inputs = [a[:-1] for a in answers]
+    longest = max(map(len, inputs))
+    batch.cache.extend(longest)
+    states = torch.cat([x, batch.read(inputs)])  # the prompt's last token predicts the first of the answer
+    batch.take_back(longest)
+    first = np.cumsum([len(x), *map(len, inputs)]).tolist()  # where the states of each answer start
+    at = [i for n, mine in enumerate(inputs) for i in (n, *range(first[n], first[n] + len(mine)))]
     target = torch.tensor([t for a in answers for t in a], device=x.device)
-    logp = model.head(states.flatten(0, 1)[at]).float().log_softmax(-1).gather(-1, target[:, None])[:, 0]
+    logp = batch.model.head(states[at]).float().log_softmax(-1).gather(-1, target[:, None])[:, 0]
     return [float(part.mean()) for part in logp.split(list(map(len, answers)))]
 
 

@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from cache import KVCache
 from lora import Adapters, attached
-from model import Transformer, causal_mask
+from model import Ragged, Transformer, causal_mask
 
 
 def choose(logits, temperature: float, top_p: float, u):
@@ -36,50 +36,82 @@ def choose(logits, temperature: float, top_p: float, u):
     return ids.gather(-1, at)[:, 0]
 
 
-def grid(owner: list[int], P: int) -> list[list[int]]:
-    """Items by owner, as P lists of one length, filled up with repeats: grid([0, 0, 1], 2) -> [[0, 1], [2, 2]].
+class Batch:
+    """Rows that read side by side: their cache, which of its slots are valid for each, and whose adapters they run under."""
 
-    Every owner must have an item.
+    def __init__(self, model: Transformer, owner: list[int], slots: int, lora: attached | None = None):
+        """Row r runs under adapter owner[r] of `lora`, if there is one; owners ascend."""
+        self.model, self.owner, self.lora, self.bound = model, owner, lora, []
+        self.cache = KVCache(model, len(owner), slots)
+        self.valid = torch.ones(len(owner), 0, dtype=torch.bool, device=model.device)  # (R, filled slots)
+
+    def read(self, parts: list[list[int]]):
+        """Row r reads the tokens parts[r]. Returns their states (N, C), row after row.
+
+        They lie end to end, so that no weight is multiplied with padding. In the cache, and for attention, each row has as
+        many slots as the longest part: [1 2] and [3] fill the slots [[1 2], [3 .]].
+        """
+        lengths, device = list(map(len, parts)), self.model.device
+        T, even = max(lengths), min(lengths) == max(lengths)
+        real = torch.arange(T, device=device) < torch.tensor(lengths, device=device)[:, None]  # (R, T)
+        pos = self.valid.sum(1, keepdim=True) + torch.arange(T, device=device)  # (R, T)
+        ids = torch.tensor([t for part in parts for t in part], device=device)
+        ids, pos = (ids.view(-1, T), pos) if even else (ids[None], pos[real][None])
+        self.valid = torch.cat([self.valid, real], dim=1)
+        if self.lora:
+            self.bind(lengths)
+        mask, ragged = causal_mask(self.valid, T), None if even else Ragged(lengths, device, multiple=1)
+        return self.model.run_layers(self.model.embed(ids), pos, mask, cache=self.cache, ragged=ragged).flatten(0, 1)
+
+    def bind(self, lengths: list[int]) -> None:
+        """Each token under its row's adapter; row r has lengths[r] of them."""
+        present = sorted(set(self.owner))
+        if present != self.bound:
+            self.lora.bind(present)
+            self.bound = present
+        self.lora.split([sum(n for n, o in zip(lengths, self.owner) if o == p) for p in present])
+
+    def fan_out(self, owner: list[int], counts: list[int], slots: int) -> None:
+        """Row r becomes counts[r] rows, which go on in a new block of the cache with the given number of slots."""
+        self.owner = owner
+        self.valid = self.valid.repeat_interleave(torch.tensor(counts, device=self.valid.device), dim=0)
+        self.cache.fan_out(counts, slots)
+
+    def take_back(self, slots: int) -> None:
+        """Forget the last slots."""
+        self.valid = self.valid[:, :-slots]
+        self.cache.take_back(slots)
+
+    def keep(self, rows: list[int]) -> None:
+        """Keep only the given rows, in ascending order."""
+        self.owner, self.valid = [self.owner[r] for r in rows], self.valid[rows]
+        self.cache.keep(rows)
+
+
+def prefill(model: Transformer, prompts: list[list[int]], owner: list[int], slots: int, lora: attached | None = None):
+    """Read prompts, whose owners ascend, into a new Batch; `slots` more tokens are to follow. Returns it, and the states
+    (R, C) of the prompts' last tokens.
+
+    What all prompts of an owner begin with is read once: prompts [1 2 3], [1 2 4 5] of one owner and [1 6], [1 7] of another
+    are read as the rows [1 2], [1] and then as [3], [4 5], [6], [7]. Exits with one line if a prompt does not fit the
+    model's context.
     """
-    mine = [[i for i, o in enumerate(owner) if o == p] for p in range(P)]
-    assert all(mine), "a candidate without items"
-    b = max(map(len, mine))
-    return [m + m[:1] * (b - len(m)) for m in mine]
-
-
-def prefill(model: Transformer, prompts: list[list[int]], slots: int, P: int = 1):
-    """Read prompts, equally many for each of P owners, into a new cache; `slots` more tokens are to follow.
-
-    What all prompts of an owner start with is read once, not for each prompt. That part and the rest are each padded on
-    the left, so that all rows end at the same slot: prompts [1 2 3], [1 2 4 5] of one owner and [1 6], [1 7] of another
-    become the blocks [[1 2], [. 1]] and [[. 3], [4 5], [. 6], [. 7]]. Returns the cache, valid (R, filled slots) bool, and
-    the states (R, C) of the last prompt tokens. Exits with one line if a prompt does not fit the model's context.
-    """
-    device, R, longest = model.device, len(prompts), max(map(len, prompts))
+    longest = max(map(len, prompts))
     if longest + slots > model.config.max_seq_len:
         limit = f"the model's context of {model.config.max_seq_len}"
         raise SystemExit(f"error: a prompt of {longest} tokens with room for {slots} more is longer than {limit}")
-    each = [prompts[i : i + R // P] for i in range(0, R, R // P)]
-    heads = [commonprefix(mine)[: min(map(len, mine)) - 1] for mine in each]
-    tails = [p[len(head) :] for head, mine in zip(heads, each) for p in mine]
-
-    def read(parts, before):
-        """before (rows, S) bool, valid so far -> valid (rows, S + T), states (rows, T, C)."""
-        ids = pad_sequence([torch.tensor(p[::-1], dtype=torch.long) for p in parts], batch_first=True).flip(1).to(device)
-        T = ids.size(1)
-        pos = torch.arange(T, device=device) - T + torch.tensor([[len(p)] for p in parts], device=device)  # pads: < 0
-        valid = torch.cat([before, pos >= 0], dim=1)
-        pos = pos.clamp(min=0) + before.sum(1, keepdim=True)
-        return valid, model.run_layers(model.embed(ids), pos, causal_mask(valid, T), cache=cache)
-
-    shared, longest = max(map(len, heads)), max(map(len, tails))
-    cache = KVCache(model, P if shared else R, shared or longest)
-    valid = torch.ones(P, 0, dtype=torch.bool, device=device)
-    if shared:
-        valid, _ = read(heads, valid)
-        cache.fan_out(R // P, longest)
-    valid, x = read(tails, valid.repeat_interleave(R // P, dim=0))
-    return cache, valid, x[:, -1]
+    each = {o: [p for p, mine in zip(prompts, owner) if mine == o] for o in owner}
+    heads = {o: commonprefix(mine)[: min(map(len, mine)) - 1] for o, mine in each.items()}
+    tails = [p[len(heads[o]) :] for p, o in zip(prompts, owner)]
+    longest = max(map(len, tails))
+    if any(heads.values()):
+        batch = Batch(model, list(each), max(map(len, heads.values())), lora)
+        batch.read(list(heads.values()))
+        batch.fan_out(owner, [len(mine) for mine in each.values()], longest)
+    else:
+        batch = Batch(model, owner, longest, lora)
+    x = batch.read(tails)
+    return batch, x[torch.tensor([len(t) for t in tails], device=x.device).cumsum(0) - 1]
 
 
 @torch.inference_mode()
@@ -103,59 +135,35 @@ def generate(
     A continuation ends with a token of `end_ids` (which is kept) or after `max_new` tokens. Each has a random stream
     of its own, so its text does not depend on what else is in the batch. With `adapters`, prompt i runs under adapter
     owner[i]; without, owners say which prompts begin alike. Rows that are finished leave the batch. `on_prefill(prompt
-    of each row, cache, valid, x)` is called once, when the prompts are read; `tick(live rows)` for every token.
+    of each row, batch, x)` is called once, when the prompts are read; `tick(live rows)` for every token.
     """
-    owner = owner or [0] * len(prompts)
-    P = len(adapters) if adapters else max(owner) + 1
-    cells = grid(owner, P)
-    b = len(cells[0]) * copies
-    rows = [i * copies + c for mine in cells for i in mine for c in range(copies)]  # batch row -> output
-    live = [rows.index(r) == n for n, r in enumerate(rows)]  # fillers are repeats
-    u = torch.rand(len(prompts) * copies, max_new, generator=torch.Generator().manual_seed(seed))
-    u, out, end_ids = u.to(model.device), [[] for _ in range(len(prompts) * copies)], set(end_ids)
-
+    owner, end_ids = owner or [0] * len(prompts), set(end_ids)
+    order = sorted(range(len(prompts)), key=lambda i: owner[i])
+    rows = [i * copies + c for i in order for c in range(copies)]  # batch row -> output
+    u = torch.rand(len(prompts) * copies, max_new, generator=torch.Generator().manual_seed(seed)).to(model.device)
+    out, live = [[] for _ in rows], [True] * len(rows)
     with attached(model, adapters) if adapters else nullcontext() as lora:
-        in_order = [i for mine in cells for i in mine]
-        cache, valid, x = prefill(model, [prompts[i] for i in in_order], max_new, P)
+        batch, x = prefill(model, [prompts[i] for i in order], [owner[i] for i in order], max_new, lora)
         if on_prefill:
-            on_prefill(in_order, cache, valid, x)
-        copied = [n for n in range(len(in_order)) for _ in range(copies)]
-        cache.fan_out(copies, max_new) if copies > 1 else cache.extend(max_new)
-        valid, x = valid[copied], x[copied]
-        pos = torch.tensor([len(prompts[r // copies]) for r in rows], device=model.device)
-        candidates = list(range(P))  # whose rows are still in the batch
+            on_prefill(order, batch, x)
+        if copies > 1:
+            batch.fan_out([owner[i] for i in order for _ in range(copies)], [copies] * len(order), max_new)
+            x = x.repeat_interleave(copies, dim=0)
+        else:
+            batch.cache.extend(max_new)
         for step in range(max_new):
-            token = choose(model.head(x), temperature, top_p, u[rows, step])
+            tokens = choose(model.head(x), temperature, top_p, u[rows, step]).tolist()
             if tick:
                 tick(sum(live))
-            for n, t in enumerate(token.tolist()):
+            for n, t in enumerate(tokens):
                 if live[n]:
                     out[rows[n]].append(t)
                     live[n] = t not in end_ids
             if not any(live) or step == max_new - 1:
                 break
-            kept = shrink(live, b)
+            kept = [n for n, alive in enumerate(live) if alive]
             if len(kept) <= 0.75 * len(live):  # copying the cache must pay
-                keep_c = sorted({n // b for n in kept})
-                if lora and len(keep_c) < len(candidates):
-                    candidates = [candidates[c] for c in keep_c]
-                    lora.bind(candidates)
-                b = len(kept) // len(keep_c)
-                cache.keep(kept)
-                valid, token, pos = valid[kept], token[kept], pos[kept]
-                rows, live = [rows[n] for n in kept], [live[n] for n in kept]
-            valid = torch.cat([valid, valid.new_ones(len(rows), 1)], dim=1)
-            x = model.embed(token[:, None])
-            x = model.run_layers(x, pos[:, None], causal_mask(valid, 1), cache=cache)[:, -1]
-            pos = pos + 1
+                batch.keep(kept)
+                rows, tokens, live = [rows[n] for n in kept], [tokens[n] for n in kept], [True] * len(kept)
+            x = batch.read([[t] for t in tokens])
     return out
-
-
-def shrink(live: list[bool], b: int) -> list[int]:
-    """Which of the rows, b per candidate, to keep: candidates with none alive go, the others keep equally many each.
-
-    shrink([1, 0, 0,  0, 0, 0,  1, 1, 0], b=3) -> [0, 1, 6, 7]: row 1 is dead but fills the first candidate up to two.
-    """
-    mine = [sorted(range(c, c + b), key=lambda n: (not live[n], n)) for c in range(0, len(live), b)]
-    most = max(sum(live[n] for n in m) for m in mine)
-    return [n for m in mine if live[m[0]] for n in sorted(m[:most])]

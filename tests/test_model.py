@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from cache import KVCache
 from checkpoint import load_model, pick_device, save_model
-from model import Linear, Normalize, Ragged, causal_mask, has_bf16_products, packed_mask
+from model import Linear, Normalize, Ragged, causal_mask, has_blocked_products, packed_mask
 
 
 def ids_for(model, rows=2, length=40):
@@ -60,9 +60,9 @@ def test_a_cache_fans_out_and_drops_rows(tiny):
     ids[:3, 5:8], ids[3:, 5:8] = ids[0, 5:8], ids[3, 5:8]
     expected, cache = tiny(ids), KVCache(tiny, 1, 5)
     tiny(ids[:1, :5], cache=cache)
-    cache.fan_out(2, 3)
+    cache.fan_out([2], 3)
     tiny(ids[[0, 3], 5:8], cache=cache)
-    cache.fan_out(3, 10)
+    cache.fan_out([3, 3], 10)
     got = tiny(ids[:, 8:10], cache=cache)
     torch.testing.assert_close(got, expected[:, 8:10], atol=1e-5, rtol=1e-4)
     for rows, t in (([1, 3, 4, 5], 10), ([3, 5], 11)):  # numbers in the batch as it was first
@@ -131,19 +131,18 @@ def test_normalizing_has_autograds_gradient():
     torch.testing.assert_close(*pairs)
 
 
-@pytest.mark.skipif(not has_bf16_products(), reason="this CPU does not multiply bfloat16")
-def test_a_blocked_weight_gives_the_same_product_and_gradient_and_follows_the_weight():
-    linear = Linear(48, 80, dtype=torch.bfloat16).requires_grad_(False)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_blocked_weight_gives_the_same_product_and_gradient_and_follows_the_weight(dtype):
+    if not has_blocked_products(dtype):
+        pytest.skip(f"this CPU does not multiply {dtype} in blocks")
+    linear = Linear(48, 80, dtype=dtype).requires_grad_(False)
     generator = torch.Generator().manual_seed(0)
+    draw = lambda *shape: torch.randn(shape, generator=generator).to(dtype)  # noqa: E731
     assert linear.may_block()
     for _ in range(2):  # the second weight takes the place of the first, as in lora.merge
-        linear.weight = torch.nn.Parameter(torch.randn(80, 48, generator=generator).bfloat16(), requires_grad=False)
-        linear.bias = torch.nn.Parameter(torch.randn(80, generator=generator).bfloat16(), requires_grad=False)
-        x, grad = (
-            torch.randn(2, 7, 48, generator=generator).bfloat16(),
-            torch.randn(2, 7, 80, generator=generator).bfloat16(),
-        )
-        pairs = []
+        linear.weight = torch.nn.Parameter(draw(80, 48), requires_grad=False)
+        linear.bias = torch.nn.Parameter(draw(80), requires_grad=False)
+        x, grad, pairs = draw(2, 7, 48), draw(2, 7, 80), []
         for f in (linear, lambda x: torch.nn.functional.linear(x, linear.weight, linear.bias)):
             leaf = x.clone().requires_grad_()
             y = f(leaf)

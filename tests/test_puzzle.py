@@ -192,10 +192,10 @@ def test_predictions_are_scored(tiny, tok, monkeypatch):
     """Outputs that copy the input: right for one task, wrong for another; and one that never ends."""
     right, other = copying(0), copying(1)
     wrong = Task("w", other.train, ((other.test[0][0], 1 + other.test[0][0] % 9),))
-    monkeypatch.setattr("puzzle.answer_logprobs", lambda model, golds, *a: [-1.0] * len(golds))
+    monkeypatch.setattr("puzzle.answer_logprobs", lambda golds, *a: [-1.0] * len(golds))
 
     def copies(model, prompts, max_new, ends, adapters, owner, on_prefill):
-        on_prefill(list(range(len(prompts))), None, None, None)
+        on_prefill(list(range(len(prompts))), None, None)
         return [[*grid_ids(tok, t.test[0][0]), tok.end_ids[0]] for t in (right, wrong)] + [[5] * max_new]
 
     monkeypatch.setattr("puzzle.generate", copies)

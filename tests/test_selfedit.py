@@ -10,7 +10,7 @@ from conftest import SMOLLM2
 from data.qa import Passage
 from inner import Example
 from lora import PROJECTIONS, Adapters, LoRAConfig
-from sampler import choose, generate, grid, shrink
+from sampler import choose, generate, prefill
 from selfedit import EXAMPLE_NAMES, EXAMPLE_PASSAGE, STYLES, ask_for_notes, edit_prompts, parse, policy_example, sentences
 
 PROMPTS = [[7, 8, 9, 10, 11], [7, 8, 9, 3], [7, 8, 9, 20, 21, 22, 23, 24, 25]]  # share [7, 8, 9]
@@ -80,9 +80,20 @@ def test_nucleus():
     assert int(choose(logits, 0.0, 1.0, torch.tensor([0.99]))) == 0
 
 
-def test_grid_and_shrink_as_documented():
-    assert grid([0, 0, 1], 2) == [[0, 1], [2, 2]]
-    assert shrink([True, False, False, False, False, False, True, True, False], 3) == [0, 1, 6, 7]
+@torch.no_grad()
+def test_a_batch_reads_what_prompts_have_in_common_once(tiny):
+    """Prompts of two owners, and then parts of unequal length: the states are those of each row read alone."""
+    prompts, owner, more = [[1, 2, 3], [1, 2, 4, 5], [1, 6], [1, 7]], [0, 0, 3, 3], [[8], [9, 10, 11], [12, 13], [14]]
+    batch, x = prefill(tiny, prompts, owner, 3)
+    assert [block.length for block in batch.cache.blocks] == [2, 2]
+    assert batch.valid.int().tolist() == [[1, 1, 1, 0], [1, 1, 1, 1], [1, 0, 1, 0], [1, 0, 1, 0]]
+    for part in (None, more):
+        if part:
+            batch.cache.extend(3)
+            x = batch.read(part)[torch.tensor([len(p) for p in part]).cumsum(0) - 1]
+        whole = [torch.tensor([p + (part[n] if part else [])]) for n, p in enumerate(prompts)]
+        alone = [tiny(ids)[0, -1] for ids in whole]
+        torch.testing.assert_close(tiny.head(x), torch.stack(alone), atol=1e-5, rtol=1e-4)
 
 
 # -----------------------------------------------------------------------------
