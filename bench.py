@@ -1,6 +1,6 @@
 """Speed, side by side: this project against transformers + peft, on the same machine, model and work, in one run.
 
-    python bench.py                                  # everything, about 45 minutes on two cores
+    python bench.py                                  # everything, three quarters of an hour on two slow cores
     python bench.py --only quiz sampling --out runs/bench.json
     python bench.py --write-work                     # write data/bench_work.json anew: 16 passages x 4 real self-edits
 
@@ -93,10 +93,13 @@ class Bench:
         rows = [[examples[i] for i in row] for row, _ in arrange(examples, study.row_len)]
         return [[e for r in step for e in rows[r]] for step in plan_steps(len(rows), study, self.args.seed)]
 
-    def train_other(self, candidates, config, study) -> list:
-        """The other: one candidate after another, the same sequences in each step. Returns each one's losses."""
+    def train_other(self, candidates, config, study, steps: int = 0) -> list:
+        """The other: one candidate after another, the same sequences in each step. Returns each one's losses.
+
+        `steps`: take only the first so many.
+        """
         one = self.fresh(config, 1)
-        return [self.other.train(one, self.batches(mine, study), study) for mine in self.examples(candidates)]
+        return [self.other.train(one, self.batches(mine, study), study, steps) for mine in self.examples(candidates)]
 
     def other_time(self, run, part: float = 1.0, setups: float = 1.0) -> float:
         """Seconds of run(), of which the loop is timed `part` times as long, and the set-up counted `setups` times."""
@@ -140,30 +143,32 @@ def write_work(args) -> None:
 
 def inner_strict(b: Bench) -> None:
     config, full = STRICT
-    study, part = replace(full, epochs=2), full.epochs / 2
-    note = f"8 candidates, the paper's recipe; {study.epochs} of {full.epochs} epochs timed on both sides, and scaled"
-    compare_training(b, "inner-strict", b.longest, config, study, note, part=part, other_part=part)
+    total = full.epochs * sum(len(plan_steps(len(mine), replace(full, epochs=1), 0)) for mine in b.examples(b.longest)) / 8
+    study = replace(full, steps=6)
+    note = f"8 candidates, the paper's recipe; 6 of {total:.0f} steps a candidate timed on both sides, and scaled"
+    compare_training(b, "inner-strict", config, study, note, part=total / 6, other_part=total / 6)
 
 
 def inner_fast(b: Bench) -> None:
     """The default recipe. The other side's steps are ours: the sequences of a packed row are one padded batch."""
     config, study = b.fast
-    note = "8 candidates, the default recipe; the other: the same LoRA and the same steps, a padded batch each"
-    compare_training(b, "inner-fast", b.longest, config, study, note)
+    note = "8 candidates, the default recipe; the other: the same LoRA and the same steps, a padded batch each; "
+    note += f"4 of its {study.steps} steps timed, and scaled"
+    compare_training(b, "inner-fast", config, study, note, steps=4, other_part=study.steps / 4)
 
 
-def compare_training(b, work, candidates, config, study, note, **scale) -> None:
-    """Time the same training on both sides, and refuse if their losses are not alike."""
+def compare_training(b, work, config, study, note, steps: int = 0, **scale) -> None:
+    """Time the same training on both sides, the other only `steps` steps of it, and refuse if their losses are not alike."""
     ours, theirs = [], []
     b.versus(
         work,
-        lambda: ours.append(b.train(candidates, config, study)),
+        lambda: ours.append(b.train(b.longest, config, study)),
         "peft, tuned loop",
-        lambda: theirs.append(b.train_other(candidates, config, study)),
+        lambda: theirs.append(b.train_other(b.longest, config, study, steps)),
         note,
         **scale,
     )
-    gap = [abs(x - y) for mine, losses in zip(ours[0], theirs[0]) for x, y in zip(mine.losses, losses, strict=True)]
+    gap = [abs(x - y) for mine, losses in zip(ours[0], theirs[0]) for x, y in zip(mine.losses, losses)]
     b.rows[-1]["loss_gap"] = {"mean": float(np.mean(gap)), "max": max(gap), "steps": len(gap)}
     if np.mean(gap) > 0.05:  # nats; the losses themselves run from about 6 to 2
         raise SystemExit(f"error: the two sides do not train alike, their losses differ by {np.mean(gap):.3f} on average")
@@ -172,14 +177,14 @@ def compare_training(b, work, candidates, config, study, note, **scale) -> None:
 def inner_paper(b: Bench) -> None:
     config, study = STRICT
     examples = b.examples(b.longest)
-    total = sum(len(plan_steps(len(mine), study, 0)) for mine in examples)
+    total, brief = sum(len(plan_steps(len(mine), study, 0)) for mine in examples), replace(study, steps=6)
     b.versus(
         "inner-paper",
-        lambda: b.train(b.longest, config, replace(study, epochs=1)),
+        lambda: b.train(b.longest, config, brief),
         "peft, Trainer, padded to 2048",
         lambda: b.other.trainer_steps(b.fresh(config, 1), examples[0], study, 1),
-        f"as inner-strict; timed: ours 1 of {study.epochs} epochs, the other 1 of {total} steps, and scaled",
-        part=study.epochs,
+        f"as inner-strict; timed: ours 6 of {total / 8:.0f} steps of all 8, the other 1 step of {total}, and scaled",
+        part=total / 8 / 6,
         other_part=total,
         setups=8,
     )
@@ -225,13 +230,13 @@ def sampling(b: Bench) -> None:
 
 
 def outer(b: Bench) -> None:
-    """One outer round of 16 passages x 4: ours of half the passages, whole; the other side's parts on a share of the work,
+    """One outer round of 16 passages x 4: ours of two passages, whole; the other side's parts on a share of the work,
     added up. Both are scaled to all of it."""
     import train_outer
 
     sampling(b) if not any(row["work"] == "sampling" for row in b.rows) else None
     sampled = next(row for row in b.rows if row["work"] == "sampling")
-    args = ["--samples", "4", "--select", "best", "--data", WORK, "--split", "", "--limit", "8", "--model", b.args.model]
+    args = ["--samples", "4", "--select", "best", "--data", WORK, "--split", "", "--limit", "2", "--model", b.args.model]
     args = train_outer.parse_arguments([*args, "--seed", str(b.args.seed)])
     task = train_outer.Passages(args, b.model, b.tok)
     config, study = b.fast
@@ -258,9 +263,9 @@ def outer(b: Bench) -> None:
         run = lambda: b.other.train(b.fresh(policy, 1), steps, outer_study, steps=4)  # noqa: E731
         return spent | {"reinforce": b.other_time(run, len(steps) / 4)}
 
-    turns = [(2 * timed(ours), other()) for _ in range(b.args.repeats)]
+    turns = [(8 * timed(ours), other()) for _ in range(b.args.repeats)]
     a, o = statistics.median(t[0] for t in turns), statistics.median(sum(t[1].values()) for t in turns)
-    note = "16 passages x 4, --select best; timed: ours 8 passages; the other: sampling from its row, "
+    note = "16 passages x 4, --select best; timed: ours 2 passages; the other: sampling from its row, "
     note += f"{len(some)} of 64 candidates x 2 steps, 4 of {len(steps)} outer steps; and scaled"
     row = {"work": "round", "ours_s": a, "other": "transformers + peft", "other_s": o, "ratio": o / a, "note": note}
     b.add(row | {"turns": turns, "scaled": True})
@@ -299,12 +304,12 @@ def startup(b: Bench) -> None:
 def compiled(b: Bench) -> None:
     """--compile inductor, after it has compiled. Last of all, for it changes the model."""
     config, study = b.fast
-    run = lambda: b.train(b.longest, config, replace(study, steps=2))  # noqa: E731
+    run = lambda: b.train(b.longest, config, replace(study, steps=4))  # noqa: E731
     eager = statistics.median(timed(run) for _ in range(b.args.repeats))
     b.model.compile_blocks("inductor")
     first = timed(run)
     later = statistics.median(timed(run) for _ in range(b.args.repeats))
-    note = f"8 candidates, 2 steps, --compile inductor; its first run took {first - later:.0f} s more, to compile"
+    note = f"8 candidates, 4 steps, --compile inductor; its first run took {first - later:.0f} s more, to compile"
     b.add(
         {
             "work": "compile",

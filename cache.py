@@ -5,7 +5,8 @@ Letters as in model.py; B is the number of rows of one block.
 
 import torch
 
-from model import Ragged, Transformer
+from model import Transformer
+from rows import Ragged
 
 
 class KVCache:

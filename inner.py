@@ -20,7 +20,8 @@ import torch
 import torch.nn as nn
 
 from lora import Adapters, attached
-from model import Ragged, Transformer, packed_mask
+from model import Transformer, packed_mask
+from rows import Forks, Ragged
 
 # -----------------------------------------------------------------------------
 # examples and rows
@@ -63,7 +64,7 @@ class Row:
 
     ids: torch.Tensor  # (T)
     pos: torch.Tensor  # (T) position within its own sequence
-    segment: torch.Tensor  # (T) number of the sequence, from 1; 0 for a prefix that all sequences of the row begin with
+    lengths: tuple  # tokens of the prefix that all sequences of the row begin with, and of each sequence after it
     at: torch.Tensor  # (L) index of the token that predicts
     target: torch.Tensor  # (L) id that it should predict
     weight: torch.Tensor  # (L)
@@ -72,18 +73,18 @@ class Row:
     @property
     def key(self) -> tuple:
         """Rows with the same key have the same states."""
-        return tuple(self.ids.tolist()), tuple(self.segment.tolist())
+        return tuple(self.ids.tolist()), self.lengths
 
 
 def make_row(examples: list[Example], prefix: int = 0) -> Row:
     """Lay examples end to end. ids [5 6 7] all counted, then [8 9]: at = [0 1 3], target = [6 7 9].
 
     The first `prefix` tokens, the same in all examples and never counted, are laid down once and looked at by all. Ids
-    [5 6 7] and [5 6 8 9] with prefix 2 are laid as 5 6 7 8 9, at positions 0 1 2 2 3, in segments 0 0 1 2 2.
+    [5 6 7] and [5 6 8 9] with prefix 2 are laid as 5 6 7 8 9, at positions 0 1 2 2 3; lengths are then (2, 1, 2).
     """
-    ids, pos, segment = list(examples[0].ids[:prefix]), list(range(prefix)), [0] * prefix
+    ids, pos, lengths = list(examples[0].ids[:prefix]), list(range(prefix)), [prefix]
     at, target, weight = [], [], []
-    for i, e in enumerate(examples, 1):
+    for e in examples:
         place = [*range(prefix), *range(len(ids), len(ids) + len(e.ids) - prefix)]  # index in the row of each token
         predicted = [t for t in range(1, len(e.ids)) if e.counts[t]]
         at += [place[t - 1] for t in predicted]
@@ -91,9 +92,9 @@ def make_row(examples: list[Example], prefix: int = 0) -> Row:
         weight += [e.weight] * len(predicted)
         ids += e.ids[prefix:]
         pos += range(prefix, len(e.ids))
-        segment += [i] * (len(e.ids) - prefix)
-    long = (torch.tensor(v, dtype=torch.long) for v in (ids, pos, segment, at, target))
-    return Row(*long, torch.tensor(weight, dtype=torch.float32))
+        lengths.append(len(e.ids) - prefix)
+    ids, pos, at, target = (torch.tensor(v, dtype=torch.long) for v in (ids, pos, at, target))
+    return Row(ids, pos, tuple(lengths), at, target, torch.tensor(weight, dtype=torch.float32))
 
 
 def arrange(examples: list[Example], row_len: int) -> list[tuple[list[int], int]]:
@@ -141,7 +142,8 @@ def with_lower_states(model: Transformer, rows: list[Row], stop: int, tokens: in
         limit = f"the model's context of {model.config.max_seq_len}"
         raise SystemExit(f"error: a training sequence of {longest} tokens is longer than {limit}")
     keys = [row.key for row in rows]
-    rows = [replace(row, **{k: m.to(model.device) for k, m in vars(row).items() if m is not None}) for row in rows]
+    moved = [{k: m.to(model.device) for k, m in vars(row).items() if torch.is_tensor(m)} for row in rows]
+    rows = [replace(row, **tensors) for row, tensors in zip(rows, moved)]
     states, batch = {}, {}
     for key, row in sorted(dict(zip(keys, rows)).items(), key=lambda item: len(item[1].ids)):
         if batch and (len(batch) + 1) * len(row.ids) > tokens:
@@ -153,17 +155,34 @@ def with_lower_states(model: Transformer, rows: list[Row], stop: int, tokens: in
 
 
 def _lower_batch(model: Transformer, batch: dict, stop: int) -> dict:
-    ragged, (ids, pos, segment) = end_to_end(list(batch.values()), "ids", "pos", "segment")
+    rows, mask = layout(list(batch.values()))
+    ids, pos = end_to_end(batch.values(), "ids", "pos")
     x = model.embed(ids)
     if stop:
-        x = model.run_layers(x, pos, packed_mask(ragged.spread(segment)), stop=stop, ragged=ragged)
+        x = model.run_layers(x, pos, mask, stop=stop, rows=rows)
     return dict(zip(batch, x[0].split([len(row.ids) for row in batch.values()])))
 
 
-def end_to_end(rows: list[Row], *names: str) -> tuple[Ragged, list[torch.Tensor]]:
-    """A Ragged of the rows, and the named tensors of all rows one after the other, each (1, N, ...)."""
-    ragged = Ragged([len(row.ids) for row in rows], rows[0].ids.device)
-    return ragged, [torch.cat([getattr(row, name) for row in rows])[None] for name in names]
+def end_to_end(rows, *names: str) -> list[torch.Tensor]:
+    """The named tensors of all rows one after the other, each (1, N, ...)."""
+    return [torch.cat([getattr(row, name) for row in rows])[None] for name in names]
+
+
+def layout(rows: list[Row]) -> tuple:
+    """How attention sees the rows' tokens, and its mask: each row as one, or its sequences apart, whichever is less work.
+
+    A row of 250 tokens that is six notes asks for 62,500 scores, most of them masked out; its notes, of 40 tokens after a
+    prefix of 10, for 6 x 40 x 50 and 10 x 10. Apart, all of the batch are padded to the longest: a passage would not pay.
+    """
+    lengths, device = [row.lengths for row in rows], rows[0].ids.device
+    heads, tails = [mine[0] for mine in lengths], [n for mine in lengths for n in mine[1:]]
+    apart = len(heads) * max(heads) ** 2 + len(tails) * max(tails) * (max(heads) + max(tails))
+    if max(heads) and apart < len(rows) * max(map(sum, lengths)) ** 2:
+        forks = Forks(lengths, device)
+        return forks, forks.masks
+    ragged = Ragged(list(map(sum, lengths)), device)
+    segment = torch.tensor([i for mine in lengths for i, n in enumerate(mine) for _ in range(n)], device=device)
+    return ragged, packed_mask(ragged.spread(segment[None]))  # padding ends a row, so no token looks at it
 
 
 # -----------------------------------------------------------------------------
@@ -239,7 +258,7 @@ def backward_through_head(model: Transformer, x, target, weight, chunk: int = 25
     normed = model.norm(leaf)
     grad, nll = torch.empty_like(normed), torch.empty(len(x), device=x.device)
     with torch.no_grad():
-        for h, t, g, loss in zip(*(m.split(chunk) for m in (normed, target, grad, nll))):
+        for h, t, g, loss in zip(*(m.split(chunk) for m in (normed.detach(), target, grad, nll))):
             p = model.lm_head(h)
             torch.softmax(p, -1, out=p)  # in float32 inside
             hit = (torch.arange(len(t), device=x.device), t)
@@ -260,8 +279,8 @@ def train_step(model: Transformer, lora: attached, active: list[int], taken: lis
     counted tokens, and gradients (p, N) in float32.
     """
     rows, device = [row for mine in taken for row in mine], model.device
-    by_row, (x, pos, segment) = end_to_end(rows, "x", "pos", "segment")
-    by_candidate = Ragged([sum(len(row.ids) for row in mine) for mine in taken], device)
+    by_row, mask = layout(rows)
+    x, pos = end_to_end(rows, "x", "pos")
     first = np.cumsum([0, *(len(row.ids) for row in rows)]).tolist()  # where each row starts
     at = torch.cat([row.at + start for row, start in zip(rows, first)])
     target = torch.cat([row.target for row in rows])
@@ -269,9 +288,9 @@ def train_step(model: Transformer, lora: attached, active: list[int], taken: lis
     owner = torch.arange(len(taken), device=device).repeat_interleave(counted)  # (L) candidate of each predicted token
     weight = torch.cat([row.weight for row in rows]) / counted[owner]
 
-    lora.bind(active, by_candidate, train=True)
-    mask = packed_mask(by_row.spread(segment))  # padding ends a row, so no token looks at it
-    hidden = model.run_layers(x, pos, mask, start=lora.adapters.config.start, ragged=by_row)
+    lora.bind(active, train=True)
+    lora.split([sum(len(row.ids) for row in mine) for mine in taken])
+    hidden = model.run_layers(x, pos, mask, start=lora.adapters.config.start, rows=by_row)
     nll = backward_through_head(model, hidden[0, at], target, weight)
     losses = torch.zeros(len(taken), device=device).index_add_(0, owner, nll * weight)
     return losses, lora.gradients()

@@ -27,7 +27,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from common import read_json, write_atomic
-from model import Ragged, Transformer
+from model import Transformer
+from rows import Ragged
 
 PROJECTIONS = {  # name -> the submodule of a block that holds it
     "q_proj": "self_attn",
@@ -157,11 +158,11 @@ class attached:
         for path, module in self.modules.items():
             self.model.set_submodule(path, module.base)
 
-    def bind(self, rows, ragged=None, train: bool = False) -> None:
+    def bind(self, rows, train: bool = False) -> None:
         """Use the adapters in these rows, as they are now. With train=True, A and B gather gradients, for gradients()."""
         rows = torch.as_tensor(rows, device=self.model.device)
         for path, module in self.modules.items():
-            module.ragged = ragged
+            module.ragged = None
             views = self.adapters.views(self.adapters.flat, path)
             module.a, module.b = (m[rows].to(self.model.dtype).requires_grad_(train) for m in views)
 

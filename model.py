@@ -1,6 +1,6 @@
 """A decoder-only transformer: Llama 2/3, SmolLM2, Qwen2/2.5 and Qwen3, in one file.
 
-Top to bottom: configuration, rotary embedding, rows of unequal length, the parts of a block, the transformer, masks.
+Top to bottom: configuration, rotary embedding, the parts of a block, the transformer, masks.
 Submodules carry the names of Hugging Face checkpoints, so that reading one (checkpoint.py) is a lookup per tensor.
 
 Letters used in shape comments:
@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+
+from rows import Forks
 
 # -----------------------------------------------------------------------------
 # configuration
@@ -62,50 +64,6 @@ def rope_table(config: Config, device) -> tuple[torch.Tensor, torch.Tensor]:
 def rotate(x, cos, sin):
     """Turn each pair (x[i], x[i + D/2]) by its angle. x (R, T, heads, D); cos, sin (R, T, 1, D)."""
     return torch.addcmul(x * cos, x.roll(x.size(-1) // 2, -1), sin)
-
-
-# -----------------------------------------------------------------------------
-# rows of unequal length
-
-
-class Take(torch.autograd.Function):
-    """x[index] for tokens that are moved, never added up: backward moves their gradients back, and zeroes `empty`."""
-
-    @staticmethod
-    def forward(ctx, x, index, back, empty):
-        ctx.back, ctx.empty = back, empty
-        return x.index_select(0, index)
-
-    @staticmethod
-    def backward(ctx, grad):
-        grad = grad.index_select(0, ctx.back)
-        return (grad if ctx.empty is None else grad.index_fill_(0, ctx.empty, 0)), None, None, None
-
-
-class Ragged:
-    """N tokens that make R rows of unequal length, laid end to end so that no weight is ever multiplied with padding.
-
-    Rows of 2 and 3 tokens: spread() turns (1, N, ...), a a b b b, into (R, T, ...), [[a a .], [b b b]], for what needs
-    a row at a time; join() turns it back. T is rounded up to `multiple`. A padding slot holds its row's first token and
-    passes no gradient on.
-    """
-
-    def __init__(self, lengths: list[int], device, multiple: int = 8):
-        R, T = len(lengths), -(-max(lengths) // multiple) * multiple
-        length = torch.tensor(lengths)[:, None]
-        start = (length.cumsum(0) - length).clamp(max=sum(lengths) - 1)  # (R, 1); a row may be empty
-        t = torch.arange(T)
-        real = t < length  # (R, T)
-        self.shape = (R, T)
-        self.token = torch.where(real, start + t, start).flatten().to(device)  # (R*T) which token is in each slot
-        self.slot = real.flatten().nonzero()[:, 0].to(device)  # (N) which slot each token is in
-        self.empty = (~real).flatten().nonzero()[:, 0].to(device)
-
-    def spread(self, x):
-        return Take.apply(x.flatten(0, 1), self.token, self.slot, None).unflatten(0, self.shape)
-
-    def join(self, x):
-        return Take.apply(x.flatten(0, 1), self.slot, self.token, self.empty)[None]
 
 
 # -----------------------------------------------------------------------------
@@ -230,27 +188,38 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else nn.Identity()
 
-    def forward(self, x, rope, bias, layer_cache=None, ragged=None):
+    def forward(self, x, rope, bias, layer_cache=None, rows=None):
         H, K, D = self.n_head, self.n_kv_head, self.head_dim
         q = self.q_norm(self.q_proj(x).unflatten(-1, (H, D)))  # (R, T, H, D)
         k = self.k_norm(self.k_proj(x).unflatten(-1, (K, D)))  # (R, T, K, D)
         v = self.v_proj(x).unflatten(-1, (K, D))  # (R, T, K, D)
         q, k = rotate(q, *rope), rotate(k, *rope)
-        if ragged is not None:  # so far these were (1, N, ...)
-            q, k, v = ragged.spread(q), ragged.spread(k), ragged.spread(v)
-        R, T = q.shape[:2]
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (R, H, T, D), (R, K, T, D), (R, K, T, D)
-        blocks = [(k, v, None)] if layer_cache is None else layer_cache.append(k, v)
+        if rows is None:
+            y = self.attend(q, [(k, v, None)], bias, layer_cache)
+        elif isinstance(rows, Forks):  # these were (1, N, ...)
+            (q1, q2), (k1, k2), (v1, v2) = rows.spread(q), rows.spread(k), rows.spread(v)
+            heads = self.attend(q1, [(k1, v1, None)], bias[0])
+            y = rows.join(heads, self.attend(q2, [(k1, v1, rows.share), (k2, v2, None)], bias[1]))
+        else:  # and these
+            q, k, v = rows.spread(q), rows.spread(k), rows.spread(v)
+            y = rows.join(self.attend(q, [(k, v, None)], bias, layer_cache))
+        return self.o_proj(y)
+
+    def attend(self, q, blocks, bias, layer_cache=None):
+        """q (R, T, H, D), blocks [(k, v, share)] with k, v (B, S, K, D), bias (R, 1, 1, T, S of all) -> (R, T, H*D)."""
+        R, T, H, D = q.shape
+        K = self.n_kv_head
+        blocks = [(k.transpose(1, 2), v.transpose(1, 2), share) for k, v, share in blocks]  # (B, K, S, D)
+        blocks = blocks if layer_cache is None else layer_cache.append(*blocks[0][:2])
         # Query heads that share a key head are laid out as more queries of it, so k and v are never copied per head.
-        q = q.reshape(R, K, -1, D) * D**-0.5  # (R, K, G*T, D); scaled here, where there is the least to multiply
+        q = q.transpose(1, 2).reshape(R, K, -1, D) * D**-0.5  # (R, K, G*T, D); scaled here, where there is least to multiply
         att = [multiply(q, k.mT, share) for k, _, share in blocks]  # each (R, K, G*T, slots of the block)
         att = torch.cat(att, -1) if len(att) > 1 else att[0]  # (R, K, G*T, S)
         scores = att.view(R, K, H // K, T, -1) + bias  # (R, K, G, T, S)
         att = scores.softmax(-1).view(att.shape)  # in float32 inside, whatever the dtype
         parts = att.split([v.size(-2) for _, v, _ in blocks], -1)
         y = [multiply(part, v, share) for part, (_, v, share) in zip(parts, blocks)]  # each (R, K, G*T, D)
-        y = functools.reduce(torch.add, y).view(R, H, T, D).transpose(1, 2).reshape(R, T, H * D)
-        return self.o_proj(y if ragged is None else ragged.join(y))
+        return functools.reduce(torch.add, y).reshape(R, H, T, D).transpose(1, 2).reshape(R, T, H * D)
 
 
 class MLP(nn.Module):
@@ -272,8 +241,8 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(c.n_embd, c.norm_eps)
         self.mlp = MLP(c)
 
-    def forward(self, x, rope, bias, layer_cache=None, ragged=None):
-        x = x + self.self_attn(self.input_layernorm(x), rope, bias, layer_cache, ragged)
+    def forward(self, x, rope, bias, layer_cache=None, rows=None):
+        x = x + self.self_attn(self.input_layernorm(x), rope, bias, layer_cache, rows)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -315,19 +284,19 @@ class Transformer(nn.Module):
         """ids (R, T) int64 -> x (R, T, C)."""
         return self.embed_tokens(ids)
 
-    def run_layers(self, x, pos, mask, start=0, stop=None, cache=None, ragged=None):
+    def run_layers(self, x, pos, mask, start=0, stop=None, cache=None, rows=None):
         """Layers start .. stop-1. x (R, T, C), pos (R, T) positions for RoPE, mask (R, T, S) bool, True = may look.
 
-        With `ragged`, x is (1, N, C) and pos (1, N): the tokens of its rows end to end. The mask is by rows all the same.
+        With `rows`, x is (1, N, C) and pos (1, N): the tokens of its rows end to end. The mask is by rows all the same;
+        Forks have two.
         """
         if self.rope is None or self.rope[0].device != x.device:
             self.rope = rope_table(self.config, x.device)
         rope = tuple(table[pos].unsqueeze(2).to(x.dtype) for table in self.rope)  # 2 x (R, T, 1, D)
-        bias = torch.zeros(mask.shape, dtype=x.dtype, device=x.device)
-        bias = bias.masked_fill_(~mask, torch.finfo(x.dtype).min)[:, None, None]  # (R, 1, 1, T, S)
+        bias = [additive(m, x.dtype) for m in mask] if isinstance(rows, Forks) else additive(mask, x.dtype)
         for i, layer in enumerate(self.layers[start:stop], start):
             run = self.train_block if torch.is_grad_enabled() else Block.forward
-            x = run(layer, x, rope, bias, cache and cache.layer(i), ragged)
+            x = run(layer, x, rope, bias, cache and cache.layer(i), rows)
         if cache is not None:
             cache.blocks[-1].length += mask.size(1)
         return x
@@ -349,6 +318,12 @@ class Transformer(nn.Module):
 
 # -----------------------------------------------------------------------------
 # masks
+
+
+def additive(mask, dtype):
+    """mask (R, T, S) bool -> what is added to scores (R, 1, 1, T, S): 0 where it is True, else the lowest number."""
+    bias = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
+    return bias.masked_fill_(~mask, torch.finfo(dtype).min)[:, None, None]
 
 
 def causal_mask(valid, T: int):

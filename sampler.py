@@ -12,7 +12,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from cache import KVCache
 from lora import Adapters, attached
-from model import Ragged, Transformer, causal_mask
+from model import Transformer, causal_mask
+from rows import Ragged
 
 
 def choose(logits, temperature: float, top_p: float, u):
@@ -60,8 +61,8 @@ class Batch:
         self.valid = torch.cat([self.valid, real], dim=1)
         if self.lora:
             self.bind(lengths)
-        mask, ragged = causal_mask(self.valid, T), None if even else Ragged(lengths, device, multiple=1)
-        return self.model.run_layers(self.model.embed(ids), pos, mask, cache=self.cache, ragged=ragged).flatten(0, 1)
+        mask, rows = causal_mask(self.valid, T), None if even else Ragged(lengths, device, multiple=1)
+        return self.model.run_layers(self.model.embed(ids), pos, mask, cache=self.cache, rows=rows).flatten(0, 1)
 
     def bind(self, lengths: list[int]) -> None:
         """Each token under its row's adapter; row r has lengths[r] of them."""

@@ -261,7 +261,7 @@ def sample_self_edits(model, tok, prompts: dict, read, copies, args, seed, log=N
     top_p; for each part).
 
     `read(id, parts)`, a list of (text, ended), gives the record's fields that follow, {"flaw": ..., ...}. Ids go in
-    batches of about 64 continuations; each finished batch is written to `log` (JSON lines) and, found there, not sampled
+    batches of about 128 continuations; each finished batch is written to `log` (JSON lines) and, found there, not sampled
     again. Exits with one line if a prompt does not fit the model's context.
     """
     for name, mine in prompts.items():
@@ -272,7 +272,7 @@ def sample_self_edits(model, tok, prompts: dict, read, copies, args, seed, log=N
             )
     edits = [SelfEdit(**r) for r in read_jsonl(log)] if log and Path(log).is_file() else []
     ids = list(prompts)
-    size = max(1, round(64 * len(ids) / (copies * sum(map(len, prompts.values())))))
+    size = max(1, round(128 * len(ids) / (copies * sum(map(len, prompts.values())))))
     progress = Progress(label, len(ids) * copies)
     for batch in range(0, len(ids), size):
         some = ids[batch : batch + size]

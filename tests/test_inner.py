@@ -209,10 +209,10 @@ def test_rows_as_documented():
     assert len(pack([300] + [60] * 10, 128)) == 6 and pack([50, 60], 0) == [[1], [0]] and pack([], 128) == []
     row = make_row([Example((5, 6, 7), (True,) * 3), Example((8, 9), (True,) * 2)])
     assert row.at.tolist() == [0, 1, 3] and row.target.tolist() == [6, 7, 9]
-    assert row.pos.tolist() == [0, 1, 2, 0, 1] and row.segment.tolist() == [1, 1, 1, 2, 2]
+    assert row.pos.tolist() == [0, 1, 2, 0, 1] and row.lengths == (0, 3, 2)
     row = make_row([Example((5, 6, 7), (False, False, True)), Example((5, 6, 8, 9), (False, False, False, True))], prefix=2)
     assert row.ids.tolist() == [5, 6, 7, 8, 9] and row.pos.tolist() == [0, 1, 2, 2, 3]
-    assert row.segment.tolist() == [0, 0, 1, 2, 2] and row.at.tolist() == [1, 3] and row.target.tolist() == [7, 9]
+    assert row.lengths == (2, 1, 2) and row.at.tolist() == [1, 3] and row.target.tolist() == [7, 9]
 
 
 def test_plans():

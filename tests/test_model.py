@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from cache import KVCache
 from checkpoint import load_model, pick_device, save_model
-from model import Linear, Normalize, Ragged, causal_mask, has_blocked_products, packed_mask
+from model import Linear, Normalize, causal_mask, has_blocked_products, packed_mask
+from rows import Forks, Ragged
 
 
 def ids_for(model, rows=2, length=40):
@@ -152,6 +153,31 @@ def test_a_blocked_weight_gives_the_same_product_and_gradient_and_follows_the_we
     assert torch.equal(linear(x)[0, 0], linear.bias)
 
 
+def test_forks_as_documented():
+    forks = Forks([(1, 2, 3)], "cpu", multiple=1)
+    x = torch.arange(1.0, 7)[None, :, None].requires_grad_()
+    heads, tails = forks.spread(x)
+    assert heads[..., 0].tolist() == [[1]] and tails[..., 0].tolist() == [[2, 3, 2], [4, 5, 6]]
+    assert torch.equal(forks.join(heads, tails), x)
+    forks.join(heads * 1, tails * 2).sum().backward()
+    assert x.grad[0, :, 0].tolist() == [1, 2, 2, 2, 2, 2]  # nothing from the padding
+    assert forks.masks[1].int().tolist() == [[[1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1]]] * 2
+
+
+@torch.no_grad()
+def test_forks_see_what_their_sequences_see_alone(tiny):
+    """Two rows: sequences of 2 and 7 tokens after a head of 3, and one of 5 without a head."""
+    ids, lengths = ids_for(tiny, rows=1, length=17), [(3, 2, 7), (0, 5)]
+    head, *tails, other = ids[0].split([3, 2, 7, 5])
+    pos = torch.tensor([[0, 1, 2, 3, 4, *range(3, 10), *range(5)]])
+    forks = Forks(lengths, "cpu")
+    together = tiny.head(tiny.run_layers(tiny.embed(ids), pos, forks.masks, rows=forks))[0].split([3, 2, 7, 5])
+    for tail, logits in zip(tails, together[1:3]):
+        torch.testing.assert_close(logits, tiny(torch.cat([head, tail])[None])[0, 3:], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(together[0], tiny(head[None])[0], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(together[3], tiny(other[None])[0], atol=1e-5, rtol=1e-4)
+
+
 def test_ragged_rows_as_documented():
     ragged = Ragged([2, 3], "cpu", multiple=1)
     x = torch.tensor([[1.0, 2.0, 3.0, 4.0, 5.0]], requires_grad=True)[..., None]  # (1, N, 1)
@@ -176,7 +202,7 @@ def test_tokens_end_to_end_give_the_states_of_padded_rows(family_folder):
     ragged, ids = Ragged([5, 12, 9], "cpu"), torch.cat(rows)[None]
     pos = torch.cat([torch.arange(len(r)) for r in rows])[None]
     mask = packed_mask(ragged.spread(torch.zeros_like(ids)))
-    together = model.head(model.run_layers(model.embed(ids), pos, mask, ragged=ragged))[0]
+    together = model.head(model.run_layers(model.embed(ids), pos, mask, rows=ragged))[0]
     torch.testing.assert_close(together, torch.cat([model(r[None])[0] for r in rows]), atol=1e-4, rtol=1e-4)
 
 

@@ -1,0 +1,90 @@
+"""Rows of unequal length, laid end to end: how tokens find their rows for attention, and lie together for all the rest.
+
+Ragged is the plain form: rows, each padded to the longest. Forks is for sequences that begin with the same tokens.
+"""
+
+import torch
+
+
+class Take(torch.autograd.Function):
+    """x[index] for tokens that are moved, never added up: backward moves their gradients back, and zeroes `empty`."""
+
+    @staticmethod
+    def forward(ctx, x, index, back, empty):
+        ctx.back, ctx.empty = back, empty
+        return x.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = grad.index_select(0, ctx.back)
+        return (grad if ctx.empty is None else grad.index_fill_(0, ctx.empty, 0)), None, None, None
+
+
+class Ragged:
+    """N tokens that make R rows of unequal length, laid end to end so that no weight is ever multiplied with padding.
+
+    Rows of 2 and 3 tokens: spread() turns (1, N, ...), a a b b b, into (R, T, ...), [[a a .], [b b b]], for what needs
+    a row at a time; join() turns it back. T is rounded up to `multiple`. A padding slot holds its row's first token and
+    passes no gradient on.
+    """
+
+    def __init__(self, lengths: list[int], device, multiple: int = 8):
+        R, T = len(lengths), -(-max(lengths) // multiple) * multiple
+        length = torch.tensor(lengths)[:, None]
+        start = (length.cumsum(0) - length).clamp(max=sum(lengths) - 1)  # (R, 1); a row may be empty
+        t = torch.arange(T)
+        real = t < length  # (R, T)
+        self.shape, self.even = (R, T), min(lengths) == T  # even: nothing needs to be moved
+        self.token = torch.where(real, start + t, start).flatten().to(device)  # (R*T) which token is in each slot
+        self.slot = real.flatten().nonzero()[:, 0].to(device)  # (N) which slot each token is in
+        self.empty = (~real).flatten().nonzero()[:, 0].to(device)
+
+    def spread(self, x):
+        if self.even:
+            return x.flatten(0, 1).unflatten(0, self.shape)
+        return Take.apply(x.flatten(0, 1), self.token, self.slot, None).unflatten(0, self.shape)
+
+    def join(self, x):
+        if self.even:
+            return x.flatten(0, 1)[None]
+        return Take.apply(x.flatten(0, 1), self.slot, self.token, self.empty)[None]
+
+
+class Forks:
+    """R rows, each of which forks: a head, and the sequences that go on from it. They see the head and themselves.
+
+    One row with a head of 1 token and tails of 2 and 3, a b b c c c: spread() turns (1, N, ...) into the heads (R, T1, ...),
+    [[a]], and the tails (S, T2, ...), [[b b .], [c c c]]; join() turns both back. T1 and T2 are rounded up to `multiple`. As
+    one row of 6 tokens, most of what attention computes would be masked out.
+    """
+
+    def __init__(self, rows: list[tuple], device, multiple: int = 8):
+        """rows: for each, (tokens of its head, tokens of its first tail, ...)."""
+        length = torch.tensor([n for row in rows for n in row])  # of each piece, as they lie
+        is_head = torch.tensor([i == 0 for row in rows for i in range(len(row))])
+        start = (length.cumsum(0) - length).clamp(max=int(length.sum()) - 1)
+        self.shapes, token, real = [], [], []
+        for mine in (is_head, ~is_head):
+            T = -(-int(length[mine].max()) // multiple) * multiple
+            t, n = torch.arange(T), length[mine][:, None]
+            self.shapes.append((len(n), T))
+            real.append((t < n).flatten())
+            token.append((start[mine][:, None] + t.where(t < n, 0)).flatten())
+        self.token, real = torch.cat(token).to(device), torch.cat(real)  # which token is in each slot, heads first
+        slot = real.nonzero()[:, 0]
+        self.slot = slot[torch.cat(token)[slot].argsort()].to(device)  # (N) which slot each token is in
+        self.empty = (~real).nonzero()[:, 0].to(device)
+        self.share = Ragged([len(row) - 1 for row in rows], device, multiple=1)  # the tails of each head
+        T1, T2 = (T for _, T in self.shapes)
+        seen = torch.arange(T1) < length[is_head].repeat_interleave(torch.tensor([len(row) - 1 for row in rows]))[:, None]
+        own = torch.ones(T2, T2, dtype=torch.bool).tril().expand(len(seen), -1, -1)
+        tails = torch.cat([seen[:, None].expand(-1, T2, -1), own], dim=2)  # (S, T2, T1 + T2)
+        self.masks = torch.ones(len(rows), T1, T1, dtype=torch.bool).tril().to(device), tails.to(device)
+
+    def spread(self, x) -> tuple:
+        pieces = Take.apply(x.flatten(0, 1), self.token, self.slot, None).split([n * T for n, T in self.shapes])
+        return tuple(piece.unflatten(0, shape) for piece, shape in zip(pieces, self.shapes))
+
+    def join(self, heads, tails):
+        x = torch.cat([heads.flatten(0, 1), tails.flatten(0, 1)])
+        return Take.apply(x, self.slot, self.token, self.empty)[None]
