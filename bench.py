@@ -36,13 +36,14 @@ from scaling import timed
 from selfedit import edit_prompts, policy_example, write_self_edits
 
 WORK = "data/bench_work.json"
+BRIEF = 6  # steps that are timed where the whole takes too long
 STRICT = LoRAConfig(32, 64.0, ("q_proj", "v_proj"), 0, 30), Study(lr=1e-3, epochs=10, row_len=0)  # the paper's recipe
 
 
 def parse_arguments():
     parser = make_parser(__doc__)
     add = parser.add_argument_group("bench").add_argument
-    add("--only", nargs="+", default=list(PARTS), choices=PARTS, help="parts to run")
+    add("--only", nargs="+", default=list(PARTS), choices=PARTS, help="parts to run; of --out, the others' rows are kept")
     add("--repeats", type=at_least(1), default=3, help="turns of each side")
     add("--out", default="results/bench.json", help="result file, written after every part")
     add("--write-work", action="store_true", help=f"sample the self-edits of {WORK} anew, and stop")
@@ -101,6 +102,11 @@ class Bench:
         one = self.fresh(config, 1)
         return [self.other.train(one, self.batches(mine, study), study, steps) for mine in self.examples(candidates)]
 
+    def padded(self, study, steps: int = 0) -> int:
+        """Tokens that the other side reads in the 8 candidates' first `steps` steps, or in all: each batch is padded."""
+        batches = [step for mine in self.examples(self.longest) for step in self.batches(mine, study)[: steps or None]]
+        return sum(len(batch) * max(len(e.ids) for e in batch) for batch in batches)
+
     def other_time(self, run, part: float = 1.0, setups: float = 1.0) -> float:
         """Seconds of run(), of which the loop is timed `part` times as long, and the set-up counted `setups` times."""
         before = self.other.setup
@@ -116,12 +122,32 @@ class Bench:
             seconds[1].append(self.other_time(other, other_part, setups))
         a, b = map(statistics.median, seconds)
         row = {"work": work, "ours_s": a, "other": name, "other_s": b, "ratio": b / a, "note": note, "turns": seconds}
-        self.add(row | {"scaled": other_part != 1})
+        self.add(row | {"scaled": other_part != 1, "ours_scaled": part != 1})
+
+    def keep_others(self, head: dict) -> tuple[list, list, float]:
+        """With --only: the rows of other parts that stand in --out, the commands that measured it, and the minutes that they
+        took. Exits with one line if that was in another way."""
+        if set(self.args.only) == set(PARTS) or not Path(self.args.out).is_file():
+            return [], [], 0.0
+        before = read_json(self.args.out)
+        for key, value in head.items():
+            if before[key] != value:
+                raise SystemExit(
+                    f"error: {self.args.out} was measured with {key} {before[key]}, not {value}; give another --out"
+                )
+        self.mfu = before["mfu"]
+        kept = [row for row in before["rows"] if part_of(row) not in self.args.only]
+        return kept, before.get("commands", [before.get("command")]), before["minutes"]
 
     def add(self, row: dict) -> None:
         self.rows.append(row)
         seconds = f"{row['ours_s']:8.2f} s {row['other_s']:9.2f} s"
         print(f"{row['work']:<16} {seconds} {row['ratio']:7.2f}  {row['other']}", flush=True)
+
+
+def part_of(row: dict) -> str:
+    """The part that measured a row: "quiz" of "quiz-merged"."""
+    return next(part for part in PARTS if row["work"].startswith(part))
 
 
 def write_work(args) -> None:
@@ -143,18 +169,20 @@ def write_work(args) -> None:
 
 def inner_strict(b: Bench) -> None:
     config, full = STRICT
-    total = full.epochs * sum(len(plan_steps(len(mine), replace(full, epochs=1), 0)) for mine in b.examples(b.longest)) / 8
-    study = replace(full, steps=6)
-    note = f"8 candidates, the paper's recipe; 6 of {total:.0f} steps a candidate timed on both sides, and scaled"
-    compare_training(b, "inner-strict", config, study, note, part=total / 6, other_part=total / 6)
+    brief = replace(full, steps=BRIEF)
+    part = b.padded(full) / b.padded(brief)
+    note = f"8 candidates, the paper's recipe; {BRIEF} steps of each timed on both sides, and scaled by tokens"
+    compare_training(b, "inner-strict", config, brief, note, part=part, other_part=part)
 
 
 def inner_fast(b: Bench) -> None:
     """The default recipe. The other side's steps are ours: the sequences of a packed row are one padded batch."""
     config, study = b.fast
+    steps = min(BRIEF, study.steps)
     note = "8 candidates, the default recipe; the other: the same LoRA and the same steps, a padded batch each; "
-    note += f"4 of its {study.steps} steps timed, and scaled"
-    compare_training(b, "inner-fast", config, study, note, steps=4, other_part=study.steps / 4)
+    note += f"{steps} of its {study.steps} steps timed, and scaled by tokens"
+    part = b.padded(study) / b.padded(study, steps)
+    compare_training(b, "inner-fast", config, study, note, steps=steps, other_part=part)
 
 
 def compare_training(b, work, config, study, note, steps: int = 0, **scale) -> None:
@@ -168,7 +196,8 @@ def compare_training(b, work, config, study, note, steps: int = 0, **scale) -> N
         note,
         **scale,
     )
-    gap = [abs(x - y) for mine, losses in zip(ours[0], theirs[0]) for x, y in zip(mine.losses, losses)]
+    pairs = [zip(mine.losses[: steps or None], losses, strict=True) for mine, losses in zip(ours[0], theirs[0])]
+    gap = [abs(x - y) for pair in pairs for x, y in pair]
     b.rows[-1]["loss_gap"] = {"mean": float(np.mean(gap)), "max": max(gap), "steps": len(gap)}
     if np.mean(gap) > 0.05:  # nats; the losses themselves run from about 6 to 2
         raise SystemExit(f"error: the two sides do not train alike, their losses differ by {np.mean(gap):.3f} on average")
@@ -177,14 +206,14 @@ def compare_training(b, work, config, study, note, steps: int = 0, **scale) -> N
 def inner_paper(b: Bench) -> None:
     config, study = STRICT
     examples = b.examples(b.longest)
-    total, brief = sum(len(plan_steps(len(mine), study, 0)) for mine in examples), replace(study, steps=6)
+    total, brief = sum(len(plan_steps(len(mine), study, 0)) for mine in examples), replace(study, steps=BRIEF)
     b.versus(
         "inner-paper",
         lambda: b.train(b.longest, config, brief),
         "peft, Trainer, padded to 2048",
         lambda: b.other.trainer_steps(b.fresh(config, 1), examples[0], study, 1),
-        f"as inner-strict; timed: ours 6 of {total / 8:.0f} steps of all 8, the other 1 step of {total}, and scaled",
-        part=total / 8 / 6,
+        f"as inner-strict; timed: ours {BRIEF} steps of each, the other 1 step of all {total}, and scaled",
+        part=b.padded(study) / b.padded(brief),
         other_part=total,
         setups=8,
     )
@@ -261,14 +290,14 @@ def outer(b: Bench) -> None:
         spent["quiz"] = timed(lambda: [b.other.generate(p, ANSWER_LEN, model, ends=ends) for p in prompts]) * 64 / len(some)
         model.unload()
         run = lambda: b.other.train(b.fresh(policy, 1), steps, outer_study, steps=4)  # noqa: E731
-        return spent | {"reinforce": b.other_time(run, len(steps) / 4)}
+        return spent | {"reinforce": b.other_time(run, len(steps) / min(4, len(steps)))}
 
     turns = [(8 * timed(ours), other()) for _ in range(b.args.repeats)]
     a, o = statistics.median(t[0] for t in turns), statistics.median(sum(t[1].values()) for t in turns)
     note = "16 passages x 4, --select best; timed: ours 2 passages; the other: sampling from its row, "
     note += f"{len(some)} of 64 candidates x 2 steps, 4 of {len(steps)} outer steps; and scaled"
     row = {"work": "round", "ours_s": a, "other": "transformers + peft", "other_s": o, "ratio": o / a, "note": note}
-    b.add(row | {"turns": turns, "scaled": True})
+    b.add(row | {"turns": turns, "scaled": True, "ours_scaled": True})
 
 
 OURS_TO_FIRST_TOKEN = """
@@ -284,7 +313,8 @@ model = transformers.AutoModelForCausalLM.from_pretrained({model!r}, dtype=torch
 tok = transformers.AutoTokenizer.from_pretrained({model!r})
 model.generate(**tok("The bell was cast in", return_tensors="pt"), max_new_tokens=1, do_sample=False)
 """
-PEAK = "import resource; print('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)"
+# VmHWM and not getrusage(), whose maximum a child begins with at what its parent has.
+PEAK = "print('peak', int(open('/proc/self/status').read().split('VmHWM:')[1].split()[0]) // 1024)"
 
 
 def startup(b: Bench) -> None:
@@ -301,27 +331,6 @@ def startup(b: Bench) -> None:
     b.rows[-1] |= {"peak_mb": peaks[OURS_TO_FIRST_TOKEN], "other_peak_mb": peaks[OTHER_TO_FIRST_TOKEN]}
 
 
-def compiled(b: Bench) -> None:
-    """--compile inductor, after it has compiled. Last of all, for it changes the model."""
-    config, study = b.fast
-    run = lambda: b.train(b.longest, config, replace(study, steps=4))  # noqa: E731
-    eager = statistics.median(timed(run) for _ in range(b.args.repeats))
-    b.model.compile_blocks("inductor")
-    first = timed(run)
-    later = statistics.median(timed(run) for _ in range(b.args.repeats))
-    note = f"8 candidates, 4 steps, --compile inductor; its first run took {first - later:.0f} s more, to compile"
-    b.add(
-        {
-            "work": "compile",
-            "ours_s": later,
-            "other": "ours, --compile off",
-            "other_s": eager,
-            "ratio": eager / later,
-            "note": note,
-        }
-    )
-
-
 # -----------------------------------------------------------------------------
 
 PARTS = {
@@ -335,7 +344,7 @@ PARTS = {
     "population": scaling.population,
     "sequence": scaling.sequence,
     "mfu": scaling.utilization,
-    "compile": compiled,
+    "compile": scaling.compiled,
 }
 
 
@@ -345,18 +354,16 @@ def main() -> None:
         return write_work(args)
     start, b = time.perf_counter(), Bench(args)
     machine = f"{platform.machine()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+    head = {"machine": machine, "torch": torch.__version__, "dtype": str(b.model.dtype), "repeats": args.repeats}
+    kept, commands, minutes = b.keep_others(head)
     print(f"{'work':<16} {'ours':>10} {'other':>11} {'ratio':>7}  other side", flush=True)
     for name in (part for part in PARTS if part in args.only):
         PARTS[name](b)
-        result = {
-            "command": "python " + " ".join(sys.argv),
-            "seed": args.seed,
-            "machine": machine,
-            "torch": torch.__version__,
-        }
-        result |= {"dtype": str(b.model.dtype), "repeats": args.repeats, "minutes": (time.perf_counter() - start) / 60}
-        write_json(args.out, result | {"rows": b.rows, "mfu": b.mfu})
-    print("\n".join(["", *scaling.table(b.rows)]))
+        result = {"commands": [*commands, "python " + " ".join(sys.argv)], "seed": args.seed} | head
+        result["minutes"] = minutes + (time.perf_counter() - start) / 60
+        rows = sorted(kept + b.rows, key=lambda row: list(PARTS).index(part_of(row)))
+        write_json(args.out, result | {"rows": rows, "mfu": b.mfu})
+    print("\n".join(["", *scaling.table(rows)]))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 Four things make it fast, and none changes what a candidate learns:
     packing        short sequences share a row (block-diagonal mask, positions start anew), so little is padded
-    one prompt     sequences that begin with the same prompt read it once
+    one prompt     sequences that begin with the same prompt read it once, and are attended to apart where that is less work
     lower layers   when only the top layers adapt, what the frozen ones make of each row is computed once
     labels only    the large output projection runs only where a token is predicted, a chunk at a time
 
@@ -128,6 +128,28 @@ def shared_prefix(examples: list[Example]) -> int:
     return min(len(os.path.commonprefix([e.ids for e in examples])), *given)
 
 
+def end_to_end(rows, *names: str) -> list[torch.Tensor]:
+    """The named tensors of all rows one after the other, each (1, N, ...)."""
+    return [torch.cat([getattr(row, name) for row in rows])[None] for name in names]
+
+
+def layout(rows: list[Row]) -> tuple:
+    """How attention sees the rows' tokens, and its mask: each row as one, or its sequences apart, whichever is less work.
+
+    A row of 250 tokens that is six notes asks for 62,500 scores, most of them masked out; its notes, of 40 tokens after a
+    prefix of 10, for 6 x 40 x 50 and 10 x 10. Apart, all of the batch are padded to the longest: a passage would not pay.
+    """
+    lengths, device = [row.lengths for row in rows], rows[0].ids.device
+    heads, tails = [mine[0] for mine in lengths], [n for mine in lengths for n in mine[1:]]
+    apart = len(heads) * max(heads) ** 2 + len(tails) * max(tails) * (max(heads) + max(tails))
+    if max(heads) and apart < len(rows) * max(map(sum, lengths)) ** 2:
+        forks = Forks(lengths, device)
+        return forks, forks.masks
+    ragged = Ragged(list(map(sum, lengths)), device)
+    segment = torch.tensor([i for mine in lengths for i, n in enumerate(mine) for _ in range(n)], device=device)
+    return ragged, packed_mask(ragged.spread(segment[None]))  # padding ends a row, so no token looks at it
+
+
 # -----------------------------------------------------------------------------
 # the frozen lower layers, once
 
@@ -155,34 +177,13 @@ def with_lower_states(model: Transformer, rows: list[Row], stop: int, tokens: in
 
 
 def _lower_batch(model: Transformer, batch: dict, stop: int) -> dict:
-    rows, mask = layout(list(batch.values()))
-    ids, pos = end_to_end(batch.values(), "ids", "pos")
+    rows = list(batch.values())
+    ids, pos = end_to_end(rows, "ids", "pos")
     x = model.embed(ids)
     if stop:
-        x = model.run_layers(x, pos, mask, stop=stop, rows=rows)
-    return dict(zip(batch, x[0].split([len(row.ids) for row in batch.values()])))
-
-
-def end_to_end(rows, *names: str) -> list[torch.Tensor]:
-    """The named tensors of all rows one after the other, each (1, N, ...)."""
-    return [torch.cat([getattr(row, name) for row in rows])[None] for name in names]
-
-
-def layout(rows: list[Row]) -> tuple:
-    """How attention sees the rows' tokens, and its mask: each row as one, or its sequences apart, whichever is less work.
-
-    A row of 250 tokens that is six notes asks for 62,500 scores, most of them masked out; its notes, of 40 tokens after a
-    prefix of 10, for 6 x 40 x 50 and 10 x 10. Apart, all of the batch are padded to the longest: a passage would not pay.
-    """
-    lengths, device = [row.lengths for row in rows], rows[0].ids.device
-    heads, tails = [mine[0] for mine in lengths], [n for mine in lengths for n in mine[1:]]
-    apart = len(heads) * max(heads) ** 2 + len(tails) * max(tails) * (max(heads) + max(tails))
-    if max(heads) and apart < len(rows) * max(map(sum, lengths)) ** 2:
-        forks = Forks(lengths, device)
-        return forks, forks.masks
-    ragged = Ragged(list(map(sum, lengths)), device)
-    segment = torch.tensor([i for mine in lengths for i, n in enumerate(mine) for _ in range(n)], device=device)
-    return ragged, packed_mask(ragged.spread(segment[None]))  # padding ends a row, so no token looks at it
+        shape, mask = layout(rows)
+        x = model.run_layers(x, pos, mask, stop=stop, rows=shape)
+    return dict(zip(batch, x[0].split([len(row.ids) for row in rows])))
 
 
 # -----------------------------------------------------------------------------
@@ -279,7 +280,7 @@ def train_step(model: Transformer, lora: attached, active: list[int], taken: lis
     counted tokens, and gradients (p, N) in float32.
     """
     rows, device = [row for mine in taken for row in mine], model.device
-    by_row, mask = layout(rows)
+    shape, mask = layout(rows)
     x, pos = end_to_end(rows, "x", "pos")
     first = np.cumsum([0, *(len(row.ids) for row in rows)]).tolist()  # where each row starts
     at = torch.cat([row.at + start for row, start in zip(rows, first)])
@@ -289,8 +290,8 @@ def train_step(model: Transformer, lora: attached, active: list[int], taken: lis
     weight = torch.cat([row.weight for row in rows]) / counted[owner]
 
     lora.bind(active, train=True)
-    lora.split([sum(len(row.ids) for row in mine) for mine in taken])
-    hidden = model.run_layers(x, pos, mask, start=lora.adapters.config.start, rows=by_row)
+    lora.assign([sum(len(row.ids) for row in mine) for mine in taken])
+    hidden = model.run_layers(x, pos, mask, start=lora.adapters.config.start, rows=shape)
     nll = backward_through_head(model, hidden[0, at], target, weight)
     losses = torch.zeros(len(taken), device=device).index_add_(0, owner, nll * weight)
     return losses, lora.gradients()

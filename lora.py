@@ -3,7 +3,7 @@
 LoRA (arXiv 2106.09685) adds a low-rank correction to a frozen weight:   y = x W^T + (alpha / rank) (x A^T) B^T
 Here A and B have a leading population axis P, so that P candidates train and answer in the same batch:
 
-    x (P*b, T, in)      b rows of T tokens for each candidate, candidate after candidate (in training: unequally many)
+    x (P*b, T, in)      b rows of T tokens for each candidate, candidate after candidate (or unequally many tokens)
     W (out, in)         frozen and shared: one GEMM over all tokens
     A (P, rank, in), B (P, out, rank): one batched product over the population axis
 
@@ -123,7 +123,7 @@ class LoRALinear(nn.Module):
         self.a = self.b = self.ragged = None
 
     def forward(self, x):
-        y = self.base(x)  # (P*b, T, out)
+        y = self.base(x)  # (P*b, T, out), or all tokens end to end: (1, N, out)
         if self.a is None:
             return y
         if self.ragged is not None:  # candidates with unequally many of the tokens
@@ -137,7 +137,7 @@ class LoRALinear(nn.Module):
 class attached:
     """Within `with attached(model, adapters) as lora`, the model runs under the adapters; on leaving, it is as it was.
 
-    Its rows belong to the P candidates in turn, equally many each; or, with `ragged`, its tokens in the given numbers.
+    Its rows belong to the P candidates in turn, equally many each; or, after assign(), its tokens in the given numbers.
     Raises RuntimeError if the model has adapters already.
     """
 
@@ -160,17 +160,19 @@ class attached:
 
     def bind(self, rows, train: bool = False) -> None:
         """Use the adapters in these rows, as they are now. With train=True, A and B gather gradients, for gradients()."""
-        rows = torch.as_tensor(rows, device=self.model.device)
+        self.bound, self.tokens, rows = rows, None, torch.as_tensor(rows, device=self.model.device)
         for path, module in self.modules.items():
             module.ragged = None
             views = self.adapters.views(self.adapters.flat, path)
             module.a, module.b = (m[rows].to(self.model.dtype).requires_grad_(train) for m in views)
 
-    def split(self, tokens: list[int]) -> None:
-        """From now on, the batch's tokens belong to the bound candidates in turn, in these numbers."""
-        ragged = Ragged(tokens, self.model.device, multiple=1) if len(set(tokens)) > 1 else None
-        for module in self.modules.values():
-            module.ragged = ragged
+    def assign(self, tokens: list[int]) -> None:
+        """From now on, a batch's tokens belong to the bound candidates in turn, in these numbers."""
+        if tokens != self.tokens:
+            self.tokens, even = tokens, len(set(tokens)) == 1
+            ragged = None if even else Ragged(tokens, self.model.device, multiple=1)
+            for module in self.modules.values():
+                module.ragged = ragged
 
     def gradients(self):
         """The gradients since the last bind(), laid out like `flat`: (p, N) in float32. The next call overwrites them."""

@@ -74,8 +74,8 @@ class Linear(nn.Linear):
     """A linear layer with a frozen weight.
 
     On a CPU, F.linear first brings the weight into the layout that its product wants, in every call: with 50 rows that
-    takes as long as the product. So oneDNN's form of it is kept, and its transpose's for the backward pass, at the price of
-    memory.
+    takes as long as the product. So oneDNN's form of it is kept, and its transpose's where it is trained through: that takes
+    two or three times the memory.
     Replace `weight` to change it (as lora.merge does); writing through `weight.data` would not be noticed.
     """
 
@@ -109,10 +109,12 @@ class Linear(nn.Linear):
 
 @functools.cache
 def has_blocked_products(dtype) -> bool:
-    """Can this CPU, and this build of torch, multiply in oneDNN's layout for float32 or bfloat16?"""
-    if not torch.backends.mkldnn.is_available() or dtype not in (torch.float32, torch.bfloat16):
+    """Can this CPU, and this build of torch, multiply in oneDNN's layout? In float32 only where torch has MKL, too (x86)."""
+    if not torch.backends.mkldnn.is_available():
         return False
-    return dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if dtype == torch.bfloat16:
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return dtype == torch.float32 and torch.backends.mkl.is_available()
 
 
 def blocked_product(x, form, bias=None):
@@ -196,17 +198,21 @@ class Attention(nn.Module):
         q, k = rotate(q, *rope), rotate(k, *rope)
         if rows is None:
             y = self.attend(q, [(k, v, None)], bias, layer_cache)
-        elif isinstance(rows, Forks):  # these were (1, N, ...)
+        elif isinstance(rows, Forks):  # with rows, q, k and v are (1, N, heads, D)
             (q1, q2), (k1, k2), (v1, v2) = rows.spread(q), rows.spread(k), rows.spread(v)
             heads = self.attend(q1, [(k1, v1, None)], bias[0])
             y = rows.join(heads, self.attend(q2, [(k1, v1, rows.share), (k2, v2, None)], bias[1]))
-        else:  # and these
+        else:
             q, k, v = rows.spread(q), rows.spread(k), rows.spread(v)
             y = rows.join(self.attend(q, [(k, v, None)], bias, layer_cache))
         return self.o_proj(y)
 
+    @torch.compiler.disable  # its shapes and forms vary from step to step: compiling it, too, takes longer than most runs
     def attend(self, q, blocks, bias, layer_cache=None):
-        """q (R, T, H, D), blocks [(k, v, share)] with k, v (B, S, K, D), bias (R, 1, 1, T, S of all) -> (R, T, H*D)."""
+        """q (R, T, H, D), blocks [(k, v, share)] with k, v (B, S, K, D), bias (R, 1, 1, T, S of all) -> (R, T, H*D).
+
+        With a cache, the one block is stored there, and what it holds already is looked at, too.
+        """
         R, T, H, D = q.shape
         K = self.n_kv_head
         blocks = [(k.transpose(1, 2), v.transpose(1, 2), share) for k, v, share in blocks]  # (B, K, S, D)

@@ -158,14 +158,14 @@ def ask(
 def answer_logprobs(answers: list[list[int]], batch: Batch, x) -> list[float]:
     """Mean log-likelihood per token of answers[n] as continuation of row n of the batch (teacher forcing).
 
-    x (R, C) are the states of the rows' last tokens, as prefill() returns them. The answers, of two tokens or more, are read
-    and taken back: decoding can go on from the same prompts.
+    x (R, C) are the states of the rows' last tokens, as prefill() returns them. The answers are read and taken back:
+    decoding can go on from the same prompts.
     """
-    inputs = [a[:-1] for a in answers]
-    longest = max(map(len, inputs))
-    batch.cache.extend(longest)
-    states = torch.cat([x, batch.read(inputs)])  # the prompt's last token predicts the first of the answer
-    batch.take_back(longest)
+    inputs, states = [a[:-1] for a in answers], x  # the prompt's last token predicts the first of the answer
+    if longest := max(map(len, inputs)):
+        batch.cache.extend(longest)
+        states = torch.cat([x, batch.read(inputs)])
+        batch.take_back(longest)
     first = np.cumsum([len(x), *map(len, inputs)]).tolist()  # where the states of each answer start
     at = [i for n, mine in enumerate(inputs) for i in (n, *range(first[n], first[n] + len(mine)))]
     target = torch.tensor([t for a in answers for t in a], device=x.device)

@@ -55,7 +55,10 @@ class Forks:
 
     One row with a head of 1 token and tails of 2 and 3, a b b c c c: spread() turns (1, N, ...) into the heads (R, T1, ...),
     [[a]], and the tails (S, T2, ...), [[b b .], [c c c]]; join() turns both back. T1 and T2 are rounded up to `multiple`. As
-    one row of 6 tokens, most of what attention computes would be masked out.
+    one row of 6 tokens, most of what attention computes would be masked out. Padding is as in Ragged.
+
+    `masks` says who looks at whom: heads at themselves (R, T1, T1), tails at their head and themselves (S, T2, T1 + T2).
+    `share` says which tails each head serves.
     """
 
     def __init__(self, rows: list[tuple], device, multiple: int = 8):
@@ -70,9 +73,10 @@ class Forks:
             self.shapes.append((len(n), T))
             real.append((t < n).flatten())
             token.append((start[mine][:, None] + t.where(t < n, 0)).flatten())
-        self.token, real = torch.cat(token).to(device), torch.cat(real)  # which token is in each slot, heads first
+        token, real = torch.cat(token), torch.cat(real)
         slot = real.nonzero()[:, 0]
-        self.slot = slot[torch.cat(token)[slot].argsort()].to(device)  # (N) which slot each token is in
+        self.token = token.to(device)  # which token is in each slot, heads first
+        self.slot = slot[token[slot].argsort()].to(device)  # (N) which slot each token is in
         self.empty = (~real).nonzero()[:, 0].to(device)
         self.share = Ragged([len(row) - 1 for row in rows], device, multiple=1)  # the tails of each head
         T1, T2 = (T for _, T in self.shapes)

@@ -42,7 +42,7 @@ class Batch:
 
     def __init__(self, model: Transformer, owner: list[int], slots: int, lora: attached | None = None):
         """Row r runs under adapter owner[r] of `lora`, if there is one; owners ascend."""
-        self.model, self.owner, self.lora, self.bound = model, owner, lora, []
+        self.model, self.owner, self.lora = model, owner, lora
         self.cache = KVCache(model, len(owner), slots)
         self.valid = torch.ones(len(owner), 0, dtype=torch.bool, device=model.device)  # (R, filled slots)
 
@@ -67,10 +67,9 @@ class Batch:
     def bind(self, lengths: list[int]) -> None:
         """Each token under its row's adapter; row r has lengths[r] of them."""
         present = sorted(set(self.owner))
-        if present != self.bound:
+        if present != self.lora.bound:
             self.lora.bind(present)
-            self.bound = present
-        self.lora.split([sum(n for n, o in zip(lengths, self.owner) if o == p) for p in present])
+        self.lora.assign([sum(n for n, o in zip(lengths, self.owner) if o == p) for p in present])
 
     def fan_out(self, owner: list[int], counts: list[int], slots: int) -> None:
         """Row r becomes counts[r] rows, which go on in a new block of the cache with the given number of slots."""
@@ -80,7 +79,7 @@ class Batch:
 
     def take_back(self, slots: int) -> None:
         """Forget the last slots."""
-        self.valid = self.valid[:, :-slots]
+        self.valid = self.valid[:, : self.valid.size(1) - slots]
         self.cache.take_back(slots)
 
     def keep(self, rows: list[int]) -> None:
@@ -101,16 +100,16 @@ def prefill(model: Transformer, prompts: list[list[int]], owner: list[int], slot
     if longest + slots > model.config.max_seq_len:
         limit = f"the model's context of {model.config.max_seq_len}"
         raise SystemExit(f"error: a prompt of {longest} tokens with room for {slots} more is longer than {limit}")
-    each = {o: [p for p, mine in zip(prompts, owner) if mine == o] for o in owner}
+    each = {o: [p for p, mine in zip(prompts, owner) if mine == o] for o in dict.fromkeys(owner)}
     heads = {o: commonprefix(mine)[: min(map(len, mine)) - 1] for o, mine in each.items()}
     tails = [p[len(heads[o]) :] for p, o in zip(prompts, owner)]
-    longest = max(map(len, tails))
-    if any(heads.values()):
+    room = max(map(len, tails))
+    if len(prompts) > len(each) and any(heads.values()):
         batch = Batch(model, list(each), max(map(len, heads.values())), lora)
         batch.read(list(heads.values()))
-        batch.fan_out(owner, [len(mine) for mine in each.values()], longest)
+        batch.fan_out(owner, [len(mine) for mine in each.values()], room)
     else:
-        batch = Batch(model, owner, longest, lora)
+        batch, tails = Batch(model, owner, longest, lora), prompts
     x = batch.read(tails)
     return batch, x[torch.tensor([len(t) for t in tails], device=x.device).cumsum(0) - 1]
 
@@ -138,6 +137,7 @@ def generate(
     owner[i]; without, owners say which prompts begin alike. Rows that are finished leave the batch. `on_prefill(prompt
     of each row, batch, x)` is called once, when the prompts are read; `tick(live rows)` for every token.
     """
+    assert owner or not adapters or len(adapters) == 1, "which prompt runs under which adapter?"
     owner, end_ids = owner or [0] * len(prompts), set(end_ids)
     order = sorted(range(len(prompts)), key=lambda i: owner[i])
     rows = [i * copies + c for i in order for c in range(copies)]  # batch row -> output

@@ -57,7 +57,8 @@ def utilization(b) -> None:
     """Model FLOPs of the inner update, over its seconds times the GEMM rate at the same shapes; and a profile."""
     config, study = b.fast
     outcomes, seconds = [], [t for row in b.rows if row["work"] == "inner-fast" for t in row["turns"][0]]
-    seconds += [timed(lambda: outcomes.append(b.train(b.longest, config, study)))]
+    while not outcomes or len(seconds) < b.args.repeats:
+        seconds.append(timed(lambda: outcomes.append(b.train(b.longest, config, study))))
     tokens, steps = sum(o.tokens for o in outcomes[0]), max(o.steps for o in outcomes[0])
     flops = inner_flops(b.model, b.examples(b.longest), config, study)
     rates = {how: gemm_rate(b, config, tokens // steps, how) for how in ("plain", "blocked")}
@@ -83,9 +84,12 @@ def inner_flops(model, examples, config, study) -> float:
     total = 2 * config.start * block * sum(len(ids) for ids, _ in below) + n * (4 * block + 6 * lora) * tokens
     total -= 2 * sum(weights[q].numel() for q in ("q_proj", "k_proj", "v_proj")) * tokens  # nothing below asks for it
     total += 4 * c.vocab_size * c.n_embd * sum(len(row.at) for row in trained)
-    # who looks at whom: a head at itself, a tail at itself and at its row's head
-    pairs = sum(n * (n + 1) / 2 + (i > 0) * n * row.lengths[0] for row in trained for i, n in enumerate(row.lengths))
-    return total + n * 12 * c.n_head * c.head_dim * pairs
+    return total + n * 12 * c.n_head * c.head_dim * sum(looks(row.lengths) for row in trained)
+
+
+def looks(lengths: tuple) -> float:
+    """How many tokens the tokens of a row look at in all: a head at itself, a tail at itself and at the head."""
+    return sum(t * (t + 1) / 2 + (i > 0) * t * lengths[0] for i, t in enumerate(lengths))
 
 
 @torch.no_grad()
@@ -127,6 +131,19 @@ def shares(profile, wall: float, P: int) -> dict:
     return {k: round(v, 4) for k, v in total.items()}
 
 
+def compiled(b) -> None:
+    """--compile inductor, after it has compiled. Last of all, for it changes the model."""
+    config, study = b.fast
+    run = lambda: b.train(b.longest, config, replace(study, steps=4))  # noqa: E731
+    eager = statistics.median(timed(run) for _ in range(b.args.repeats))
+    b.model.compile_blocks("inductor")
+    first = timed(run)
+    later = statistics.median(timed(run) for _ in range(b.args.repeats))
+    note = f"8 candidates, 4 steps, --compile inductor; its first run took {first - later:.0f} s more, to compile"
+    row = {"work": "compile", "ours_s": later, "other": "ours, --compile off", "other_s": eager}
+    b.add(row | {"ratio": eager / later, "note": note})
+
+
 def table(rows: list[dict]) -> list[str]:
     """The rows as lines of Markdown."""
     lines = ["| work | ours | other | ratio | other side | note |", "| --- | ---: | ---: | ---: | --- | --- |"]
@@ -135,6 +152,6 @@ def table(rows: list[dict]) -> list[str]:
             f"{t:.1f} s" if t >= 10 else f"{t:.2f} s" if t >= 0.1 else f"{1e3 * t:.2f} ms"
             for t in (row["ours_s"], row["other_s"])
         )
-        about = "~" * row.get("scaled", False)
+        about, ours = "~" * row.get("scaled", False), "~" * row.get("ours_scaled", False) + ours
         lines.append(f"| `{row['work']}` | {ours} | {about}{other} | {row['ratio']:.2f} | {row['other']} | {row['note']} |")
     return lines

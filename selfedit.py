@@ -272,11 +272,14 @@ def sample_self_edits(model, tok, prompts: dict, read, copies, args, seed, log=N
             )
     edits = [SelfEdit(**r) for r in read_jsonl(log)] if log and Path(log).is_file() else []
     ids = list(prompts)
-    size = max(1, round(128 * len(ids) / (copies * sum(map(len, prompts.values())))))
+    tokens = sum(len(p) for mine in prompts.values() for p in mine)
+    rows, room = copies * sum(map(len, prompts.values())), 20_000  # prompt tokens that are read at once
+    size = max(1, round(len(ids) * min(128 / rows, room / tokens)))
     progress = Progress(label, len(ids) * copies)
     for batch in range(0, len(ids), size):
         some = ids[batch : batch + size]
-        if len(edits) <= batch * copies:
+        if len(edits) < (batch + len(some)) * copies:
+            edits = edits[: batch * copies]
             sampling = {"temperature": args.temperature, "top_p": args.top_p, "seed": sub_seed(seed, batch)}
             these, ends = [p for i in some for p in prompts[i]], tok.end_ids
             out = iter(generate(model, these, args.max_new, ends, copies=copies, tick=progress.tokens, **sampling))

@@ -1,8 +1,8 @@
 """What people use for the same work today: transformers + peft, as a careful user would write it. bench.py times it.
 
-Careful: bfloat16 weights, sequences padded to the longest of their batch only, torch's fused AdamW, no Trainer, no
-gradients for frozen weights, greedy and sampled decoding by generate() with its key-value cache. `trainer_steps` is the
-one exception: it is the way of the paper's code, Trainer with every sequence padded to 2048 tokens.
+Careful: weights in the same dtype as ours, sequences padded to the longest of their batch only, torch's fused AdamW, no
+Trainer, no gradients for frozen weights, greedy and sampled decoding by generate() with its key-value cache.
+`trainer_steps` is the one exception: it is the way of the paper's code, Trainer with every sequence padded to 2048 tokens.
 """
 
 import tempfile

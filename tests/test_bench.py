@@ -10,10 +10,11 @@ from torch.utils.flop_counter import FlopCounterMode
 import bench
 import scaling
 from checkpoint import load_model
-from common import read_json
+from common import read_json, write_json
 from data.qa import load_passages
 from inner import Example, Study, inner_update
 from lora import PROJECTIONS, Adapters, LoRAConfig
+from model import packed_mask
 from selfedit import generate, parse, sentences
 from tests.baselines import Baseline
 
@@ -56,6 +57,34 @@ def test_both_sides_train_alike(packed, sides):
     other.trainer_steps(Adapters.init(model, config, 1, 0), mine, study, 1, pad=64)
 
 
+def test_a_share_of_the_work_is_scaled(monkeypatch):
+    """Ours 2 s for a quarter of the work; the other 1 s to set up, which it does 8 times in all, and 2 s for a tenth."""
+    b = object.__new__(bench.Bench)
+    b.args, b.rows, b.other = SimpleNamespace(repeats=3), [], SimpleNamespace(setup=0.0)
+
+    def other():
+        b.other.setup += 1.0
+        return 3.0
+
+    monkeypatch.setattr(bench, "timed", lambda run: run())
+    b.versus("quiz", lambda: 2.0, "other", other, part=4, other_part=10, setups=8)
+    [row] = b.rows
+    assert (row["ours_s"], row["other_s"], row["ratio"]) == (8.0, 28.0, 3.5) and row["scaled"] and row["ours_scaled"]
+    assert "| ~8.00 s | ~28.0 s | 3.50 |" in scaling.table(b.rows)[2]
+
+
+def test_parts_that_are_not_run_keep_their_rows(tmp_path):
+    b, head, file = object.__new__(bench.Bench), {"machine": "m", "dtype": "torch.float32"}, tmp_path / "bench.json"
+    rows = [{"work": work} for work in ("load", "quiz", "quiz-merged", "population-16")]
+    write_json(file, head | {"rows": rows, "mfu": {"inner": 0.5}, "minutes": 40, "commands": ["python bench.py"]})
+    b.args = SimpleNamespace(only=["quiz"], out=file)
+    assert b.keep_others(head) == ([rows[0], rows[3]], ["python bench.py"], 40) and b.mfu == {"inner": 0.5}
+    with pytest.raises(SystemExit, match="error: .*bench.json was measured with machine m, not n"):
+        b.keep_others(head | {"machine": "n"})
+    b.args.only = list(bench.PARTS)
+    assert b.keep_others(head) == ([], [], 0.0)
+
+
 def test_both_sides_answer_alike(sides):
     model, other = sides
     adapters = Adapters.init(model, LoRAConfig(4, 8.0, tuple(PROJECTIONS), 0, 4), 2, 0)
@@ -73,6 +102,7 @@ def test_flops_are_those_that_torch_counts(sides, monkeypatch):
     monkeypatch.setattr("model.Linear.may_block", lambda linear: False)  # torch does not count blocked products
     config, mine = LoRAConfig(4, 8.0, tuple(PROJECTIONS), 2, 4), [examples(40, 40, 40), examples(40, 40)]
     study = Study(steps=3, row_len=0)
+    assert scaling.looks((2, 1, 3)) == packed_mask(torch.tensor([[0, 0, 1, 2, 2, 2]])).sum()
     with FlopCounterMode(display=False) as counter:
         inner_update(model, Adapters.init(model, config, 2, 0), mine, [study] * 2, seed=0)
     counted = scaling.inner_flops(model, mine, config, study)

@@ -13,6 +13,7 @@ import inner
 from checkpoint import load_model
 from inner import Example, Study, arrange, backward_through_head, inner_update, make_row, pack, plan_steps, shared_prefix
 from lora import PROJECTIONS, Adapters, LoRAConfig
+from rows import Forks, Ragged
 
 ALL = LoRAConfig(4, 8.0, tuple(PROJECTIONS), 0, 4)
 TOP = LoRAConfig(4, 8.0, tuple(PROJECTIONS), 2, 4)
@@ -234,12 +235,25 @@ def test_plans():
     assert Study(lr=1.0, schedule="cosine").lr_at(2, 4) == pytest.approx(0.5)
 
 
+def test_sequences_of_a_row_are_attended_to_apart_where_that_is_less_work():
+    prompt = example(10, 1).ids
+    notes = [Example(prompt + example(40, n).ids, (False,) * 10 + (True,) * 40) for n in range(6)]
+    row, passage = make_row(notes, 10), make_row([example(200, 7)])
+    shape, masks = inner.layout([row])
+    assert isinstance(shape, Forks) and masks[1].shape == (6, 40, 56)  # the head is padded to 16
+    assert isinstance(inner.layout([passage])[0], Ragged)  # no head
+    assert isinstance(inner.layout([row, passage])[0], Ragged)  # the notes would be padded to 200
+
+
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compiled_blocks_teach_the_same(model, backend):
-    config, flats = LoRAConfig(4, 8.0, ("q_proj", "down_proj"), 3, 4), []
+    """Rows of unequal length, and in the next step sequences after a prompt, which are attended to apart."""
+    config, flats, prompt = LoRAConfig(4, 8.0, ("q_proj", "down_proj"), 3, 4), [], example(16, 9).ids
+    asked = [Example(prompt + example(n, n).ids, (False,) * 16 + (True,) * n) for n in (30, 32, 28, 31)]
+    candidates = [[example(40, 1), *asked], [example(33, 2), *asked[:3]]]
     for _ in range(2):
-        adapters = Adapters.init(model, config, 1, 0)
-        inner_update(model, adapters, [[example(32, 1)]], [Study(lr=1e-2, steps=2)], seed=0)
+        adapters = Adapters.init(model, config, 2, 0)
+        inner_update(model, adapters, candidates, [Study(lr=1e-2, steps=2, row_len=160)] * 2, seed=0)
         flats.append(adapters.flat)
         model.compile_blocks(backend)
-    assert same_change(*flats, Adapters.init(model, config, 1, 0).flat)
+    assert same_change(*flats, Adapters.init(model, config, 2, 0).flat)

@@ -55,15 +55,15 @@ def test_cached_and_uncached_decoding_agree(family_folder):
 
 @torch.no_grad()
 def test_a_cache_fans_out_and_drops_rows(tiny):
-    """A common beginning, two prompts that go on from it, three samples of each, then only some of the rows."""
+    """A common beginning, two prompts that go on from it, two and four samples of them, then only some of the rows."""
     ids = ids_for(tiny, rows=6, length=13)
     ids[:, :5] = ids[0, :5]
-    ids[:3, 5:8], ids[3:, 5:8] = ids[0, 5:8], ids[3, 5:8]
+    ids[:2, 5:8], ids[2:, 5:8] = ids[0, 5:8], ids[3, 5:8]
     expected, cache = tiny(ids), KVCache(tiny, 1, 5)
     tiny(ids[:1, :5], cache=cache)
     cache.fan_out([2], 3)
     tiny(ids[[0, 3], 5:8], cache=cache)
-    cache.fan_out([3, 3], 10)
+    cache.fan_out([2, 4], 10)
     got = tiny(ids[:, 8:10], cache=cache)
     torch.testing.assert_close(got, expected[:, 8:10], atol=1e-5, rtol=1e-4)
     for rows, t in (([1, 3, 4, 5], 10), ([3, 5], 11)):  # numbers in the batch as it was first
@@ -160,7 +160,13 @@ def test_forks_as_documented():
     assert heads[..., 0].tolist() == [[1]] and tails[..., 0].tolist() == [[2, 3, 2], [4, 5, 6]]
     assert torch.equal(forks.join(heads, tails), x)
     forks.join(heads * 1, tails * 2).sum().backward()
-    assert x.grad[0, :, 0].tolist() == [1, 2, 2, 2, 2, 2]  # nothing from the padding
+    assert x.grad[0, :, 0].tolist() == [1, 2, 2, 2, 2, 2]
+    uneven = Forks([(1, 1, 2)], "cpu", multiple=3)
+    heads, tails = uneven.spread(x[:, :4])
+    assert torch.autograd.grad(uneven.join(heads.cumsum(1), tails.cumsum(1)).square().sum(), x)[0][0, :, 0].tolist() == [
+        *(2, 4, 2 * (3 + 7), 2 * 7),
+        *(0, 0),  # and nothing from or to the padding
+    ]
     assert forks.masks[1].int().tolist() == [[[1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1]]] * 2
 
 

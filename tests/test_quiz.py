@@ -13,6 +13,7 @@ from lora import PROJECTIONS, Adapters, LoRAConfig, attached
 from quiz import (
     Candidate,
     Item,
+    answer_logprobs,
     ask,
     learner,
     mean_scores,
@@ -26,7 +27,7 @@ from quiz import (
     study_examples,
     to_study,
 )
-from sampler import generate
+from sampler import generate, prefill
 
 LORA = LoRAConfig(2, 4.0, tuple(PROJECTIONS), 2, 4)
 
@@ -61,6 +62,17 @@ def test_logprobs_equal_a_plain_forward(tiny, tok):
         expected = sum(logp[len(item.prompt) - 1 + k, t] for k, t in enumerate(gold)) / len(gold)
         assert math.isclose(score["logprob"], float(expected), rel_tol=1e-4)
         assert score["answer"] == tok.decode(answer).strip()  # scoring left no trace in the cache
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("answers", [[[5], [6, 7, 8]], [[5], [6]]])
+def test_answers_of_one_token(tiny, answers):
+    prompts = [[1, 2, 3], [1, 4]]
+    batch, x = prefill(tiny, prompts, [0, 0], 4)
+    logps = [tiny(torch.tensor([p + a]))[0].log_softmax(-1)[len(p) - 1 : -1] for p, a in zip(prompts, answers)]
+    expected = [float(logp.gather(-1, torch.tensor(a)[:, None]).mean()) for logp, a in zip(logps, answers)]
+    for _ in range(2):  # the first time left no trace
+        assert answer_logprobs(answers, batch, x) == pytest.approx(expected, rel=1e-4)
 
 
 def test_items_show_the_passage_only_when_told(tok):

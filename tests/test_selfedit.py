@@ -68,6 +68,15 @@ def test_each_row_decodes_under_its_own_adapter(tiny):
     assert generate(tiny, prompts, 16, ends, adapters=adapters, owner=owner) == cut
 
 
+def test_copies_under_adapters(tiny):
+    """Two owners, one with two prompts, and three copies of each: greedily all copies are alike."""
+    adapters = Adapters.init(tiny, LoRAConfig(4, 8.0, tuple(PROJECTIONS), 1, 4), 2, seed=0)
+    adapters.flat += 0.3 * torch.randn(adapters.flat.shape, generator=torch.Generator().manual_seed(1))
+    alone = [generate(tiny, [p], 8, (), adapters=adapters.pick([o]))[0] for p, o in zip(PROMPTS, (1, 0, 1))]
+    copies = generate(tiny, PROMPTS, 8, (), adapters=adapters, owner=[1, 0, 1], copies=3)
+    assert copies == [t for t in alone for _ in range(3)]
+
+
 def test_nucleus():
     logits = torch.tensor([[0.6, 0.3, 0.08, 0.02]]).log()
     picks = {u: int(choose(logits, 1.0, 0.9, torch.tensor([u]))) for u in (0.0, 0.6, 0.7, 0.9999)}
