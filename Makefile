@@ -1,7 +1,7 @@
 # Each target sets up what it needs, the virtual environment included, from a bare Python 3.11+.
 #   make demo    the whole loop on a real model, in small: under half an hour on two slow cores
 #   make test    linter and tests
-#   make bench   speed, side by side with transformers + peft, about 45 minutes on two cores
+#   make bench   speed, side by side with transformers + peft, over an hour on two slow cores
 #   make results two rounds, their ladder, what changed in the notes, the figures: an hour and a quarter on two slow cores
 #   make studies which reward, which recipe, and the paper's protocol: hours. Killed, both go on where they were
 PYTHON ?= python3

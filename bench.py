@@ -1,6 +1,6 @@
 """Speed, side by side: this project against transformers + peft, on the same machine, model and work, in one run.
 
-    python bench.py                                  # everything, three quarters of an hour on two slow cores
+    python bench.py                                  # everything, over an hour on two slow cores
     python bench.py --only quiz sampling --out runs/bench.json
     python bench.py --write-work                     # write data/bench_work.json anew: 16 passages x 4 real self-edits
 
