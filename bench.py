@@ -313,8 +313,12 @@ model = transformers.AutoModelForCausalLM.from_pretrained({model!r}, dtype=torch
 tok = transformers.AutoTokenizer.from_pretrained({model!r})
 model.generate(**tok("The bell was cast in", return_tensors="pt"), max_new_tokens=1, do_sample=False)
 """
-# VmHWM and not getrusage(), whose maximum a child begins with at what its parent has.
-PEAK = "print('peak', int(open('/proc/self/status').read().split('VmHWM:')[1].split()[0]) // 1024)"
+# VmHWM and not getrusage(), whose maximum a child begins with at what its parent has. 0 where there is no /proc.
+PEAK = """
+from pathlib import Path
+status = Path("/proc/self/status")
+print("peak", int(status.read_text().split("VmHWM:")[1].split()[0]) // 1024 if status.exists() else 0)
+"""
 
 
 def startup(b: Bench) -> None:
