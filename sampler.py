@@ -71,9 +71,9 @@ class Batch:
             self.lora.bind(present)
         self.lora.assign([sum(n for n, o in zip(lengths, self.owner) if o == p) for p in present])
 
-    def fan_out(self, owner: list[int], counts: list[int], slots: int) -> None:
+    def fan_out(self, counts: list[int], slots: int) -> None:
         """Row r becomes counts[r] rows, which go on in a new block of the cache with the given number of slots."""
-        self.owner = owner
+        self.owner = [o for o, count in zip(self.owner, counts) for _ in range(count)]
         self.valid = self.valid.repeat_interleave(torch.tensor(counts, device=self.valid.device), dim=0)
         self.cache.fan_out(counts, slots)
 
@@ -107,7 +107,7 @@ def prefill(model: Transformer, prompts: list[list[int]], owner: list[int], slot
     if len(prompts) > len(each) and any(heads.values()):
         batch = Batch(model, list(each), max(map(len, heads.values())), lora)
         batch.read(list(heads.values()))
-        batch.fan_out(owner, [len(mine) for mine in each.values()], room)
+        batch.fan_out([len(mine) for mine in each.values()], room)
     else:
         batch, tails = Batch(model, owner, longest, lora), prompts
     x = batch.read(tails)
@@ -148,7 +148,7 @@ def generate(
         if on_prefill:
             on_prefill(order, batch, x)
         if copies > 1:
-            batch.fan_out([owner[i] for i in order for _ in range(copies)], [copies] * len(order), max_new)
+            batch.fan_out([copies] * len(order), max_new)
             x = x.repeat_interleave(copies, dim=0)
         else:
             batch.cache.extend(max_new)

@@ -261,8 +261,8 @@ def sample_self_edits(model, tok, prompts: dict, read, copies, args, seed, log=N
     top_p; for each part).
 
     `read(id, parts)`, a list of (text, ended), gives the record's fields that follow, {"flaw": ..., ...}. Ids go in
-    batches of about 128 continuations; each finished batch is written to `log` (JSON lines) and, found there, not sampled
-    again. Exits with one line if a prompt does not fit the model's context.
+    batches of about 128 continuations, or 20,000 tokens of prompts if that is less; each finished batch is written to `log`
+    (JSON lines) and, found there, not sampled again. Exits with one line if a prompt does not fit the model's context.
     """
     for name, mine in prompts.items():
         if (longest := max(map(len, mine))) + args.max_new > model.config.max_seq_len:
