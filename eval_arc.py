@@ -7,7 +7,7 @@
 
 Rows, each with the share of tasks whose every test output is right, and its 95 % bootstrap interval over tasks:
     icl          the model as it is, the demonstrations in its prompt; as do all rows below, it predicts greedily
-    ttt-fixed    after test-time training with one setting for all tasks (FIXED)
+    ttt-fixed    after test-time training with one setting for all tasks (puzzle.EXAMPLE)
     self-edit    after training as the untrained model's self-edits say; mean over --samples of them
     seal-K       the same, with self-edits that the policy wrote after outer round K (--learner policy: it trains, too)
     best-of-M    a task counts if any of the last policy's M self-edits solves it
@@ -15,8 +15,9 @@ Rows, each with the share of tasks whose every test output is right, and its 95 
 With --vote N there is a second number for each row that trains, "voted": two attempts by majority over N views of the test
 (symmetries, orders and subsets of the demonstrations), turned back.
 
---choose tries every setting of GRID on small tasks (--largest) and writes those that some setting solves, by turns to
-"train" and "heldout". A task with a prompt longer than the context is left out and counted.
+--choose tries the settings of GRID in turn on small tasks (--largest), the smallest first, until one solves the task, and
+writes the solved ones by turns to "train" and "heldout". A task with a prompt longer than the context is left out and
+counted. The same settings of the same task are trained once for all rows (unless the policy trains).
 """
 
 from pathlib import Path
@@ -27,13 +28,12 @@ from common import Progress, chunks, digest, open_run, sub_seed, write_json
 from data.arc import GROUPS, Task, load_tasks
 from eval_qa import bootstrap, find_policies, paired_steps, policy_digests
 from lora import load_adapter, merged
-from puzzle import Puzzles, predict, read_grid, study_puzzles
+from puzzle import EXAMPLE, Puzzles, predict, read_grid, study_puzzles
 from quiz import add_learner, at_least, learner, load, lora_config, make_parser, result_head
 from selfedit import sample_self_edits
-from train_outer import ARC, add_task_arguments
+from train_outer import ARC, add_task_arguments, refuse_unused
 
 BASIC = ["use_basic_augmentations"]
-FIXED = {"groups": BASIC, "every_token": False, "lr": 1e-3, "epochs": 2}
 GRID = [
     {"groups": groups, "every_token": every_token, "lr": lr, "epochs": epochs}
     for groups in ([], BASIC, list(GROUPS))
@@ -57,7 +57,9 @@ def parse_arguments():
     add("--out", default="results/arc_ladder.json", help="result file")
     add("--work", help="folder for progress, to resume a killed run; without it runs/eval- and the name of --out")
     parser.set_defaults(**ARC)
-    return parser.parse_args()
+    args = parser.parse_args()
+    refuse_unused(parser, args, "arc")
+    return args
 
 
 # -----------------------------------------------------------------------------
@@ -109,13 +111,25 @@ class Ladder:
                 if self.args.show:
                     show_task(task, mine[0]["predictions"], method)
 
-    def study(self, method: str, configs: list[list[dict]]) -> list[list[dict]]:
-        """Every task is studied as each of its configs says: configs[task][attempt]."""
-        candidates = [(t, s) for t, mine in zip(self.tasks, configs) for s in mine]
-        log, seed = self.work / f"{method}-studied.jsonl", sub_seed(self.args.seed, 1)
-        how = (lora_config(self.args, self.model), self.args, seed, log, method)
-        results = iter(study_puzzles(self.model, self.tok, candidates, *how))
-        return [[next(results) for _ in mine] for mine in configs]
+    def logs(self, method: str) -> tuple:
+        """Where a row's studies are logged, and the logs of what the same model studied for the other rows."""
+        log = self.work / f"{method}-studied.jsonl"
+        return log, [] if self.args.learner == "policy" else sorted({*self.work.glob("*-studied.jsonl")} - {log})
+
+    def study(self, method: str, tasks: list[Task], settings: dict) -> list[dict]:
+        """Every task is studied as the settings say."""
+        (log, known), candidates = self.logs(method), [(t, settings) for t in tasks]
+        how = (lora_config(self.args, self.model), self.args, sub_seed(self.args.seed, 1), log, method, known)
+        return study_puzzles(self.model, self.tok, candidates, *how)
+
+    def first_to_solve(self, method: str) -> dict:
+        """{task id: number of the first setting in GRID that solves it, or None}; a solved task is not tried again."""
+        first = dict.fromkeys((t.id for t in self.tasks), None)
+        for n, settings in enumerate(GRID):
+            left = [t for t in self.tasks if first[t.id] is None]
+            for task, r in zip(left, self.study(f"{method}-{n}", left, settings)):
+                first[task.id] = n if r["solved"] else None
+        return first
 
     def self_edits(self, method: str, policy=None) -> list:
         """A row: the model, or a policy, writes self-edits, and the learner learns as they say."""
@@ -123,7 +137,8 @@ class Ladder:
         how = (n, self.args, sub_seed(self.args.seed, 0), log, f"{method} sample")
         with merged(self.model, policy):
             edits = sample_self_edits(self.model, self.tok, self.puzzles.prompts, self.puzzles.read, *how)
-        how = (self.args, sub_seed(self.args.seed, 1), self.work / f"{method}-studied.jsonl", method)
+        log, known = self.logs(method)
+        how = (self.args, sub_seed(self.args.seed, 1), log, method, known)
         with learner(self.model, policy, self.args):
             results = self.puzzles.results(self.model, self.tok, edits, *how)
         grouped = chunks(results, n)
@@ -136,15 +151,15 @@ class Ladder:
             icl.append(predict(self.model, self.tok, [task]))
             progress.step()
         self.add("icl", icl, [[None]] * len(icl))
-        fixed = [[FIXED]] * len(self.tasks)
-        self.add("ttt-fixed", self.study("ttt-fixed", fixed), fixed)
+        fixed = self.study("ttt-fixed", self.tasks, EXAMPLE)
+        self.add("ttt-fixed", [[r] for r in fixed], [[EXAMPLE]] * len(fixed))
         last = self.self_edits("self-edit")
         for method, adapter in policies.items():
             last = self.self_edits(method, load_adapter(self.model, adapter))
         self.add(f"best-of-{self.args.samples}", last, [], best=True)
         if self.args.oracle:
-            grid = [GRID] * len(self.tasks)
-            self.add("oracle", self.study("oracle", grid), grid, best=True)
+            first = self.first_to_solve("oracle")
+            self.solved["oracle"] = np.array([float(n is not None) for n in first.values()])
 
     def summary(self) -> dict:
         rows, seed = [], self.args.seed
@@ -164,10 +179,9 @@ class Ladder:
 
 
 def choose(ladder: Ladder) -> dict:
-    """{"train": ids, "heldout": ids, "solved_by": {id: numbers of the settings in GRID that solve it}}."""
-    results = ladder.study("choose", [GRID] * len(ladder.tasks))
-    by = {t.id: [n for n, r in enumerate(mine) if r["solved"]] for t, mine in zip(ladder.tasks, results)}
-    solvable = [i for i in by if by[i]]
+    """{"train": ids, "heldout": ids, "solved_by": {id: number of the first setting in GRID that solves it, or null}}."""
+    by = ladder.first_to_solve("choose")
+    solvable = [i for i in by if by[i] is not None]
     print(f"{len(solvable)} of {len(by)} tasks solved by some setting")
     return {"tried": len(by), "grid": GRID, "train": solvable[::2], "heldout": solvable[1::2], "solved_by": by}
 
@@ -177,8 +191,11 @@ def main() -> None:
     policies = find_policies(args)
     model, tok = load(args)
     lora_config(args, model)  # complains now rather than after sampling
-    small = {t.id for t in load_tasks(args.data, "train", largest=args.largest)} if args.choose else ()
-    puzzles = Puzzles(args, model, tok, only=small)
+    small = load_tasks(args.data, "train", largest=args.largest) if args.choose else []
+    if args.choose and not small:
+        raise SystemExit(f"error: {args.data}: no task with all grids up to {args.largest} x {args.largest} (--largest)")
+    small.sort(key=lambda t: sum(g.size for g in t.grids))
+    puzzles = Puzzles(args, model, tok, [t.id for t in small])
     out = Path(args.out)
     settings = {k: v for k, v in vars(args).items() if k not in ("out", "work", "run", "policy", "oracle", "show")}
     settings["data_sha256"] = digest(args.data) if Path(args.data).is_file() else None

@@ -20,13 +20,14 @@ How this departs from the paper:
 Top to bottom: grids as tokens, the self-edit, studying, predicting.
 """
 
+import functools
 import json
 import math
 from collections import Counter
 
 import numpy as np
 
-from common import read_json
+from common import read_json, read_jsonl
 from data.arc import GROUPS, INVERSE, LARGEST, SYMMETRIES, Task, load_tasks, training_tasks
 from inner import Example, Study, inner_update
 from lora import Adapters
@@ -38,9 +39,15 @@ from tokenizer import Tokenizer
 # grids as tokens
 
 
+@functools.cache
+def symbols(tok: Tokenizer) -> list[int]:
+    """The tokens of the colours 0 to 9, and last that of a row's end."""
+    return [tok.encode(symbol)[0] for symbol in "0123456789\n"]
+
+
 def grid_ids(tok: Tokenizer, grid: np.ndarray) -> list[int]:
     """One token per cell, one newline token after each row: [[1, 2], [3, 4]] -> "1" "2" "\\n" "3" "4" "\\n"."""
-    [newline], digits = tok.encode("\n"), [tok.encode(str(d))[0] for d in range(10)]
+    *digits, newline = symbols(tok)
     return [t for row in grid for t in (*(digits[c] for c in row), newline)]
 
 
@@ -91,10 +98,7 @@ ASK = (
     "or flip, then larger), repeat augmentations (tiling). Which tokens the loss counts, the learning rate and the number "
     "of epochs. Reply with one JSON object of this form and nothing else:\n"
 )
-EXAMPLE = {
-    "data_generation": dict.fromkeys(GROUPS, False) | {"use_basic_augmentations": True},
-    "training": {"strategy": STRATEGIES[1], "learning_rate": 0.001, "num_train_epochs": 2},
-}
+EXAMPLE = {"groups": ["use_basic_augmentations"], "every_token": False, "lr": 1e-3, "epochs": 2}  # the prompt shows it
 SCHEMA = (
     '{"data_generation": {'
     + ", ".join(f'"{g}": true or false' for g in GROUPS)
@@ -102,6 +106,14 @@ SCHEMA = (
     + '" or "'.join(STRATEGIES)
     + '", "learning_rate": number, "num_train_epochs": whole number}}'
 )
+
+
+def settings_text(settings: dict) -> str:
+    """The self-edit that says so: what parse_settings() reads as these settings."""
+    data = {g: g in settings["groups"] for g in GROUPS}
+    strategy = STRATEGIES[0 if settings["every_token"] else 1]
+    training = {"strategy": strategy, "learning_rate": settings["lr"], "num_train_epochs": settings["epochs"]}
+    return json.dumps({"data_generation": data, "training": training})
 
 
 def settings_prompt(tok: Tokenizer, task: Task, shots: int = 1) -> list[int]:
@@ -112,7 +124,7 @@ def settings_prompt(tok: Tokenizer, task: Task, shots: int = 1) -> list[int]:
         return {"role": "user", "content": f"{ASK}{SCHEMA}\n\n{shown}"}
 
     flip = np.array([[1, 0], [2, 0]], dtype=np.int8)
-    example = [question([(flip, flip[:, ::-1])]), {"role": "assistant", "content": json.dumps(EXAMPLE)}]
+    example = [question([(flip, flip[:, ::-1])]), {"role": "assistant", "content": settings_text(EXAMPLE)}]
     return tok.chat([*example * shots, question(task.train)])
 
 
@@ -181,20 +193,23 @@ def study_and_predict(model, tok, candidates: list[tuple], examples: list, lora,
     return results
 
 
-def study_puzzles(model, tok, candidates: list[tuple], lora, args, seed: int, log, label: str) -> list[dict]:
-    """study_and_predict() for any number of candidates (task, settings), in the order given; equal ones are trained once.
+def study_puzzles(model, tok, candidates: list[tuple], lora, args, seed: int, log, label: str, known=()) -> list[dict]:
+    """study_and_predict() for any number of candidates (task, settings), in the order given; equal ones are trained once,
+    and those in the logs `known`, of earlier calls, are not trained again.
 
     Settings that would take more than MAX_STEPS steps are not trained, {"flaw": "too many steps", "solved": 0, ...}, as in
     the paper; nor are tasks of which no training sequence fits the context, {"flaw": "too long"}. `log` as in
     quiz.study_groups().
     """
     names = [json.dumps([task.id, settings]) for task, settings in candidates]
-    flawed, todo, examples = {}, {}, {}
+    done, todo, examples = {r["n"]: r for path in known for r in read_jsonl(path)}, {}, {}
     for name, (task, settings) in dict(zip(names, candidates)).items():
+        if name in done:
+            continue
         made = examples_of(tok, task, settings, args.augmented, seed, model.config.max_seq_len)
         flaw = "too long" if not made else "too many steps" if n_steps(made, settings) > MAX_STEPS else ""
         if flaw:
-            flawed[name] = NOTHING | {"flaw": flaw, "predictions": [flaw] * len(task.test)}
+            done[name] = NOTHING | {"flaw": flaw, "predictions": [flaw] * len(task.test)}
         else:
             todo[name], examples[name] = (task, settings), made
 
@@ -206,17 +221,16 @@ def study_puzzles(model, tok, candidates: list[tuple], lora, args, seed: int, lo
         return max(len(e.ids) for e in examples[name]), n_steps(examples[name], todo[name][1]), name
 
     groups = even_groups(sorted(todo, key=size), args.population)
-    done = flawed | study_groups(groups, run, lambda r: r["solved"], log, label)
+    done |= study_groups(groups, run, lambda r: r["solved"], log, label)
     return [done[name] for name in names]
 
 
 class Puzzles:
     """train_outer.py's --task arc: what self-edits are about, how they are read, and what they earn."""
 
-    def __init__(self, args, model, tok, only=()):
-        ids = read_json(args.tasks).get(args.split, []) if args.tasks else []
-        tasks = load_tasks(args.data, "" if ids else "train", tuple(ids))
-        tasks = [t for t in tasks if not only or t.id in only][args.skip :]
+    def __init__(self, args, model, tok, ids=()):
+        ids = read_json(args.tasks).get(args.split, []) if args.tasks else ids
+        tasks = load_tasks(args.data, "" if ids else "train", tuple(ids))[args.skip :]
         tasks = {t.id: t for t in (tasks[: args.limit] if args.limit else tasks)}
         prompts = {i: settings_prompt(tok, t, args.shots) for i, t in tasks.items()}
         self.left_out = [i for i, p in prompts.items() if len(p) + args.max_new > model.config.max_seq_len]
@@ -231,19 +245,23 @@ class Puzzles:
     @staticmethod
     def read(_, parts: list[tuple]) -> dict:
         settings, flaw = parse_settings(*parts[0])
-        mended = ["" if flaw else parts[0][0]]
+        mended = ["" if flaw else settings_text(settings)]
         return {"style": "settings", "settings": settings, "mended": mended, "flaws": [flaw], "flaw": flaw}
 
-    def results(self, model, tok, edits, args, seed: int, log, label: str) -> list[dict]:
+    def results(self, model, tok, edits, args, seed: int, log, label: str, known) -> list[dict]:
         """What study_puzzles() says of every self-edit; flawed ones are not studied and earn nothing."""
         sound = [e for e in edits if not e.flaw]
         candidates = [(self.tasks[e.passage], e.settings) for e in sound]
-        studied = iter(study_puzzles(model, tok, candidates, lora_config(args, model), args, seed, log, label))
+        lora = lora_config(args, model)
+        studied = iter(study_puzzles(model, tok, candidates, lora, args, seed, log, label, known))
         return [NOTHING | {"flaw": e.flaw, "predictions": [e.flaw]} if e.flaw else next(studied) for e in edits]
 
     def score(self, model, tok, edits, args, seed: int, folder) -> dict:
-        """Fill in every self-edit's scores and reward. Returns {id: reward of doing nothing}."""
-        results = self.results(model, tok, edits, args, seed, folder / "studied.jsonl", f"{folder.name} study")
+        """Fill in every self-edit's scores and reward. Returns {id: reward of doing nothing}. What the base model studied
+        in an earlier round is not studied again."""
+        log = folder / "studied.jsonl"
+        known = [] if args.learner == "policy" else sorted({*folder.parent.glob(f"*/{log.name}")} - {log})
+        results = self.results(model, tok, edits, args, seed, log, f"{folder.name} study", known)
         for e, r in zip(edits, results):
             e.flaw = r["flaw"] or "diverged" * r["diverged"]
             e.score = {"accuracy": r["solved"], "cells": r["cells"], "logprob": r["logprob"]}

@@ -78,6 +78,8 @@ ARC = {
     "population": 4,
 }
 DEFAULTS = {"qa": {}, "arc": ARC}
+# What a task has no use for: an ARC self-edit says itself how to train.
+UNUSED = {"qa": ["tasks", "vote", "augmented"], "arc": ["style", "lr", "steps", "epochs", "row_len"]}
 
 
 def add_task_arguments(parser, split: str) -> None:
@@ -90,6 +92,12 @@ def add_task_arguments(parser, split: str) -> None:
     add("--limit", type=at_least(0), default=0, help="use at most N passages or tasks, 0: all")
     add("--vote", type=at_least(0), default=0, help="arc: also predict by majority over N views of the test")
     add("--augmented", type=at_least(1), default=64, help="arc: most training tasks made of one task")
+
+
+def refuse_unused(parser, args, task: str) -> None:
+    for name in UNUSED[task]:
+        if getattr(args, name) != parser.get_default(name):
+            parser.error(f"--{name.replace('_', '-')} has no effect on --task {task}")
 
 
 def parse_arguments(argv=None):
@@ -114,6 +122,7 @@ def parse_arguments(argv=None):
     add("--outer-batch", type=at_least(1), default=1, help="rows per step; the paper: 10 self-edits")
     parser.set_defaults(**DEFAULTS[parser.parse_args(argv).task])
     args = parser.parse_args(argv)
+    refuse_unused(parser, args, args.task)
     if args.select == "parts" and args.samples < 2:
         parser.error("--select parts compares a passage's self-edits: it needs --samples of at least 2")
     if args.reward == "asked" and (args.select == "improving" or not STYLES[args.style].quotes or args.task != "qa"):

@@ -25,6 +25,7 @@ from puzzle import (
     predict,
     read_grid,
     settings_prompt,
+    settings_text,
     study_puzzles,
     task_example,
     task_prompt,
@@ -91,18 +92,29 @@ def test_training_sequences(tok):
 
 
 def text(**changes):
-    value = json.loads(json.dumps(EXAMPLE))
+    value = json.loads(settings_text(EXAMPLE))
     for key, v in changes.items():
         value["data_generation" if key in GROUPS else "training"][key] = v
     return json.dumps(value)
 
 
 def test_the_worked_example_is_one():
-    settings, flaw = parse_settings(text(), True)
-    assert flaw == "" and settings == {
-        "groups": ["use_basic_augmentations"], "every_token": False, "lr": 0.001, "epochs": 2,
+    assert json.loads(text())["training"] == {
+        "strategy": "train_using_output_tokens", "learning_rate": 0.001, "num_train_epochs": 2,
     }  # fmt: skip
-    assert parse_settings(f"Sure! Here it is:\n```json\n{text()}\n```", True) == (settings, "")
+    assert parse_settings(f"Sure! Here it is:\n```json\n{text()}\n```", True) == (EXAMPLE, "")
+
+
+def test_settings_are_read_as_they_are_written():
+    for settings in (*eval_arc.GRID, EXAMPLE | {"lr": 1e-5, "groups": list(GROUPS)}):
+        assert parse_settings(settings_text(settings), True) == (settings, "")
+
+
+def test_what_is_imitated_is_the_settings_alone():
+    """Without what was said around them."""
+    read = puzzle.Puzzles.read("t", [(f"Sure!\n{text()}\nGood luck!", True)])
+    assert read["mended"] == [text()] and read["settings"] == EXAMPLE
+    assert puzzle.Puzzles.read("t", [("Sure!", True)])["mended"] == [""]
 
 
 @pytest.mark.parametrize(
@@ -138,7 +150,7 @@ def test_bad_settings_are_told_apart(sample, ended, flaw):
 def test_the_prompt_shows_the_demonstrations_and_not_the_test(tok):
     task = copying()
     shown = tok.decode(settings_prompt(tok, task))
-    assert json.dumps(EXAMPLE) in shown and all(g in shown for g in GROUPS)
+    assert settings_text(EXAMPLE) in shown and all(g in shown for g in GROUPS)
     for a, _ in task.train:
         assert tok.decode(grid_ids(tok, a)) in shown
     assert tok.decode(grid_ids(tok, task.test[0][0])) not in shown
@@ -186,6 +198,17 @@ def test_studying_resumes(tiny, tok, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         study_puzzles(tiny, tok, candidates, *how, tmp_path / "b.jsonl", "test")
     assert study_puzzles(tiny, tok, candidates, *how, tmp_path / "b.jsonl", "test") == whole and len(calls) == 3
+
+
+def test_what_is_known_is_not_trained_again(tiny, tok, tmp_path, monkeypatch):
+    how, log = (LORA, options(), 0), tmp_path / "a.jsonl"
+    first = study_puzzles(tiny, tok, [(copying(0), SETTINGS)], *how, log, "test")
+    trained, real = [], puzzle.study_and_predict
+    monkeypatch.setattr("puzzle.study_and_predict", lambda m, t, some, *a: trained.extend(some) or real(m, t, some, *a))
+    both = [(copying(0), SETTINGS), (copying(1), SETTINGS)]
+    again = study_puzzles(tiny, tok, both, *how, tmp_path / "b.jsonl", "test", [log])
+    assert again[0] == first[0] and [task.id for task, _ in trained] == ["copy1"]
+    assert len(read_jsonl(tmp_path / "b.jsonl")) == 1
 
 
 def test_predictions_are_scored(tiny, tok, monkeypatch):
@@ -311,7 +334,37 @@ def test_choosing(tiny_folder, tasks_file, tmp_path, monkeypatch):
     args = ["--data", tasks_file, "--augmented", 4, "--rank", 2, "--choose", "--out", out, "--work", tmp_path / "work"]
     run_script(monkeypatch, eval_arc, tiny_folder, *args)
     chosen = json.loads(out.read_text())
-    assert chosen["train"] == ["t2"] and chosen["heldout"] == [] and chosen["solved_by"] == {"t1": [], "t2": [1]}
+    assert chosen["train"] == ["t2"] and chosen["heldout"] == [] and chosen["solved_by"] == {"t1": None, "t2": 1}
+
+
+def test_choosing_tries_the_smallest_first_and_what_is_solved_no_more(tiny_folder, tasks_file, tmp_path, monkeypatch):
+    data, tried = json.loads(tasks_file.read_text()), []
+    pairs = [{side: [[c, c, c]] for side in ("input", "output")} for c in (1, 2, 3)]
+    data["train"]["small"] = {"train": pairs[:2], "test": pairs[2:]}
+    tasks_file.write_text(json.dumps(data))
+    monkeypatch.setattr(eval_arc, "GRID", [SETTINGS, SETTINGS | {"lr": 2e-3}])
+
+    def study(model, tok, candidates, *args):
+        tried.append([(task.id, s["lr"]) for task, s in candidates])
+        return [{"solved": float(task.id == "small")} for task, s in candidates]
+
+    monkeypatch.setattr(eval_arc, "study_puzzles", study)
+    out = tmp_path / "tasks.json"
+    args = ["--data", tasks_file, "--limit", 2, "--choose", "--out", out, "--work", tmp_path / "work"]
+    run_script(monkeypatch, eval_arc, tiny_folder, *args)
+    assert tried == [[("small", 1e-3), ("t1", 1e-3)], [("t1", 2e-3)]]
+    assert json.loads(out.read_text())["train"] == ["small"]
+    with pytest.raises(SystemExit, match="no task with all grids up to 1 x 1"):
+        run_script(monkeypatch, eval_arc, tiny_folder, *args, "--largest", 1)
+
+
+@pytest.mark.parametrize("flag", [("--lr", 1e-3), ("--steps", 4), ("--style", "self-qa"), ("--epochs", 3)])
+@pytest.mark.parametrize("script", [train_outer, eval_arc])
+def test_settings_without_effect_are_refused(script, flag, tiny_folder, monkeypatch, capsys):
+    task = ["--task", "arc"] if script is train_outer else []
+    with pytest.raises(SystemExit):
+        run_script(monkeypatch, script, tiny_folder, *task, *flag)
+    assert f"{flag[0]} has no effect on --task arc" in capsys.readouterr().err
 
 
 def test_prompts_longer_than_the_context_are_counted(tiny_folder, tasks_file, tmp_path, monkeypatch, capsys):
