@@ -7,6 +7,9 @@ Each figure is written beside its JSON:
     ladder.svg        qa_ladder.json and qa_ladder_epochs.json (eval_qa.py): accuracy of each row, 95 % intervals
     directions.svg    qa_ladder.json: questions along the passage's sentences, and against them
     rounds.svg        qa_rounds.jsonl (metrics.jsonl of train_outer.py): reward of all and of the reinforced self-edits
+    arc_ladder.svg    arc_ladder.json (eval_arc.py): share of tasks that each row solves, 95 % intervals
+    arc_tasks.svg     the same: first tasks that the last seal-K row solves, and that it does not, with each row's prediction
+    arc_settings.svg  the same: what the self-edits ask for, before and after the last round
 """
 
 from pathlib import Path
@@ -15,12 +18,18 @@ import matplotlib
 
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.colors import ListedColormap
 
 from common import read_json, read_jsonl
+from data.arc import GROUPS, load_tasks
 from eval_qa import protocol_title
+from puzzle import read_grid
 from quiz import HelpFormatter, Parser
 
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#999999"  # told apart with any colour vision (Okabe and Ito)
+# The ten colours of ARC's own pages.
+ARC_COLOURS = "#000000 #0074D9 #FF4136 #2ECC40 #FFDC00 #AAAAAA #F012BE #FF851B #7FDBFF #870C25".split()
 STYLE = {
     "svg.fonttype": "none",  # text stays text
     "svg.hashsalt": "seal",  # the same file every time
@@ -79,6 +88,84 @@ def draw_rounds(metrics: list[dict]):
     return figure
 
 
+# -----------------------------------------------------------------------------
+# ARC
+
+
+def draw_arc_ladder(result: dict):
+    """One bar for each row, with the number of solved tasks (a mean over self-edits)."""
+    rows = result["rows"][::-1]
+    figure, axes = plt.subplots(figsize=(6, 0.45 * len(rows) + 1.4))
+    for n, r in enumerate(rows):
+        axes.barh(n, 100 * r["rate"], color=colour(r["method"]))
+        axes.plot([100 * v for v in r["ci95"]], [n, n], color="black", linewidth=1.2)
+        axes.text(100 * r["ci95"][1] + 1.5, n, f"{r['solved']:.1f}", va="center")
+    axes.set_yticks(range(len(rows)), [r["method"] for r in rows])
+    axes.set_xlim(0, 112)
+    axes.set_xlabel(f"held-out tasks solved, % of {result['n_tasks']}")
+    return figure
+
+
+def arc_methods(result: dict) -> list[str]:
+    """The rows that predict, in the ladder's order; of the seal-K only the last."""
+    predicted = list(dict.fromkeys(r["method"] for r in result["tasks"]))
+    return [m for m in predicted if not m.startswith("seal")] + [m for m in predicted if m.startswith("seal")][-1:]
+
+
+def draw_arc_tasks(result: dict, each: int = 3):
+    """A line for each of the first tasks that the last row solves at its first attempt, then of those that it does not."""
+    methods, first = arc_methods(result), {}
+    for r in result["tasks"]:
+        first.setdefault((r["id"], r["method"]), r)
+    ids = list(dict.fromkeys(r["id"] for r in result["tasks"]))
+    by = {right: [i for i in ids if (first[i, methods[-1]]["solved"] == 1) is right] for right in (True, False)}
+    ids = by[True][:each] + by[False][:each]
+    tasks = {t.id: t for t in load_tasks(result["settings"]["data"], ids=ids)}
+    heads = ["example", "its output", "test", "truth", *methods]
+    figure, panels = plt.subplots(len(ids), len(heads), figsize=(1.3 * len(heads), 1.5 * len(ids)), squeeze=False)
+    for line, i in zip(panels, ids):
+        cells = [*tasks[i].train[0], *tasks[i].test[0], *(first[i, m]["prediction"][0] for m in methods)]
+        for axes, cell in zip(line, cells):
+            grid = read_grid(cell)[0] if isinstance(cell, str) else cell
+            axes.set(xticks=[], yticks=[], box_aspect=1)
+            axes.spines[:].set_visible(False)
+            if grid is None:
+                axes.text(0.5, 0.5, cell.replace(" ", "\n"), ha="center", va="center", fontsize=8, transform=axes.transAxes)
+            else:
+                axes.imshow(grid, cmap=ListedColormap(ARC_COLOURS), vmin=0, vmax=9)
+        line[0].set_ylabel(i, fontsize=8)
+    for axes, head in zip(panels[0], heads):
+        axes.set_title(head, fontsize=9)
+    return figure
+
+
+def draw_arc_settings(result: dict):
+    """Shares of the self-edits that are sound, ask for each augmentation and count every token; learning rates; epochs."""
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(12, 3.6), width_ratios=[2, 1, 1])
+    names = ["sound", *(g.split("_")[1] for g in GROUPS), "every token"]
+    before, after = "self-edit", arc_methods(result)[-1]
+    for shift, method, paint in ((-0.2, before, BLUE), (0.2, after, ORANGE)):
+        all_of_it = [r["config"] for r in result["tasks"] if r["method"] == method]
+        sound = [c for c in all_of_it if c]
+        shares = [len(sound) / len(all_of_it)]
+        shares += [np.mean([g in c["groups"] for c in sound] or [0]) for g in GROUPS]
+        shares += [np.mean([c["every_token"] for c in sound] or [0])]
+        left.bar([n + shift for n in range(len(names))], [100 * s for s in shares], 0.38, color=paint, label=method)
+        for axes, key, top in ((middle, "lr", 1e-2), (right, "epochs", 10)):
+            values = [min(c[key], top) for c in sound]
+            found, counts = np.unique(values, return_counts=True)
+            axes.plot(found, 100 * counts / max(1, len(values)), "o-", color=paint)
+            axes.set_ylim(0, 103)
+    left.set_xticks(range(len(names)), names, fontsize=9)
+    left.set_ylim(0, 103)
+    left.set_ylabel("self-edits, %")
+    left.legend(frameon=False)
+    middle.set_xscale("log")
+    middle.set_xlabel("learning rate")
+    right.set_xlabel("epochs (10: or more)")
+    return figure
+
+
 def parse_arguments():
     parser = Parser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--results", default="results", help="folder with the JSON; the figures go there too")
@@ -88,10 +175,14 @@ def parse_arguments():
 def main() -> None:
     folder = Path(parse_arguments().results)
     ladders = [folder / name for name in ("qa_ladder.json", "qa_ladder_epochs.json")]
+    arc = [folder / "arc_ladder.json"]
     figures = {
         "ladder": ([p for p in ladders if p.is_file()], lambda *paths: draw_ladder([read_json(p) for p in paths])),
         "directions": (ladders[:1], lambda path: draw_directions(read_json(path))),
         "rounds": ([folder / "qa_rounds.jsonl"], lambda path: draw_rounds(read_jsonl(path))),
+        "arc_ladder": (arc, lambda path: draw_arc_ladder(read_json(path))),
+        "arc_tasks": (arc, lambda path: draw_arc_tasks(read_json(path))),
+        "arc_settings": (arc, lambda path: draw_arc_settings(read_json(path))),
     }
     drawn = []
     with plt.rc_context(STYLE):

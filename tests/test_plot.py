@@ -33,6 +33,38 @@ def results(tmp_path):
     return tmp_path
 
 
+@pytest.fixture
+def arc_results(tmp_path):
+    """Two tasks, of which seal-2 solves the first; its self-edits are all alike, those before are not, and one is no use."""
+    pair = {"input": [[1, 2]], "output": [[2, 1]]}
+    data = tmp_path / "arc.json"
+    data.write_text(json.dumps({"train": {}, "eval": {i: {"train": [pair, pair], "test": [pair]} for i in ("t1", "t2")}}))
+    sound = {"groups": ["use_size_augmentations"], "every_token": True, "lr": 1e-3, "epochs": 30}
+    tasks = []
+    for method, configs in {"icl": [None], "self-edit": [sound, {}], "seal-1": [sound], "seal-2": [sound, sound]}.items():
+        for i in ("t1", "t2"):
+            right = float(method == "seal-2" and i == "t1")
+            tasks += [
+                {"id": i, "method": method, "solved": right, "config": c, "prediction": ["21\n" if right else "not a grid"]}
+                for c in configs
+            ]
+    rows = [{"method": m, "solved": 1.0, "n": 2, "rate": 0.5, "ci95": [0.2, 0.9]} for m in ("icl", "self-edit", "seal-2")]
+    value = {"n_tasks": 2, "settings": {"data": str(data)}, "rows": rows, "tasks": tasks}
+    (tmp_path / "arc_ladder.json").write_text(json.dumps(value))
+    return tmp_path
+
+
+def test_the_figures_of_arc(arc_results, monkeypatch):
+    draw(monkeypatch, arc_results)
+    figures = {p.stem: p.read_text() for p in arc_results.glob("*.svg")}
+    assert set(figures) == {"arc_ladder", "arc_tasks", "arc_settings"}
+    assert "% of 2" in figures["arc_ladder"] and ">1.0<" in figures["arc_ladder"]
+    page = figures["arc_tasks"]
+    assert page.index(">t1<") < page.index(">t2<") and ">seal-2<" in page and "seal-1" not in page
+    assert page.count("<image") == 2 * 4 + 1 and page.count(">not<") == 5  # every prediction but the right one
+    assert ">seal-2<" in figures["arc_settings"] and ">repeat<" in figures["arc_settings"]
+
+
 def draw(monkeypatch, folder):
     monkeypatch.setattr(sys, "argv", ["plot.py", "--results", str(folder)])
     plot.main()
