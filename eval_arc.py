@@ -11,7 +11,7 @@ Rows, each with the share of tasks whose every test output is right, and its 95 
     self-edit    after training as the untrained model's self-edits say; mean over --samples of them
     seal-K       the same, with self-edits that the policy wrote after outer round K (--learner policy: it trains, too)
     best-of-M    a task counts if any of the last policy's M self-edits solves it
-    oracle       a task counts if any setting of a grid (GRID) solves it
+    oracle       a task counts if any setting of a grid (GRID) solves it; of tasks that --choose found so, that is each
 With --vote N there is a second number for each row that trains, "voted": two attempts by majority over N views of the test
 (symmetries, orders and subsets of the demonstrations), turned back.
 
@@ -24,14 +24,14 @@ from pathlib import Path
 
 import numpy as np
 
-from common import Progress, chunks, digest, open_run, sub_seed, write_json
+from common import Progress, chunks, open_run, read_json, sub_seed, write_json
 from data.arc import GROUPS, Task, load_tasks
 from eval_qa import bootstrap, find_policies, paired_steps, policy_digests
 from lora import load_adapter, merged
 from puzzle import EXAMPLE, Puzzles, predict, read_grid, study_puzzles
 from quiz import add_learner, at_least, learner, load, lora_config, make_parser, result_head
 from selfedit import sample_self_edits
-from train_outer import ARC, add_task_arguments, refuse_unused
+from train_outer import ARC, UNUSED, add_task_arguments, refuse_unused
 
 BASIC = ["use_basic_augmentations"]
 GRID = [
@@ -49,6 +49,7 @@ def parse_arguments():
     add_learner(add)
     add("--run", help="folder of a train_outer.py --task arc run: adds a row for the policy of each of its rounds")
     add("--policy", nargs="+", default=[], metavar="FOLDER", help="adapter folders to use as seal-1, seal-2, ...")
+    add("--vote", type=at_least(0), default=0, help="also predict by majority over N views of the test")
     add("--samples", type=at_least(1), default=5, help="self-edits per task, averaged; M of best-of-M")
     add("--oracle", action="store_true", help="also try every setting of the grid on every task")
     add("--largest", type=at_least(1), default=10, help="--choose: largest side of a task's grids")
@@ -58,7 +59,11 @@ def parse_arguments():
     add("--work", help="folder for progress, to resume a killed run; without it runs/eval- and the name of --out")
     parser.set_defaults(**ARC)
     args = parser.parse_args()
-    refuse_unused(parser, args, "arc")
+    refuse_unused(parser, args, UNUSED["arc"], "on ARC")
+    refuse_unused(parser, args, [] if args.tasks else ["split"], "without --tasks")
+    climbs = ["tasks", "run", "policy", "learner", "samples", "vote", "oracle", "show"]
+    unused = (climbs, "with --choose") if args.choose else (["largest"], "without --choose")
+    refuse_unused(parser, args, *unused)
     return args
 
 
@@ -101,13 +106,14 @@ class Ladder:
         """A row of results[task][attempt]; best: a task counts if any attempt solved it."""
         pool = max if best else np.mean
         self.solved[method] = np.array([pool([r["solved"] for r in mine]) for mine in results])
-        if all("voted" in r for mine in results for r in mine):
+        if self.args.vote and all("voted" in r for mine in results for r in mine):
             self.voted[method] = np.array([pool([r["voted"] for r in mine]) for mine in results])
         if not best:
             for task, mine, settings in zip(self.tasks, results, configs):
                 for r, s in zip(mine, settings):
                     record = {"id": task.id, "method": method, "solved": r["solved"], "cells": r["cells"], "config": s}
-                    self.records.append(record | {"flaw": r.get("flaw", ""), "prediction": r["predictions"]})
+                    flaw = r.get("flaw") or "diverged" * r.get("diverged", False)
+                    self.records.append(record | {"flaw": flaw, "prediction": r["predictions"]})
                 if self.args.show:
                     show_task(task, mine[0]["predictions"], method)
 
@@ -186,9 +192,18 @@ def choose(ladder: Ladder) -> dict:
     return {"tried": len(by), "grid": GRID, "train": solvable[::2], "heldout": solvable[1::2], "solved_by": by}
 
 
+def refuse_training_tasks(ids, args) -> None:
+    """Exit if the run was trained on some of these tasks, unless --split train asks for them."""
+    both = set(ids) & set(read_json(Path(args.run) / "settings.json")["ids"])
+    if both and args.split != "train":
+        raise SystemExit(
+            f"error: {args.run} was trained on {len(both)} of these tasks; leave them out with --skip or --tasks"
+        )
+
+
 def main() -> None:
     args = parse_arguments()
-    policies = find_policies(args)
+    policies = find_policies(args, "arc")
     model, tok = load(args)
     lora_config(args, model)  # complains now rather than after sampling
     small = load_tasks(args.data, "train", largest=args.largest) if args.choose else []
@@ -196,10 +211,11 @@ def main() -> None:
         raise SystemExit(f"error: {args.data}: no task with all grids up to {args.largest} x {args.largest} (--largest)")
     small.sort(key=lambda t: sum(g.size for g in t.grids))
     puzzles = Puzzles(args, model, tok, [t.id for t in small])
+    if args.run:
+        refuse_training_tasks(puzzles.tasks, args)
     out = Path(args.out)
     settings = {k: v for k, v in vars(args).items() if k not in ("out", "work", "run", "policy", "oracle", "show")}
-    settings["data_sha256"] = digest(args.data) if Path(args.data).is_file() else None
-    settings["policies"] = policy_digests(policies)
+    settings |= puzzles.pinned | {"policies": policy_digests(policies)}
     ladder = Ladder(model, tok, puzzles, args, open_run(args.work or Path("runs") / f"eval-{out.stem}", settings))
     head = result_head(args, model) | {"n_tasks": len(ladder.tasks), "left_out": puzzles.left_out, "settings": settings}
     if args.choose:

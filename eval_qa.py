@@ -264,14 +264,17 @@ def show(rows: list, steps: list, title: str) -> None:
         print(f"{r['method']:20} {accuracy}  {scores}   {deltas.get(r['method'], '')}")
 
 
-def find_policies(args) -> dict:
-    """{"seal-K": adapter folder} of --run and --policy. Exits if --run has no finished round, or was to write otherwise."""
+def find_policies(args, task: str = "qa") -> dict:
+    """{"seal-K": adapter folder} of --run and --policy. Exits if --run has no finished round, or was of another task or
+    to write otherwise."""
     found = {}
     if args.run:
         found = {int(f.parent.parent.name[6:]): f.parent for f in Path(args.run).glob("round-*/policy/adapter_config.json")}
         if not found:
             raise SystemExit(f"error: --run {args.run}: no finished round (round-K/policy) there")
         before = read_json(Path(args.run) / "settings.json")
+        if before["task"] != task:
+            raise SystemExit(f"error: {args.run} was trained with --task {before['task']}")
         for key in ("style", "shots", "learner"):
             if before.get(key, getattr(args, key)) != getattr(args, key):
                 raise SystemExit(f"error: {args.run} was trained with --{key} {before[key]}; give this script the same")

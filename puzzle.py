@@ -15,12 +15,15 @@ How this departs from the paper:
  2. The prompt shows one worked example by default; what is sampled is parsed strictly and never asked for again: a
     malformed self-edit is counted by its flaw and earns nothing.
  3. The learning rate may be at most 0.01.
- 4. Candidates of different data, learning rates, epochs and losses train side by side.
+ 4. Candidates of different data, learning rates, epochs and losses train side by side; the same settings of the same task
+    train once in a run.
+ 5. A training sequence of more than 2,048 tokens is left out: attention's memory grows with the square.
 
 Top to bottom: grids as tokens, the self-edit, studying, predicting.
 """
 
 import functools
+import hashlib
 import json
 import math
 from collections import Counter
@@ -31,7 +34,7 @@ from common import read_json, read_jsonl
 from data.arc import GROUPS, INVERSE, LARGEST, SYMMETRIES, Task, load_tasks, training_tasks
 from inner import Example, Study, inner_update
 from lora import Adapters
-from quiz import answer_logprobs, even_groups, lora_config, study_groups
+from quiz import answer_logprobs, lora_config, study_groups
 from sampler import generate
 from tokenizer import Tokenizer
 
@@ -120,8 +123,8 @@ def settings_prompt(tok: Tokenizer, task: Task, shots: int = 1) -> list[int]:
     """Token ids of the chat that asks how to study `task`; with shots=1 the reply to a tiny puzzle comes first."""
 
     def question(pairs):
-        shown = "\n".join(tok.decode(part) for a, b in pairs for part in pair_ids(tok, a, b)).strip()
-        return {"role": "user", "content": f"{ASK}{SCHEMA}\n\n{shown}"}
+        shown = tok.decode([t for a, b in pairs for t in (*pair_ids(tok, a, None)[0], *grid_ids(tok, b))])
+        return {"role": "user", "content": f"{ASK}{SCHEMA}\n\n{shown.strip()}"}
 
     flip = np.array([[1, 0], [2, 0]], dtype=np.int8)
     example = [question([(flip, flip[:, ::-1])]), {"role": "assistant", "content": settings_text(EXAMPLE)}]
@@ -156,16 +159,18 @@ def parse_settings(text: str, ended: bool) -> tuple[dict, str]:
 # studying
 
 
+LONGEST = 2048  # tokens of a training sequence
+ROOM = 1 << 20  # largest sum, over the sequences of a step, of their squared lengths: attention keeps as much for each head
 NOTHING = {"flaw": "", "steps": 0, "tokens": 0, "loss": None, "diverged": False}
 NOTHING |= {"solved": 0.0, "voted": 0.0, "cells": 0.0, "logprob": -100.0, "predictions": []}
 
 
 def examples_of(tok: Tokenizer, task: Task, settings: dict, limit: int, seed: int, context: int) -> list[Example]:
-    """The training sequences that the settings make of a task, at most `limit`; none longer than `context` tokens."""
+    """The training sequences that the settings make of a task, at most `limit`; none longer than `context` or LONGEST."""
     rng = np.random.default_rng([seed, *task.id.encode()])
     made = training_tasks(task, settings["groups"], limit, rng)
     examples = [task_example(tok, t, settings["every_token"]) for t in made]
-    return [e for e in examples if len(e.ids) <= context]
+    return [e for e in examples if len(e.ids) <= min(context, LONGEST)]
 
 
 def n_steps(examples: list, settings: dict) -> int:
@@ -187,10 +192,24 @@ def study_and_predict(model, tok, candidates: list[tuple], examples: list, lora,
         failed = {k: NOTHING[k] for k in ("solved", "cells", "logprob")} if outcome.diverged else {}
         results.append(done | result | failed)
     for n, (task, _) in enumerate(candidates if views else []):
+        if results[n]["diverged"]:
+            results[n]["voted"] = 0.0
+            continue
         attempts = vote(model, tok, task, adapters.pick([n]), views, np.random.default_rng(seed))
         right = [any(np.array_equal(g, b) for g in mine) for mine, (_, b) in zip(attempts, task.test)]
-        results[n]["voted"] = float(all(right) and not results[n]["diverged"])
+        results[n]["voted"] = float(all(right))
     return results
+
+
+def side_by_side(lengths: list[int], size: int) -> list[list[int]]:
+    """Which candidates train together, by the lengths of their longest sequences, which ascend: at most `size`, and fewer
+    where sequences are long. side_by_side([100, 100, 900, 900], 4) -> [[0, 1], [2], [3]]."""
+    groups = []
+    for n, length in enumerate(lengths):
+        if not groups or len(groups[-1]) >= size or (len(groups[-1]) + 1) * BATCH * length**2 > ROOM:
+            groups.append([])
+        groups[-1].append(n)
+    return groups
 
 
 def study_puzzles(model, tok, candidates: list[tuple], lora, args, seed: int, log, label: str, known=()) -> list[dict]:
@@ -220,20 +239,31 @@ def study_puzzles(model, tok, candidates: list[tuple], lora, args, seed: int, lo
     def size(name):
         return max(len(e.ids) for e in examples[name]), n_steps(examples[name], todo[name][1]), name
 
-    groups = even_groups(sorted(todo, key=size), args.population)
+    order = sorted(todo, key=size)
+    groups = side_by_side([size(name)[0] for name in order], args.population)
+    groups = [[order[n] for n in group] for group in groups]
     done |= study_groups(groups, run, lambda r: r["solved"], log, label)
     return [done[name] for name in names]
+
+
+def task_ids(path, split: str) -> list[str]:
+    """The ids of a --tasks file under `split`. Exits with one line if there are none."""
+    ids = read_json(path).get(split)
+    if not ids or not isinstance(ids, list) or not all(isinstance(i, str) for i in ids):
+        raise SystemExit(f"error: {path}: no list of task ids under {split!r} (--split)")
+    return ids
 
 
 class Puzzles:
     """train_outer.py's --task arc: what self-edits are about, how they are read, and what they earn."""
 
     def __init__(self, args, model, tok, ids=()):
-        ids = read_json(args.tasks).get(args.split, []) if args.tasks else ids
+        ids = task_ids(args.tasks, args.split) if args.tasks else ids
         tasks = load_tasks(args.data, "" if ids else "train", tuple(ids))[args.skip :]
         tasks = {t.id: t for t in (tasks[: args.limit] if args.limit else tasks)}
-        prompts = {i: settings_prompt(tok, t, args.shots) for i, t in tasks.items()}
-        self.left_out = [i for i, p in prompts.items() if len(p) + args.max_new > model.config.max_seq_len]
+        prompts, context = {i: settings_prompt(tok, t, args.shots) for i, t in tasks.items()}, model.config.max_seq_len
+        needs = {i: max(len(p) + args.max_new, answer_room(tok, tasks[i], asked=True)) for i, p in prompts.items()}
+        self.left_out = [i for i, n in needs.items() if n > context]
         if self.left_out:
             some = f"{len(self.left_out)} of {len(prompts)} tasks left out"
             print(f"{some}, their prompts are longer than the context: {' '.join(self.left_out)}")
@@ -241,6 +271,9 @@ class Puzzles:
         self.tasks = {i: tasks[i] for i in self.prompts}
         if not self.tasks:
             raise SystemExit(f"error: {args.tasks or args.data}: no tasks left to work on")
+        keys = repr([t.key for t in self.tasks.values()])
+        # What a resumed run must find unchanged, wherever the tasks come from.
+        self.pinned = {"ids": list(self.tasks), "data_sha256": hashlib.sha256(keys.encode()).hexdigest()[:12]}
 
     @staticmethod
     def read(_, parts: list[tuple]) -> dict:
@@ -258,8 +291,9 @@ class Puzzles:
 
     def score(self, model, tok, edits, args, seed: int, folder) -> dict:
         """Fill in every self-edit's scores and reward. Returns {id: reward of doing nothing}. What the base model studied
-        in an earlier round is not studied again."""
+        in an earlier round is not studied again; so all rounds study with one seed."""
         log = folder / "studied.jsonl"
+        seed = seed if args.learner == "policy" else args.seed
         known = [] if args.learner == "policy" else sorted({*folder.parent.glob(f"*/{log.name}")} - {log})
         results = self.results(model, tok, edits, args, seed, log, f"{folder.name} study", known)
         for e, r in zip(edits, results):
@@ -271,6 +305,15 @@ class Puzzles:
 
 # -----------------------------------------------------------------------------
 # predicting
+
+
+def answer_room(tok: Tokenizer, task: Task, asked: bool = False) -> int:
+    """Most tokens of an answer: twice the largest grid that is shown, which hardly any output exceeds, or the right answer.
+    With `asked`, together with the longest prompt."""
+    shown = [*(g for pair in task.train for g in pair), *(a for a, _ in task.test)]
+    room = 2 + 2 * max(len(grid_ids(tok, g)) for g in shown)
+    room = max(room, *(len(pair_ids(tok, a, b)[1]) for a, b in task.test))
+    return room + asked * max(len(task_prompt(tok, task, i)) for i in range(len(task.test)))
 
 
 def predict(model, tok, tasks: list[Task], adapters: Adapters | None = None) -> list[dict]:
@@ -286,15 +329,15 @@ def predict(model, tok, tasks: list[Task], adapters: Adapters | None = None) -> 
     asked = [(n, i) for n, task in enumerate(tasks) for i in range(len(task.test))]
     prompts = [task_prompt(tok, tasks[n], i) for n, i in asked]
     golds = [pair_ids(tok, *tasks[n].test[i])[1] for n, i in asked]
-    known = [g for task in tasks for g in (*(g for pair in task.train for g in pair), *(a for a, _ in task.test))]
-    longest = 2 + 2 * max(len(grid_ids(tok, g)) for g in known)  # hardly any task's output needs more
+    # A task that fits the context should not fail for the room that another one needs.
+    room = min(max(answer_room(tok, t) for t in tasks), model.config.max_seq_len - max(map(len, prompts)))
     logprobs = {}
 
     def score_golds(order, batch, x):
         logprobs.update(zip(order, answer_logprobs([golds[i] for i in order], batch, x)))
 
     how = {"adapters": adapters, "owner": [n for n, _ in asked], "on_prefill": score_golds}
-    outputs = generate(model, prompts, max(longest, *map(len, golds)), tok.end_ids, **how)
+    outputs = generate(model, prompts, max(room, *map(len, golds)), tok.end_ids, **how)
     results = [{"solved": [], "cells": [], "logprob": [], "predictions": []} for _ in tasks]
     for k, ((n, i), ids) in enumerate(zip(asked, outputs)):
         text = tok.decode([t for t in ids if t not in tok.end_ids])

@@ -36,6 +36,7 @@ per round.
 Kill it at any time: the same command goes on where it was, and ends with the same result.
 """
 
+import argparse
 import time
 from collections import Counter
 from dataclasses import asdict
@@ -79,7 +80,7 @@ ARC = {
 }
 DEFAULTS = {"qa": {}, "arc": ARC}
 # What a task has no use for: an ARC self-edit says itself how to train.
-UNUSED = {"qa": ["tasks", "vote", "augmented"], "arc": ["style", "lr", "steps", "epochs", "row_len"]}
+UNUSED = {"qa": ["tasks", "augmented"], "arc": ["style", "lr", "steps", "epochs", "row_len"]}
 
 
 def add_task_arguments(parser, split: str) -> None:
@@ -87,17 +88,17 @@ def add_task_arguments(parser, split: str) -> None:
     add = parser.add_argument_group("task").add_argument
     add("--data", default="data/passages.json", help="qa: passages with questions; arc: tasks (data/arc.py has the forms)")
     add("--tasks", help="arc: JSON file {split: [task id, ...]} that says which tasks (eval_arc.py --choose writes one)")
-    add("--split", default=split, help="qa: of the passages; arc: of --tasks")
+    add("--split", default=split, help="qa: of the passages; arc: of --tasks, without which all are read")
     add("--skip", type=at_least(0), default=0, help="leave out the first N passages or tasks")
     add("--limit", type=at_least(0), default=0, help="use at most N passages or tasks, 0: all")
-    add("--vote", type=at_least(0), default=0, help="arc: also predict by majority over N views of the test")
     add("--augmented", type=at_least(1), default=64, help="arc: most training tasks made of one task")
 
 
-def refuse_unused(parser, args, task: str) -> None:
-    for name in UNUSED[task]:
+def refuse_unused(parser, args, names, why: str) -> None:
+    """One clear line if any of the settings `names` was given, which have no effect `why`."""
+    for name in names:
         if getattr(args, name) != parser.get_default(name):
-            parser.error(f"--{name.replace('_', '-')} has no effect on --task {task}")
+            parser.error(f"--{name.replace('_', '-')} has no effect {why}")
 
 
 def parse_arguments(argv=None):
@@ -120,9 +121,16 @@ def parse_arguments(argv=None):
     add("--outer-epochs", type=at_least(1), default=2, help="passes over the rewarded self-edits")
     add("--outer-row-len", type=at_least(0), default=1024, help="tokens per packed row; 0: a row per self-edit or part")
     add("--outer-batch", type=at_least(1), default=1, help="rows per step; the paper: 10 self-edits")
-    parser.set_defaults(**DEFAULTS[parser.parse_args(argv).task])
+    first = argparse.ArgumentParser(add_help=False)
+    first.add_argument("--task", nargs="?")
+    task = first.parse_known_args(argv)[0].task  # before -h, which shows its defaults
+    parser.set_defaults(**DEFAULTS.get(task, {}), vote=0)  # votes are the ladder's
     args = parser.parse_args(argv)
-    refuse_unused(parser, args, args.task)
+    refuse_unused(parser, args, UNUSED[args.task], f"on --task {args.task}")
+    if args.task == "arc":
+        refuse_unused(parser, args, [] if args.tasks else ["split"], "without --tasks")
+        if args.reward == "logprob" and args.select == "improving":
+            parser.error("--reward logprob needs --select best: nothing says what a task is worth without studying")
     if args.select == "parts" and args.samples < 2:
         parser.error("--select parts compares a passage's self-edits: it needs --samples of at least 2")
     if args.reward == "asked" and (args.select == "improving" or not STYLES[args.style].quotes or args.task != "qa"):
@@ -135,7 +143,7 @@ def parse_arguments(argv=None):
 WHY = {  # selected? -> why
     "parts": ("no sound part is the best", "some parts are the best"),
     "best": ("not the best", "best"),
-    "improving": ("no better than the passage alone", "better than the passage alone"),
+    "improving": ("no better than without it", "better than without it"),
     "notes": ("no note among the best", "some notes are among the best"),
 }
 
@@ -186,6 +194,7 @@ class Passages:
     def __init__(self, args, model, tok):
         self.passages = {p.id: p for p in load_passages(args.data, args.split, args.skip, args.limit)}
         self.prompts, self.read = ask_for_notes(tok, self.passages.values(), args)
+        self.pinned = {"data_sha256": digest(args.data)}  # what a resumed run must find unchanged
 
     def score(self, model, tok, edits, args, seed: int, folder) -> dict:
         """Study and quiz every self-edit, filling in its scores and reward; returns {id: reward of the passage alone}.
@@ -321,7 +330,7 @@ def main() -> None:
     task = TASKS[args.task](args, model, tok)
     lora_config(args, model)  # complains now rather than after sampling
     settings = {k: v for k, v in vars(args).items() if k not in ("out", "rounds")}
-    out = open_run(args.out, settings | {"data_sha256": digest(args.data)})
+    out = open_run(args.out, settings | task.pinned)
     metrics = read_jsonl(out / "metrics.jsonl") if (out / "metrics.jsonl").is_file() else []
     config = LoRAConfig(args.outer_rank, args.outer_alpha, tuple(PROJECTIONS), 0, model.config.n_layer)
     policy = Adapters.init(model, config, 1, sub_seed(args.seed, 0))

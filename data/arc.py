@@ -9,7 +9,7 @@ file with "solutions" in place of "challenges" in its name; or one official {"tr
 is read as its *.json files, each a task whose id is the file's name. A pair is {"input": grid, "output": grid}.
 
 Augmentations (arXiv 2506.10943, section 4, after Akyurek et al., arXiv 2411.07279), each applied to inputs and outputs:
-    basic    rotations by 90, 180, 270 degrees; flips; transpose; a shift that wraps round; the grid beside its mirror
+    basic    rotations by 90, 180, 270 degrees; flips; transpose; the grid beside its mirror; a shift that wraps round
     size     each cell twice as wide, as high, or both
     chain    a rotation, flip or transpose, then both sizes
     repeat   the grid twice beside itself, twice below, or two by two
@@ -90,8 +90,11 @@ def _tasks_in(value, file: Path, split: str) -> list:
     if answers != file and answers.is_file():
         outputs = _read(answers)
         for name, task in value.items():
-            for pair, output in zip(task["test"], outputs.get(name, [])):
-                pair.setdefault("output", output)
+            tests = task.get("test") if isinstance(task, dict) else None
+            given = outputs.get(name) if isinstance(outputs, dict) else None
+            for pair, output in zip(*(v if isinstance(v, list) else [] for v in (tests, given))):
+                if isinstance(pair, dict):
+                    pair.setdefault("output", output)
     return list(value.items())
 
 
@@ -156,7 +159,7 @@ REPEATS = {
     "repeat-both": lambda g: np.tile(g, (2, 2)),
 }
 CHAINS = {f"{name}-double": lambda g, f=f: SIZES["double"](f(g)) for name, f in SYMMETRIES.items()}
-GROUPS = {  # as the self-edit names them; the shift, which is drawn anew for each task, also belongs to the first
+GROUPS = {  # as the self-edit names them; the shift, which is drawn, also belongs to the first
     "use_basic_augmentations": SYMMETRIES | MIRRORS,
     "use_size_augmentations": SIZES,
     "use_chain_augmentations": CHAINS,
@@ -164,9 +167,11 @@ GROUPS = {  # as the self-edit names them; the shift, which is drawn anew for ea
 }
 
 
-def shift(rng: np.random.Generator):
-    """A function that moves a grid's cells by up to 4 rows and columns, the same for every grid; what leaves comes back."""
-    by = tuple(int(n) for n in rng.integers(1, 5, 2))
+def shift(rng: np.random.Generator, smallest: int = LARGEST):
+    """A function that moves a grid's cells by up to 4 rows and columns, the same for every grid; what leaves comes back.
+    By fewer than `smallest`, the shortest side of the grids, so that either all of them move or none.
+    """
+    by = tuple(int(n) for n in rng.integers(0, min(5, smallest), 2))
     return partial(np.roll, shift=by, axis=(0, 1))
 
 
@@ -194,24 +199,26 @@ def leave_out(task: Task) -> list[Task]:
 
 
 def training_tasks(task: Task, groups, limit: int, rng: np.random.Generator) -> list[Task]:
-    """At most `limit` tasks to train on, made from the demonstrations only: those of leave_out() as they are and under
-    every augmentation of `groups` (names in GROUPS), and each also with permuted colours and shuffled demonstrations.
+    """At most `limit` tasks to train on, made from the demonstrations only: those of leave_out(), and, if any `groups` are
+    named (of GROUPS), also under each of their augmentations, and all again with permuted colours and shuffled
+    demonstrations. Without groups, colours stay: they may be what the task is about.
 
-    Tasks with a grid larger than 30 x 30 are left out, equal ones kept once. If there are more than `limit`, leave_out()'s
-    own stay, as far as they fit, and the others are drawn at random.
+    Tasks with a grid larger than 30 x 30 are left out, equal ones kept once. If there are more than `limit`, those in which
+    one demonstration was left out stay, as far as they fit, and the others are drawn at random.
     """
     plain = leave_out(task)
     changes = [f for name, some in GROUPS.items() if name in groups for f in some.values()]
-    changes += [shift(rng)] if "use_basic_augmentations" in groups else []
     made = plain + [t.map(f) for f in changes for t in plain]
-    for t in list(made):
+    if "use_basic_augmentations" in groups:
+        made += [t.map(shift(rng, min(min(g.shape) for g in t.grids))) for t in plain]
+    for t in list(made) if groups else []:
         order = rng.permutation(len(t.train))
         made.append(Task(t.id, tuple(t.train[i] for i in order), t.test).map(recolour(rng)))
     unique = {}
     for t in made:
         if max(max(g.shape) for g in t.grids) <= LARGEST:
             unique.setdefault(t.key, t)
-    unique, own = list(unique.values()), len({t.key for t in plain})
+    unique, own = list(unique.values()), len({t.key for t in plain[: len(task.train)]})
     if len(unique) <= limit:
         return unique
     first = unique[: min(limit, own)]

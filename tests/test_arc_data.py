@@ -60,7 +60,8 @@ def test_shift_wraps_round_and_recolour_keeps_the_background():
     rng = np.random.default_rng(0)
     for n in range(20):
         f, g = shift(rng), grid(n, 7, 9)
-        assert f(g).shape == g.shape and sorted(f(g).flat) == sorted(g.flat) and not np.array_equal(f(g), g)
+        assert f(g).shape == g.shape and sorted(f(g).flat) == sorted(g.flat) and max(f.keywords["shift"]) <= 4
+        assert max(shift(rng, 3).keywords["shift"]) < 3  # a small grid must not come back to where it was
         assert np.array_equal(np.roll(f(g), [-k for k in f.keywords["shift"]], axis=(0, 1)), g)
         colours = recolour(rng)(np.arange(10, dtype=np.int8)[None])[0].tolist()
         assert colours[0] == 0 and sorted(colours) == list(range(10))
@@ -75,14 +76,18 @@ def test_leave_out():
 
 
 def test_training_tasks():
-    t = task(3, 5, 7)  # no shift by 1 to 4 gives the same again
+    t = task(3, 5, 7)
     plain = training_tasks(t, (), 999, np.random.default_rng(0))
-    assert len(plain) == 18 and [u.key for u in plain[:9]] == [u.key for u in leave_out(t)]
+    assert [u.key for u in plain] == [u.key for u in leave_out(t)]
     everything = training_tasks(t, GROUPS, 999, np.random.default_rng(0))
-    assert len(everything) == len({u.key for u in everything}) == 2 * 9 * (1 + 11 + 3 + 6 + 3)
+    assert len(everything) == len({u.key for u in everything})
+    assert 2 * 9 * (1 + 10 + 3 + 6 + 3) < len(everything) <= 2 * 9 * (1 + 11 + 3 + 6 + 3)  # a shift may be by nothing
+    sizes = training_tasks(t, ["use_size_augmentations"], 999, np.random.default_rng(0))
+    assert len(sizes) == 2 * 9 * (1 + 3) and not {u.key for u in sizes[9:]} & {u.key for u in plain}
     some = training_tasks(t, GROUPS, 64, np.random.default_rng(0))
     assert len(some) == 64 and {u.key for u in some} <= {u.key for u in everything}
-    assert [u.key for u in some[:9]] == [u.key for u in leave_out(t)]
+    assert [u.key for u in some[:3]] == [u.key for u in leave_out(t)[:3]]  # the others are drawn from all
+    assert len({u.key for u in some} & {u.key for u in plain}) < 9
     assert [u.key for u in some] == [u.key for u in training_tasks(t, GROUPS, 64, np.random.default_rng(0))]
     assert [u.key for u in some] != [u.key for u in training_tasks(t, GROUPS, 64, np.random.default_rng(1))]
     test = {g.tobytes() for pair in t.test for g in pair}
@@ -100,7 +105,7 @@ def test_large_and_equal_ones_are_dropped():
     big = training_tasks(task(3, 20, 20), GROUPS, 999, np.random.default_rng(0))
     assert max(max(g.shape) for u in big for g in u.grids) <= LARGEST
     same = Task("t", (task().train[0],) * 3, task().test)
-    assert len(training_tasks(same, (), 999, np.random.default_rng(0))) < 18
+    assert len(training_tasks(same, (), 999, np.random.default_rng(0))) == 2  # of two demonstrations, and of one
 
 
 # -----------------------------------------------------------------------------
@@ -130,6 +135,11 @@ def test_forms(tmp_path):
         load_tasks(kaggle)
     write(tmp_path / "arc_solutions.json", {"d": [[[5]], [[6]]]})
     assert [b.tolist() for _, b in load_tasks(kaggle)[0].test] == [[[5]], [[6]]]
+    for challenges, solutions in (({"d": 7}, {}), ({"d": blind}, [1]), ({"d": {"test": [3]}}, {"d": [[[5]]]})):
+        write(kaggle, challenges)
+        write(tmp_path / "arc_solutions.json", solutions)
+        with pytest.raises(SystemExit, match="task d"):
+            load_tasks(kaggle)
     wide = {"train": [PAIR, {"input": [[0] * 11], "output": [[0]]}], "test": [PAIR]}
     assert [t.id for t in load_tasks(write(tmp_path / "w.json", {"w": wide, "g": GOOD}), largest=10)] == ["g"]
 

@@ -18,6 +18,7 @@ from lora import PROJECTIONS, Adapters, LoRAConfig, save_adapter
 from puzzle import (
     EXAMPLE,
     MAX_STEPS,
+    answer_room,
     examples_of,
     grid_ids,
     n_steps,
@@ -26,6 +27,7 @@ from puzzle import (
     read_grid,
     settings_prompt,
     settings_text,
+    side_by_side,
     study_puzzles,
     task_example,
     task_prompt,
@@ -151,9 +153,12 @@ def test_the_prompt_shows_the_demonstrations_and_not_the_test(tok):
     task = copying()
     shown = tok.decode(settings_prompt(tok, task))
     assert settings_text(EXAMPLE) in shown and all(g in shown for g in GROUPS)
-    for a, _ in task.train:
-        assert tok.decode(grid_ids(tok, a)) in shown
+    pairs = tuple((a, (a + 1) % 10) for a, _ in task.train)  # outputs of their own
+    shown = tok.decode(settings_prompt(tok, Task("t", pairs, task.test)))
+    for a, b in pairs:
+        assert f"input:\n{tok.decode(grid_ids(tok, a))}output:\n{tok.decode(grid_ids(tok, b)[:-1])}" in shown
     assert tok.decode(grid_ids(tok, task.test[0][0])) not in shown
+    assert shown.count("<|im_end|>") == 4  # of the turns: system, question and reply of the example, question
 
 
 # -----------------------------------------------------------------------------
@@ -178,6 +183,21 @@ def test_a_population_of_unlike_settings_is_its_candidates_alone(tiny, tok, tmp_
         assert alone["steps"] == together[n]["steps"] and alone["loss"] == pytest.approx(together[n]["loss"], rel=1e-4)
         assert alone["logprob"] == pytest.approx(together[n]["logprob"], rel=1e-3)
     assert together[1]["steps"] == 2 * together[0]["steps"] == 8 and together[0]["loss"] != together[2]["loss"]
+
+
+def test_the_settings_choose_the_data(tiny, tok, tmp_path):
+    candidates = [(copying(), SETTINGS | {"groups": [g]}) for g in ("use_size_augmentations", "use_repeat_augmentations")]
+    results = study_puzzles(tiny, tok, candidates, LORA, options(augmented=24), 0, tmp_path / "a.jsonl", "test")
+    assert results[0]["steps"] == results[1]["steps"] == 12 and results[0]["loss"] != results[1]["loss"]
+
+
+def test_long_sequences_train_apart_and_the_longest_not_at_all(tok):
+    assert side_by_side([100, 100, 900, 900], 4) == [[0, 1], [2], [3]]
+    assert side_by_side([10] * 5, 2) == [[0, 1], [2, 3], [4]] and side_by_side([5000], 2) == [[0]]
+    big = np.ones((30, 30), np.int8)
+    task = Task("big", ((big, big),) * 3, ((big, big),))
+    made = examples_of(tok, task, SETTINGS, 9, 0, 8192)
+    assert len(made) == 0  # two pairs: 3,700 tokens
 
 
 def test_too_many_steps_is_a_flaw_and_not_a_training(tiny, tok, tmp_path, monkeypatch):
@@ -238,6 +258,21 @@ def test_votes_are_turned_back(tiny, tok, monkeypatch):
     monkeypatch.setattr("puzzle.predict", sees)
     [[first]] = vote(tiny, tok, task, None, 14, np.random.default_rng(0))
     assert np.array_equal(first, task.test[0][1])
+
+
+def test_a_row_votes_with_its_own_adapter(tiny, tok, monkeypatch):
+    """The second of two candidates: what its vote is asked under, and that a diverged one has none."""
+    asked = []
+    monkeypatch.setattr("puzzle.vote", lambda m, t, task, adapters, *a: asked.append(adapters.flat) or [[task.test[0][1]]])
+    candidates = [(copying(0), SETTINGS), (copying(1), SETTINGS | {"lr": 9e-3})]
+    examples = [examples_of(tok, *c, 8, 0, 2048) for c in candidates]
+    results = puzzle.study_and_predict(tiny, tok, candidates, examples, LORA, 0, views=2)
+    assert [r["voted"] for r in results] == [1.0, 1.0] and [len(flat) for flat in asked] == [1, 1]
+    assert asked[1].norm() > asked[0].norm()  # it learnt faster
+    asked.clear()
+    candidates[0] = (copying(0), SETTINGS | {"lr": float("inf")})
+    results = puzzle.study_and_predict(tiny, tok, candidates, examples, LORA, 0, views=2)
+    assert results[0]["diverged"] and results[0]["voted"] == 0.0 and len(asked) == 1
 
 
 def test_logprobs_are_the_models(tiny, tok):
@@ -358,16 +393,117 @@ def test_choosing_tries_the_smallest_first_and_what_is_solved_no_more(tiny_folde
         run_script(monkeypatch, eval_arc, tiny_folder, *args, "--largest", 1)
 
 
-@pytest.mark.parametrize("flag", [("--lr", 1e-3), ("--steps", 4), ("--style", "self-qa"), ("--epochs", 3)])
-@pytest.mark.parametrize("script", [train_outer, eval_arc])
-def test_settings_without_effect_are_refused(script, flag, tiny_folder, monkeypatch, capsys):
-    task = ["--task", "arc"] if script is train_outer else []
+@pytest.mark.parametrize(
+    "script, args, complaint",
+    [
+        (train_outer, "--task arc --lr 1e-3", "--lr has no effect on --task arc"),
+        (train_outer, "--task arc --style self-qa", "--style has no effect on --task arc"),
+        (train_outer, "--task arc --split eval", "--split has no effect without --tasks"),
+        (train_outer, "--task qa --augmented 3", "--augmented has no effect on --task qa"),
+        (train_outer, "--task arc --reward logprob", "--reward logprob needs --select best"),
+        (train_outer, "--task", "--task: expected one argument"),
+        (eval_arc, "--steps 4", "--steps has no effect on ARC"),
+        (eval_arc, "--epochs 3", "--epochs has no effect on ARC"),
+        (eval_arc, "--largest 3", "--largest has no effect without --choose"),
+        (eval_arc, "--choose --oracle", "--oracle has no effect with --choose"),
+    ],
+)
+def test_settings_without_effect_are_refused(script, args, complaint, tiny_folder, monkeypatch, capsys):
     with pytest.raises(SystemExit):
-        run_script(monkeypatch, script, tiny_folder, *task, *flag)
-    assert f"{flag[0]} has no effect on --task arc" in capsys.readouterr().err
+        run_script(monkeypatch, script, tiny_folder, *args.split())
+    assert complaint in capsys.readouterr().err
+
+
+def test_help_shows_the_tasks_own_defaults(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["train_outer.py", "--task", "arc", "-h"])
+    with pytest.raises(SystemExit):
+        train_outer.parse_arguments()
+    assert "best notes (default: improving)" in " ".join(capsys.readouterr().out.split())
 
 
 def test_prompts_longer_than_the_context_are_counted(tiny_folder, tasks_file, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit, match="no tasks left"):
         run_script(monkeypatch, eval_arc, tiny_folder, "--data", tasks_file, "--max-new", 2000, "--work", tmp_path / "w")
     assert "2 of 2 tasks left out" in capsys.readouterr().out
+    monkeypatch.setattr("puzzle.answer_room", lambda *a, **k: 3000)  # the prompt fits, what is to be predicted does not
+    with pytest.raises(SystemExit, match="no tasks left"):
+        run_script(monkeypatch, eval_arc, tiny_folder, "--data", tasks_file, "--work", tmp_path / "w")
+
+
+def test_answer_room(tok):
+    small, wide = np.array([[1]], np.int8), np.array([[1] * 9], np.int8)
+    shown = Task("t", ((small, small), (wide, small)), ((small, small),))
+    assert answer_room(tok, shown) == 2 + 2 * 10  # nine cells and a row's end
+    surprising = Task("t", ((small, small), (small, small)), ((small, wide),))
+    assert answer_room(tok, surprising) == 11  # the right answer and its end
+    assert answer_room(tok, shown, asked=True) == 22 + len(task_prompt(tok, shown))
+
+
+@pytest.mark.parametrize("value", [{"train": ["t1"], "heldout": []}, {"train": ["t1"]}, {"heldout": 3}])
+def test_a_split_without_tasks_is_an_error(value, tiny_folder, tasks_file, tmp_path, monkeypatch):
+    """And not all tasks there are."""
+    path = tmp_path / "tasks.json"
+    path.write_text(json.dumps(value))
+    args = ["--data", tasks_file, "--tasks", path, "--work", tmp_path / "w"]
+    with pytest.raises(SystemExit, match="no list of task ids under 'heldout'"):
+        run_script(monkeypatch, eval_arc, tiny_folder, *args)
+
+
+def test_tasks_that_changed_are_not_resumed(tiny_folder, tasks_file, tmp_path, monkeypatch):
+    args = [
+        "--data",
+        tasks_file,
+        "--choose",
+        "--augmented",
+        4,
+        "--rank",
+        2,
+        "--work",
+        tmp_path / "w",
+        "--out",
+        tmp_path / "o",
+    ]
+    monkeypatch.setattr(eval_arc, "GRID", [])
+    run_script(monkeypatch, eval_arc, tiny_folder, *args)
+    data = json.loads(tasks_file.read_text())
+    data["train"]["t1"]["test"][0]["output"] = [[1]]
+    tasks_file.write_text(json.dumps(data))
+    with pytest.raises(SystemExit, match="data_sha256"):
+        run_script(monkeypatch, eval_arc, tiny_folder, *args)
+
+
+def test_a_policy_is_not_judged_by_its_training_tasks(tiny_folder, tasks_file, tmp_path, monkeypatch):
+    policy = tmp_path / "run" / "round-1" / "policy"
+    policy.mkdir(parents=True)
+    (policy / "adapter_config.json").write_text("{}")
+    settings = {"task": "arc", "ids": ["t2"], "style": "questions", "shots": 1, "learner": "base"}
+    (tmp_path / "run" / "settings.json").write_text(json.dumps(settings))
+    args = ["--data", tasks_file, "--run", tmp_path / "run", "--work", tmp_path / "w"]
+    with pytest.raises(SystemExit, match="was trained on 1 of these tasks"):
+        run_script(monkeypatch, eval_arc, tiny_folder, *args)
+    (tmp_path / "run" / "settings.json").write_text(json.dumps(settings | {"task": "qa"}))
+    with pytest.raises(SystemExit, match="was trained with --task qa"):
+        run_script(monkeypatch, eval_arc, tiny_folder, *args)
+
+
+@pytest.mark.parametrize("learner", ["base", "policy"])
+def test_what_the_base_model_studied_is_studied_once(learner, tiny, tiny_folder, tasks_file, tmp_path, monkeypatch):
+    """The ladder's rows, and the rounds of training; a policy that studies is another model each time."""
+    policy = Adapters.init(tiny, LoRAConfig(2, 4.0, ("q_proj",), 0, 4), 1, seed=0)
+    save_adapter(policy, tmp_path / "policy", tiny_folder)
+    trained, real = [], puzzle.study_and_predict
+    monkeypatch.setattr("puzzle.study_and_predict", lambda m, t, some, *a: trained.extend(some) or real(m, t, some, *a))
+    monkeypatch.setattr("puzzle.parse_settings", lambda sample, ended: (EXAMPLE, ""))
+    common = ["--data", tasks_file, "--limit", 1, "--augmented", 4, "--rank", 2, "--max-new", 8, "--samples", 2]
+    common += ["--learner", learner]
+    run_script(
+        monkeypatch, eval_arc, tiny_folder, *common, "--policy", tmp_path / "policy", "--out", tmp_path / "o.json",
+        "--work", tmp_path / "work",
+    )  # fmt: skip
+    assert len(trained) == (1 if learner == "base" else 3)  # ttt-fixed, self-edit and seal-1 ask for the same
+    rows = json.loads((tmp_path / "o.json").read_text())["rows"]
+    assert not any("voted" in r for r in rows)  # nobody voted
+    trained.clear()
+    extra = ["--task", "arc", "--select", "best", "--rounds", 2, "--outer-rank", 2, "--out", tmp_path / "run"]
+    run_script(monkeypatch, train_outer, tiny_folder, *common, *extra)
+    assert len(trained) == (1 if learner == "base" else 2)
