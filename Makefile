@@ -2,7 +2,7 @@
 #   make demo    the whole loop on a real model, in small: under half an hour on two slow cores
 #   make test    linter and tests
 #   make bench   speed, side by side with transformers + peft, over an hour on two slow cores
-#   make results two rounds, their ladder, what changed in the notes, the figures: an hour and a quarter on two slow cores
+#   make results three rounds, their ladder, what changed in the notes, the figures: over two hours on two slow cores
 #   make studies which reward, which recipe, and the paper's protocol: hours. Killed, both go on where they were
 PYTHON ?= python3
 PY := .venv/bin/python
@@ -24,10 +24,10 @@ bench: .venv/dev model
 
 results: .venv/dev model
 	$(PY) eval_qa.py --split "" --no-study --out results/passages.json
-	$(PY) train_outer.py --out runs/qa --limit 24 --rounds 2 --samples 4 --reward asked --select notes
+	$(PY) train_outer.py --out runs/qa --limit 96 --rounds 3 --samples 4 --outer-epochs 1 --reward asked --select notes
 	cp runs/qa/metrics.jsonl results/qa_rounds.jsonl
-	$(PY) eval_qa.py --run runs/qa --limit 24 --out results/qa_ladder.json
-	$(PY) studies.py notes --limit 24 --work runs/eval-qa_ladder/climb-0
+	$(PY) eval_qa.py --run runs/qa --limit 48 --out results/qa_ladder.json
+	$(PY) studies.py notes --limit 48 --work runs/eval-qa_ladder/climb-0
 	$(PY) plot.py
 
 studies: .venv/dev model
@@ -35,7 +35,7 @@ studies: .venv/dev model
 	$(PY) studies.py proxy --limit 24 --work runs/studied/round-1
 	$(PY) studies.py reward
 	$(PY) studies.py recipes --limit 24
-	$(PY) eval_qa.py --run runs/qa --limit 24 --match epochs --out results/qa_ladder_epochs.json
+	$(PY) eval_qa.py --run runs/qa --limit 48 --match epochs --out results/qa_ladder_epochs.json
 
 model: checkpoints/smollm2-135m-instruct
 data: downloads/arc

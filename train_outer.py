@@ -1,7 +1,7 @@
 """SEAL's outer loop: reinforcement learning (ReST-EM) teaches the model to write self-edits that help it learn.
 
     python train_outer.py --out runs/demo --limit 12 --samples 3 --rounds 1    # minutes on two cores
-    python train_outer.py --out runs/qa --limit 24 --reward asked --select notes    # a proxy reward: as long, for two rounds
+    python train_outer.py --out runs/qa --limit 96 --outer-epochs 1 --reward asked --select notes    # a proxy reward
     python train_outer.py --out runs/paper --samples 5 --rounds 2 --temperature 1 --rank 32 --alpha 64 \\
         --targets q_proj v_proj --top-layers 0 --lr 1e-3 --steps 0 --epochs 10 --row-len 0 \\
         --learner policy --style implications-long --shots 0 --max-new 512 --select improving \\
