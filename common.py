@@ -30,10 +30,15 @@ def read_json(path) -> dict:
     return value
 
 
+def fingerprint(data: bytes) -> str:
+    """The first 12 hex digits of the SHA-256: enough to notice that something has changed."""
+    return hashlib.sha256(data).hexdigest()[:12]
+
+
 def digest(path) -> str:
-    """The first 12 hex digits of the file's SHA-256: enough to notice that it has changed."""
+    """fingerprint() of a file."""
     try:
-        return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12]
+        return fingerprint(Path(path).read_bytes())
     except OSError as e:
         raise SystemExit(f"error: cannot read {path}: {e.strerror}") from e
 

@@ -28,7 +28,7 @@ from common import Progress, chunks, open_run, read_json, sub_seed, write_json
 from data.arc import GROUPS, Task, load_tasks
 from eval_qa import bootstrap, find_policies, paired_steps, policy_digests
 from lora import load_adapter, merged
-from puzzle import EXAMPLE, Puzzles, predict, read_grid, study_puzzles
+from puzzle import EXAMPLE, Puzzles, known_logs, predict, read_grid, study_puzzles
 from quiz import add_learner, at_least, learner, load, lora_config, make_parser, result_head
 from selfedit import sample_self_edits
 from train_outer import ARC, UNUSED, add_task_arguments, refuse_unused
@@ -120,7 +120,7 @@ class Ladder:
     def logs(self, method: str) -> tuple:
         """Where a row's studies are logged, and the logs of what the same model studied for the other rows."""
         log = self.work / f"{method}-studied.jsonl"
-        return log, [] if self.args.learner == "policy" else sorted({*self.work.glob("*-studied.jsonl")} - {log})
+        return log, known_logs(self.args, self.work, "*-studied.jsonl", log)
 
     def study(self, method: str, tasks: list[Task], settings: dict) -> list[dict]:
         """Every task is studied as the settings say."""

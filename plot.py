@@ -44,19 +44,23 @@ def colour(method: str) -> str:
     return ORANGE if method.startswith("seal") else GREY if method in ("base", "in-context") else BLUE
 
 
+def draw_rows(axes, rows: list[dict], key: str, written) -> None:
+    """A bar for each row, the first one on top: row[key] in percent, its interval as a whisker, written(row) beside it."""
+    for n, r in enumerate(rows[::-1]):
+        low, high = (100 * v for v in r["ci95"])
+        axes.barh(n, 100 * r[key], color=colour(r["method"]))
+        axes.plot([low, high], [n, n], color="black", linewidth=1.2)
+        axes.text(max(high, 0) + 1.5, n, written(r), va="center")
+    axes.set_yticks(range(len(rows)), [r["method"] for r in rows[::-1]])
+
+
 def draw_ladder(results: list[dict]):
-    """One panel for each result; a row's bar is its accuracy in percent, its whisker the interval."""
+    """One panel for each result, with every row's accuracy."""
     height = 0.45 * max(len(r["rows"]) for r in results) + 1.4
     figure, panels = plt.subplots(1, len(results), figsize=(6 * len(results), height), squeeze=False)
     for axes, result in zip(panels[0], results):
-        rows = result["rows"][::-1]  # the first one on top
-        for n, r in enumerate(rows):
-            low, high = (100 * v for v in r["ci95"])
-            axes.barh(n, 100 * r["accuracy"], color=colour(r["method"]))
-            axes.plot([low, high], [n, n], color="black", linewidth=1.2)
-            axes.text(max(high, 0) + 1.5, n, f"{100 * r['accuracy']:.1f}", va="center")
-        axes.set_yticks(range(len(rows)), [r["method"] for r in rows])
-        axes.set_xlim(0, 1.12 * max(100 * r["ci95"][1] for r in rows) + 4)
+        draw_rows(axes, result["rows"], "accuracy", lambda r: f"{100 * r['accuracy']:.1f}")
+        axes.set_xlim(0, 1.12 * max(100 * r["ci95"][1] for r in result["rows"]) + 4)
         axes.set_xlabel("quiz accuracy without the passage, %")
         axes.set_title(f"{protocol_title(result)}\n{result['n_passages']} passages", fontsize=11)
     return figure
@@ -93,14 +97,9 @@ def draw_rounds(metrics: list[dict]):
 
 
 def draw_arc_ladder(result: dict):
-    """One bar for each row, with the number of solved tasks (a mean over self-edits)."""
-    rows = result["rows"][::-1]
-    figure, axes = plt.subplots(figsize=(6, 0.45 * len(rows) + 1.4))
-    for n, r in enumerate(rows):
-        axes.barh(n, 100 * r["rate"], color=colour(r["method"]))
-        axes.plot([100 * v for v in r["ci95"]], [n, n], color="black", linewidth=1.2)
-        axes.text(100 * r["ci95"][1] + 1.5, n, f"{r['solved']:.1f}", va="center")
-    axes.set_yticks(range(len(rows)), [r["method"] for r in rows])
+    """Every row's share of solved tasks, with their number (a mean over self-edits)."""
+    figure, axes = plt.subplots(figsize=(6, 0.45 * len(result["rows"]) + 1.4))
+    draw_rows(axes, result["rows"], "rate", lambda r: f"{r['solved']:.1f}")
     axes.set_xlim(0, 112)
     axes.set_xlabel(f"held-out tasks solved, % of {result['n_tasks']}")
     return figure

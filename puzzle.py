@@ -23,15 +23,15 @@ Top to bottom: grids as tokens, the self-edit, studying, predicting.
 """
 
 import functools
-import hashlib
 import json
 import math
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 
-from common import read_json, read_jsonl
-from data.arc import GROUPS, INVERSE, LARGEST, SYMMETRIES, Task, load_tasks, training_tasks
+from common import fingerprint, read_jsonl
+from data.arc import GROUPS, INVERSE, LARGEST, SYMMETRIES, Task, load_tasks, task_ids, training_tasks
 from inner import Example, Study, inner_update
 from lora import Adapters
 from quiz import answer_logprobs, lora_config, study_groups
@@ -246,12 +246,9 @@ def study_puzzles(model, tok, candidates: list[tuple], lora, args, seed: int, lo
     return [done[name] for name in names]
 
 
-def task_ids(path, split: str) -> list[str]:
-    """The ids of a --tasks file under `split`. Exits with one line if there are none."""
-    ids = read_json(path).get(split)
-    if not ids or not isinstance(ids, list) or not all(isinstance(i, str) for i in ids):
-        raise SystemExit(f"error: {path}: no list of task ids under {split!r} (--split)")
-    return ids
+def known_logs(args, folder: Path, pattern: str, log: Path) -> list[Path]:
+    """The logs in `folder`, other than `log`, of what the same model studied: none if policies study, each another model."""
+    return [] if args.learner == "policy" else sorted({*folder.glob(pattern)} - {log})
 
 
 class Puzzles:
@@ -271,9 +268,9 @@ class Puzzles:
         self.tasks = {i: tasks[i] for i in self.prompts}
         if not self.tasks:
             raise SystemExit(f"error: {args.tasks or args.data}: no tasks left to work on")
-        keys = repr([t.key for t in self.tasks.values()])
+        keys = repr([t.key for t in self.tasks.values()]).encode()
         # What a resumed run must find unchanged, wherever the tasks come from.
-        self.pinned = {"ids": list(self.tasks), "data_sha256": hashlib.sha256(keys.encode()).hexdigest()[:12]}
+        self.pinned = {"ids": list(self.tasks), "data_sha256": fingerprint(keys)}
 
     @staticmethod
     def read(_, parts: list[tuple]) -> dict:
@@ -294,7 +291,7 @@ class Puzzles:
         in an earlier round is not studied again; so all rounds study with one seed."""
         log = folder / "studied.jsonl"
         seed = seed if args.learner == "policy" else args.seed
-        known = [] if args.learner == "policy" else sorted({*folder.parent.glob(f"*/{log.name}")} - {log})
+        known = known_logs(args, folder.parent, f"*/{log.name}", log)
         results = self.results(model, tok, edits, args, seed, log, f"{folder.name} study", known)
         for e, r in zip(edits, results):
             e.flaw = r["flaw"] or "diverged" * r["diverged"]

@@ -22,6 +22,8 @@ from pathlib import Path
 
 import numpy as np
 
+from common import read_json
+
 LARGEST = 30  # cells along a side
 
 
@@ -67,6 +69,14 @@ def load_tasks(path, split: str = "", ids=(), largest: int = LARGEST) -> list[Ta
         raise SystemExit(f"error: {path}: no task {missing[0] if missing else 'there'}")
     chosen = [found[i] for i in ids] if ids else list(found.values())
     return [t for t in chosen if max(max(g.shape) for g in t.grids) <= largest]
+
+
+def task_ids(path, split: str) -> list[str]:
+    """The ids of a --tasks file under `split`. Exits with one line if there are none."""
+    ids = read_json(path).get(split)
+    if not ids or not isinstance(ids, list) or not all(isinstance(i, str) for i in ids):
+        raise SystemExit(f"error: {path}: no list of task ids under {split!r} (--split)")
+    return ids
 
 
 def _read(file: Path):
