@@ -78,6 +78,8 @@ def test_a_policy_writes_and_its_learner_trains(learner, tiny, tiny_folder, task
     run_script(monkeypatch, eval_arc, tiny_folder, *args)
     assert [changed for _, changed in seen] == [False, False, True, learner == "policy"]
     assert [name for name, _ in seen] == ["sample_self_edits", "Puzzles.results"] * 2
+    rows = {r["method"]: r for r in json.loads((tmp_path / "o.json").read_text())["rows"]}
+    assert "voted" not in rows["self-edit"]  # none of a random model's self-edits is sound, but nobody voted on them
 
 
 def test_choosing(tiny_folder, tasks_file, tmp_path, monkeypatch):
