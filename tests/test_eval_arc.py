@@ -134,9 +134,10 @@ def test_choosing_tries_the_smallest_first_and_what_is_solved_no_more(tiny_folde
         (eval_arc, "--choose --oracle", "--oracle has no effect with --choose"),
     ],
 )
-def test_settings_without_effect_are_refused(script, args, complaint, tiny_folder, monkeypatch, capsys):
+def test_settings_without_effect_are_refused(script, args, complaint, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", [script.__name__, *args.split()])
     with pytest.raises(SystemExit):
-        run_script(monkeypatch, script, tiny_folder, *args.split())
+        script.parse_arguments()
     assert complaint in capsys.readouterr().err
 
 
