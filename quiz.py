@@ -69,25 +69,28 @@ def words(text: str) -> set:
     return {w for w in found if len(w) >= 4 or any(c.isdigit() for c in w)} - ASKING
 
 
-def closest_question(question: Question, pairs: list) -> float:
+def closest_question(question: Question, pairs: list, title: str = "") -> float:
     """From 0 to 1, how closely some (question, answer) of the notes asks for what a quiz question asks for: F1 of the words
-    that count. A pair whose answer has no accepted answer in it, or whose question has one, asks for something else: 0.
+    that count, without the passage's title, which any question may repeat. A pair whose answer has no accepted answer in
+    it, or whose question has one, asks for something else: 0.
 
-    "Who cast the bell?" (Hessa Lorn): ("Who cast it?", "Hessa Lorn did.") gives 2 * 1 / (1 + 2), for "cast" of "cast bell";
-    ("What did Hessa Lorn cast?", "Hessa Lorn cast the bell.") gives 0.
+    "Who cast the bell?" (Hessa Lorn): ("Who cast it?", "Hessa Lorn did.") gives 2 * 1 / (1 + 2), for "cast" of "cast bell",
+    and under the title "Vantor Bell" 1; ("What did Hessa Lorn cast?", "Hessa Lorn cast the bell.") gives 0.
     """
-    goal, best = words(question.question), 0.0
+    given, best = words(title), 0.0
+    goal = words(question.question) - given or words(question.question)
     for asked, answer in pairs:
         told = [score_answer(text, question.answers)["accuracy"] for text in (asked, answer)]
         if told == [0.0, 1.0]:
-            best = max(best, 2 * len(words(asked) & goal) / max(1, len(words(asked)) + len(goal)))
+            mine = words(asked) - given
+            best = max(best, 2 * len(mine & goal) / max(1, len(mine) + len(goal)))
     return best
 
 
 def asks(passage: Passage, notes) -> list[float]:
     """closest_question() for each question of the passage's quiz; a note that is no question asks nothing."""
     pairs = [m.groups() for note in notes if (m := QA_PAIR.fullmatch(note))]
-    return [closest_question(q, pairs) for q in passage.questions]
+    return [closest_question(q, pairs, passage.title) for q in passage.questions]
 
 
 def mean_scores(scores: list[dict]) -> dict:

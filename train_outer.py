@@ -17,7 +17,7 @@ How this departs from the paper (arXiv 2506.10943, section 3):
  1. The reward needs no judge: quiz accuracy by string match, or the mean log-probability of the reference answers. With
     --reward asked nothing is studied, and notes that are questions earn how closely they ask what the quiz asks: a proxy
     without the noise of a study, which also tells what a single note is worth. --select notes imitates, for each part, the
-    best notes of all self-edits together.
+    best notes of all self-edits together, without near copies.
  2. Candidates train and answer as populations (lora.py), not one by one.
  3. The policy is the base model plus one adapter that all rounds go on training. It writes; the base model studies and
     answers (--learner base). The paper's policy does both; a small model that has been taught to write notes to whatever
@@ -63,6 +63,7 @@ from quiz import (
     score_answer,
     study_all,
     study_settings,
+    words,
 )
 from selfedit import QA_PAIR, STYLES, SelfEdit, ask_for_notes, policy_example, sample_self_edits, sentences
 
@@ -181,11 +182,21 @@ def keep_best(mine: list[SelfEdit], k: int, credits: tuple) -> None:
         e.kept[k] = e.kept[k] and c is not None and c == top and c > float(np.mean(studied)) + 1e-9
 
 
-def best_notes(mine: list[SelfEdit], k: int, n: int = 3) -> list[str]:
-    """The n best notes of the parts k of one passage's self-edits, best first, if they are above these notes' mean."""
+def best_notes(mine: list[SelfEdit], k: int, n: int = 6) -> list[str]:
+    """The n best notes of the parts k of one passage's self-edits, best first: above these notes' mean, and no near copy,
+    one that has 80 % of its words that count from a better one.
+
+    Earned {"Who cast the old bell?": 1, "Who cast the bell?": 0.8, "Who cast Vantor?": 0.7, "Who?": 0}: the first and the
+    third, since "cast bell" both stand in the first and only one of "cast vantor" does.
+    """
     earned = {question: credit for e in mine if e.mended[k] for question, credit in e.earned[k].items()}
-    best = sorted(earned, key=earned.get, reverse=True)[:n]
-    return [question for question in best if earned[question] > np.mean(list(earned.values())) + 1e-9]
+    best, mean = [], np.mean(list(earned.values()) or [0.0])
+    for question in sorted(earned, key=earned.get, reverse=True):
+        new = words(question)
+        near = any(len(new & words(other)) >= 0.8 * len(new) for other in best)
+        if len(best) < n and new and not near and earned[question] > mean + 1e-9:
+            best.append(question)
+    return best
 
 
 class Passages:

@@ -169,10 +169,8 @@ def test_notes_that_ask_what_the_quiz_asks():
     one = edit(["Who founded Rolm?", "What is Rolm?"], ["What sells bricks?", "Who cried?"])
     two = edit(["Who founded it?", "Was it Rolm?"], ["What is sold to Varbon?"])
     assert task.compare([one, two]) == {}
-    assert one.earned == [{"Who founded Rolm?": 1.0, "What is Rolm?": 2 / 3}, {"What sells bricks?": 0.0, "Who cried?": 0.0}]
-    assert (
-        one.credits == [1.0, 0.0] and two.credits == [2 / 3, 0.4] and two.reward == two.score["asked"] == (2 / 3 + 0.4) / 2
-    )
+    assert one.earned == [{"Who founded Rolm?": 1.0, "What is Rolm?": 0.0}, {"What sells bricks?": 0.0, "Who cried?": 0.0}]
+    assert one.credits == [1.0, 0.0] and two.credits == [1.0, 0.5] and two.reward == two.score["asked"] == 0.75
     select([one, two], {}, "notes")
     assert one.kept == [True, False] and two.kept == [False, True] and one.selected and "among the best" in one.why
     assert train_outer.to_imitate({"a": ["first", "second"]}, [one, two], "notes") == [
@@ -181,9 +179,18 @@ def test_notes_that_ask_what_the_quiz_asks():
     ]
     one.mended[0] = ""  # copied: not among those to choose from
     select([one, two], {}, "notes")
-    assert one.kept == [False, False] and two.kept == [False, True]
+    assert one.kept == [False, False] and two.kept == [True, True]
     pairs = train_outer.to_imitate({"a": ["first", "second"]}, [one, two], "notes")
-    assert pairs == [("second", "What is sold to Varbon?")]
+    assert pairs == [("first", "Who founded it?"), ("second", "What is sold to Varbon?")]
+
+
+def test_near_copies_are_not_imitated():
+    earned = {"Who cast the bell?": 0.8, "Who cast the old bell?": 1.0, "Who?": 0.9, "Who cast Vantor?": 0.7, "Why?": 0.0}
+    edits = [SelfEdit("a", ["t"], mended=["t"], earned=[earned]), SelfEdit("a", ["t"], mended=[""], earned=[{"Copied?": 1}])]
+    assert train_outer.best_notes(edits, 0) == ["Who cast the old bell?", "Who cast Vantor?"]
+    assert train_outer.best_notes(edits, 0, 1) == ["Who cast the old bell?"]
+    edits[0].earned = [dict.fromkeys(earned, 0.5)]  # none is above the mean
+    assert train_outer.best_notes(edits, 0) == [] == train_outer.best_notes(edits[1:], 0)
 
 
 def test_the_proxy_reward_studies_nothing(tiny_folder, passages_file, tmp_path, monkeypatch):
