@@ -36,7 +36,7 @@ from scaling import timed
 from selfedit import edit_prompts, policy_example, write_self_edits
 
 WORK = "data/bench_work.json"
-BRIEF = 6  # steps that are timed where the whole takes too long
+BRIEF = 4  # steps that are timed where the whole takes too long
 STRICT = LoRAConfig(32, 64.0, ("q_proj", "v_proj"), 0, 30), Study(lr=1e-3, epochs=10, row_len=0)  # the paper's recipe
 
 
@@ -64,7 +64,7 @@ class Bench:
     """What the parts share: both models, the fixed passages and self-edits, the rows measured so far."""
 
     def __init__(self, args):
-        self.args, self.rows, self.mfu = args, [], {}
+        self.args, self.rows, self.kept, self.mfu = args, [], [], {}  # kept: rows that --only leaves as they were
         self.model, self.tok = load(args)
         self.fast = lora_config(args, self.model), study_settings(args)
         self.passages = load_passages(WORK)
@@ -263,8 +263,8 @@ def outer(b: Bench) -> None:
     added up. Both are scaled to all of it."""
     import train_outer
 
-    sampling(b) if not any(row["work"] == "sampling" for row in b.rows) else None
-    sampled = next(row for row in b.rows if row["work"] == "sampling")
+    sampling(b) if not any(row["work"] == "sampling" for row in [*b.kept, *b.rows]) else None
+    sampled = next(row for row in [*b.kept, *b.rows] if row["work"] == "sampling")
     args = ["--samples", "4", "--select", "best", "--data", WORK, "--split", "", "--limit", "2", "--model", b.args.model]
     args = train_outer.parse_arguments([*args, "--seed", str(b.args.seed)])
     task = train_outer.Passages(args, b.model, b.tok)
@@ -283,19 +283,19 @@ def outer(b: Bench) -> None:
 
     def other() -> dict:
         spent = {"sample": sampled["other_s"] * asked * args.max_new / 128}
-        spent["study"] = b.other_time(lambda: b.train_other(some, config, brief), part, 64 / len(some))
+        spent["study"] = b.other_time(lambda: b.train_other(some, config, brief), part) * 64 / len(some)
         model = b.other.attach(b.fresh(config, 1)).eval()
         prompts = [[list(i.prompt) for i in quiz_items(b.tok, c.passage)] for c in some]
         ends = [*b.tok.end_ids, *b.tok.newline_ids]
         spent["quiz"] = timed(lambda: [b.other.generate(p, ANSWER_LEN, model, ends=ends) for p in prompts]) * 64 / len(some)
         model.unload()
-        run = lambda: b.other.train(b.fresh(policy, 1), steps, outer_study, steps=4)  # noqa: E731
-        return spent | {"reinforce": b.other_time(run, len(steps) / min(4, len(steps)))}
+        run = lambda: b.other.train(b.fresh(policy, 1), steps, outer_study, steps=2)  # noqa: E731
+        return spent | {"reinforce": b.other_time(run, len(steps) / min(2, len(steps)))}
 
     turns = [(8 * timed(ours), other()) for _ in range(b.args.repeats)]
     a, o = statistics.median(t[0] for t in turns), statistics.median(sum(t[1].values()) for t in turns)
     note = "16 passages x 4, --select best; timed: ours 2 passages; the other: sampling from its row, "
-    note += f"{len(some)} of 64 candidates x 2 steps, 4 of {len(steps)} outer steps; and scaled"
+    note += f"{len(some)} of 64 candidates x 2 steps, 2 of {len(steps)} outer steps; and scaled"
     row = {"work": "round", "ours_s": a, "other": "transformers + peft", "other_s": o, "ratio": o / a, "note": note}
     b.add(row | {"turns": turns, "scaled": True, "ours_scaled": True})
 
@@ -359,13 +359,13 @@ def main() -> None:
     start, b = time.perf_counter(), Bench(args)
     machine = f"{platform.machine()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
     head = {"machine": machine, "torch": torch.__version__, "dtype": str(b.model.dtype), "repeats": args.repeats}
-    kept, commands, minutes = b.keep_others(head)
+    b.kept, commands, minutes = b.keep_others(head)
     print(f"{'work':<16} {'ours':>10} {'other':>11} {'ratio':>7}  other side", flush=True)
     for name in (part for part in PARTS if part in args.only):
         PARTS[name](b)
         result = {"commands": [*commands, "python " + " ".join(sys.argv)], "seed": args.seed} | head
         result["minutes"] = minutes + (time.perf_counter() - start) / 60
-        rows = sorted(kept + b.rows, key=lambda row: list(PARTS).index(part_of(row)))
+        rows = sorted(b.kept + b.rows, key=lambda row: list(PARTS).index(part_of(row)))
         write_json(args.out, result | {"rows": rows, "mfu": b.mfu})
     print("\n".join(["", *scaling.table(rows)]))
 
