@@ -291,7 +291,7 @@ def policy_digests(policies: dict) -> dict:
 def refuse_training_passages(passages, args) -> None:
     """Exit if the run was trained on some of these passages, unless --split train asks for them."""
     before = read_json(Path(args.run) / "settings.json")
-    trained = load_passages(before["data"], "train", before["skip"], before["limit"])
+    trained = load_passages(before["data"], before["split"], before["skip"], before["limit"])
     both = {p.text for p in passages} & {p.text for p in trained}
     if both and args.split != "train":
         raise SystemExit(
