@@ -1,9 +1,9 @@
 """The ARC ladder: how many puzzles does the model solve after each way of studying their demonstrations?
 
-    python eval_arc.py --choose --limit 60 --out results/arc_tasks.json    # which tasks can be solved at all? (hours)
+    python eval_arc.py --choose --largest 10 --limit 60 --out results/arc_tasks.json    # which can be solved? (hours)
     python train_outer.py --task arc --tasks results/arc_tasks.json --out runs/arc --samples 5
     python eval_arc.py --tasks results/arc_tasks.json --run runs/arc       # the ladder on the held-out half
-    python eval_arc.py --limit 2 --samples 2 --show                        # two tasks of ARC-AGI-1, with pictures
+    python eval_arc.py --limit 2 --samples 2 --show                        # the two smallest of ARC-AGI-1, with pictures
 
 Rows, each with the share of tasks whose every test output is right, and its 95 % bootstrap interval over tasks:
     icl          the model as it is, the demonstrations in its prompt; as do all rows below, it predicts greedily
@@ -15,7 +15,7 @@ Rows, each with the share of tasks whose every test output is right, and its 95 
 With --vote N there is a second number for each row that trains, "voted": two attempts by majority over N views of the test
 (symmetries, orders and subsets of the demonstrations), turned back.
 
---choose tries the settings of GRID in turn on small tasks (--largest), the smallest first, until one solves the task, and
+--choose tries the settings of GRID in turn, on the smallest tasks first, until one solves the task, and
 writes the solved ones by turns to "train" and "heldout". A task with a prompt longer than the context is left out and
 counted. The same settings of the same task are trained once for all rows (unless the policy trains).
 """
@@ -25,13 +25,13 @@ from pathlib import Path
 import numpy as np
 
 from common import Progress, chunks, open_run, read_json, sub_seed, write_json
-from data.arc import GROUPS, Task, load_tasks
+from data.arc import GROUPS, Task
 from eval_qa import bootstrap, find_policies, paired_steps, policy_digests
 from lora import load_adapter, merged
 from puzzle import EXAMPLE, Puzzles, known_logs, predict, read_grid, study_puzzles
 from quiz import add_learner, at_least, learner, load, lora_config, make_parser, result_head
 from selfedit import sample_self_edits
-from train_outer import ARC, UNUSED, add_task_arguments, refuse_unused
+from train_outer import ARC, UNUSED, add_task_arguments, hide, refuse_other_source, refuse_unused
 
 BASIC = ["use_basic_augmentations"]
 GRID = [
@@ -52,18 +52,17 @@ def parse_arguments():
     add("--vote", type=at_least(0), default=0, help="also predict by majority over N views of the test")
     add("--samples", type=at_least(1), default=5, help="self-edits per task, averaged; M of best-of-M")
     add("--oracle", action="store_true", help="also try every setting of the grid on every task")
-    add("--largest", type=at_least(1), default=10, help="--choose: largest side of a task's grids")
     add("--choose", action="store_true", help="no ladder: find the tasks that the grid can solve")
     add("--show", action="store_true", help="print each task with its first prediction, in colour")
     add("--out", default="results/arc_ladder.json", help="result file")
     add("--work", help="folder for progress, to resume a killed run; without it runs/eval- and the name of --out")
+    hide(parser, UNUSED["arc"])
     parser.set_defaults(**ARC)
     args = parser.parse_args()
     refuse_unused(parser, args, UNUSED["arc"], "on ARC")
-    refuse_unused(parser, args, [] if args.tasks else ["split"], "without --tasks")
+    refuse_other_source(parser, args)
     climbs = ["tasks", "run", "policy", "learner", "samples", "vote", "oracle", "show"]
-    unused = (climbs, "with --choose") if args.choose else (["largest"], "without --choose")
-    refuse_unused(parser, args, *unused)
+    refuse_unused(parser, args, climbs if args.choose else [], "with --choose")
     return args
 
 
@@ -206,11 +205,7 @@ def main() -> None:
     policies = find_policies(args, "arc")
     model, tok = load(args)
     lora_config(args, model)  # complains now rather than after sampling
-    small = load_tasks(args.data, "train", largest=args.largest) if args.choose else []
-    if args.choose and not small:
-        raise SystemExit(f"error: {args.data}: no task with all grids up to {args.largest} x {args.largest} (--largest)")
-    small.sort(key=lambda t: sum(g.size for g in t.grids))
-    puzzles = Puzzles(args, model, tok, [t.id for t in small])
+    puzzles = Puzzles(args, model, tok)
     if args.run:
         refuse_training_tasks(puzzles.tasks, args)
     out = Path(args.out)

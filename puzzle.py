@@ -31,7 +31,7 @@ from pathlib import Path
 import numpy as np
 
 from common import fingerprint, read_jsonl
-from data.arc import GROUPS, INVERSE, LARGEST, SYMMETRIES, Task, load_tasks, task_ids, training_tasks
+from data.arc import GROUPS, INVERSE, LARGEST, SYMMETRIES, Task, load_tasks, small_tasks, task_ids, training_tasks
 from inner import Example, Study, inner_update
 from lora import Adapters
 from quiz import answer_logprobs, lora_config, study_groups
@@ -254,9 +254,9 @@ def known_logs(args, folder: Path, pattern: str, log: Path) -> list[Path]:
 class Puzzles:
     """train_outer.py's --task arc: what self-edits are about, how they are read, and what they earn."""
 
-    def __init__(self, args, model, tok, ids=()):
-        ids = task_ids(args.tasks, args.split) if args.tasks else ids
-        tasks = load_tasks(args.data, "" if ids else "train", tuple(ids))[args.skip :]
+    def __init__(self, args, model, tok):
+        ids = task_ids(args.tasks, args.split) if args.tasks else []
+        tasks = (load_tasks(args.data, ids=ids) if ids else small_tasks(args.data, args.largest))[args.skip :]
         tasks = {t.id: t for t in (tasks[: args.limit] if args.limit else tasks)}
         prompts, context = {i: settings_prompt(tok, t, args.shots) for i, t in tasks.items()}, model.config.max_seq_len
         needs = {i: max(len(p) + args.max_new, answer_room(tok, tasks[i], asked=True)) for i, p in prompts.items()}

@@ -81,7 +81,7 @@ ARC = {
 }
 DEFAULTS = {"qa": {}, "arc": ARC}
 # What a task has no use for: an ARC self-edit says itself how to train.
-UNUSED = {"qa": ["tasks", "augmented"], "arc": ["style", "lr", "steps", "epochs", "row_len"]}
+UNUSED = {"qa": ["tasks", "largest", "augmented"], "arc": ["style", "lr", "steps", "epochs", "row_len"]}
 
 
 def add_task_arguments(parser, split: str) -> None:
@@ -89,6 +89,7 @@ def add_task_arguments(parser, split: str) -> None:
     add = parser.add_argument_group("task").add_argument
     add("--data", default="data/passages.json", help="qa: passages with questions; arc: tasks (data/arc.py has the forms)")
     add("--tasks", help="arc: JSON file {split: [task id, ...]} that says which tasks (eval_arc.py --choose writes one)")
+    add("--largest", type=at_least(1), default=30, help="arc, without --tasks, the smallest tasks first: longest grid side")
     add("--split", default=split, help="qa: of the passages; arc: of --tasks, without which all are read")
     add("--skip", type=at_least(0), default=0, help="leave out the first N passages or tasks")
     add("--limit", type=at_least(0), default=0, help="use at most N passages or tasks, 0: all")
@@ -102,11 +103,22 @@ def refuse_unused(parser, args, names, why: str) -> None:
             parser.error(f"--{name.replace('_', '-')} has no effect {why}")
 
 
+def refuse_other_source(parser, args) -> None:
+    """ARC's tasks are either those of --tasks or the smallest: refuse what the other is chosen by."""
+    refuse_unused(parser, args, *((["largest"], "with --tasks") if args.tasks else (["split"], "without --tasks")))
+
+
+def hide(parser, names) -> None:
+    """Leave the settings `names`, which refuse_unused() refuses, out of -h."""
+    for action in parser._actions:
+        action.help = argparse.SUPPRESS if action.dest in names else action.help
+
+
 def parse_arguments(argv=None):
     parser = make_parser(__doc__)
     add_task_arguments(parser, "train")
     add = parser.add_argument_group("outer loop").add_argument
-    add("--task", default="qa", choices=DEFAULTS, help="qa: passages with a quiz; arc: ARC puzzles")
+    add("--task", default="qa", choices=DEFAULTS, help="qa: passages with a quiz; arc: puzzles (--task arc -h)")
     add("--out", default="runs/qa", help="run folder")
     add("--rounds", type=at_least(1), default=2, help="outer rounds")
     add_learner(add)
@@ -125,11 +137,12 @@ def parse_arguments(argv=None):
     first = argparse.ArgumentParser(add_help=False)
     first.add_argument("--task", nargs="?")
     task = first.parse_known_args(argv)[0].task  # before -h, which shows its defaults
+    hide(parser, UNUSED.get(task or "qa", []))
     parser.set_defaults(**DEFAULTS.get(task, {}), vote=0)  # votes are the ladder's
     args = parser.parse_args(argv)
     refuse_unused(parser, args, UNUSED[args.task], f"on --task {args.task}")
     if args.task == "arc":
-        refuse_unused(parser, args, [] if args.tasks else ["split"], "without --tasks")
+        refuse_other_source(parser, args)
         if args.reward == "logprob" and args.select == "improving":
             parser.error("--reward logprob needs --select best: nothing says what a task is worth without studying")
     if args.select == "parts" and args.samples < 2:

@@ -71,6 +71,15 @@ def load_tasks(path, split: str = "", ids=(), largest: int = LARGEST) -> list[Ta
     return [t for t in chosen if max(max(g.shape) for g in t.grids) <= largest]
 
 
+def small_tasks(path, largest: int) -> list[Task]:
+    """The training tasks of `path` that have no grid larger than `largest`, those of the fewest cells first. Exits with one
+    line if there are none."""
+    tasks = load_tasks(path, "train", largest=largest)
+    if not tasks:
+        raise SystemExit(f"error: {path}: no task with all grids up to {largest} x {largest} (--largest)")
+    return sorted(tasks, key=lambda t: sum(g.size for g in t.grids))
+
+
 def task_ids(path, split: str) -> list[str]:
     """The ids of a --tasks file under `split`. Exits with one line if there are none."""
     ids = read_json(path).get(split)

@@ -130,7 +130,7 @@ def test_choosing_tries_the_smallest_first_and_what_is_solved_no_more(tiny_folde
         (train_outer, "--task", "--task: expected one argument"),
         (eval_arc, "--steps 4", "--steps has no effect on ARC"),
         (eval_arc, "--epochs 3", "--epochs has no effect on ARC"),
-        (eval_arc, "--largest 3", "--largest has no effect without --choose"),
+        (eval_arc, "--largest 3 --tasks t.json", "--largest has no effect with --tasks"),
         (eval_arc, "--choose --oracle", "--oracle has no effect with --choose"),
     ],
 )
@@ -141,11 +141,19 @@ def test_settings_without_effect_are_refused(script, args, complaint, monkeypatc
     assert complaint in capsys.readouterr().err
 
 
-def test_help_shows_the_tasks_own_defaults(monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["train_outer.py", "--task", "arc", "-h"])
-    with pytest.raises(SystemExit):
-        train_outer.parse_arguments()
-    assert "best notes (default: improving)" in " ".join(capsys.readouterr().out.split())
+def test_help_shows_the_tasks_own_settings_and_defaults(monkeypatch, capsys):
+    shown = {}
+    for script, args in ((train_outer, []), (train_outer, ["--task", "arc"]), (eval_arc, [])):
+        monkeypatch.setattr("sys.argv", [script.__name__, *args, "-h"])
+        with pytest.raises(SystemExit):
+            script.parse_arguments()
+        shown[" ".join([script.__name__, *args])] = " ".join(capsys.readouterr().out.split())
+    assert "best notes (default: improving)" in shown["train_outer --task arc"]
+    assert {s: ("--augmented" in text, "a row per sequence" in text) for s, text in shown.items()} == {
+        "train_outer": (False, True),
+        "train_outer --task arc": (True, False),
+        "eval_arc": (True, False),
+    }
 
 
 def test_prompts_longer_than_the_context_are_counted(tiny_folder, tasks_file, tmp_path, monkeypatch, capsys):
