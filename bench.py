@@ -358,12 +358,13 @@ def main() -> None:
         return write_work(args)
     start, b = time.perf_counter(), Bench(args)
     machine = f"{platform.machine()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
-    head = {"machine": machine, "torch": torch.__version__, "dtype": str(b.model.dtype), "repeats": args.repeats}
+    head = {"seed": args.seed, "machine": machine, "torch": torch.__version__, "dtype": str(b.model.dtype)}
+    head["repeats"] = args.repeats
     b.kept, commands, minutes = b.keep_others(head)
     print(f"{'work':<16} {'ours':>10} {'other':>11} {'ratio':>7}  other side", flush=True)
     for name in (part for part in PARTS if part in args.only):
         PARTS[name](b)
-        result = {"commands": [*commands, "python " + " ".join(sys.argv)], "seed": args.seed} | head
+        result = {"commands": [*commands, "python " + " ".join(sys.argv)]} | head
         result["minutes"] = minutes + (time.perf_counter() - start) / 60
         rows = sorted(b.kept + b.rows, key=lambda row: list(PARTS).index(part_of(row)))
         write_json(args.out, result | {"rows": rows, "mfu": b.mfu})

@@ -72,13 +72,13 @@ def words(text: str) -> set:
 def closest_question(question: Question, pairs: list, title: str = "") -> float:
     """From 0 to 1, how closely some (question, answer) of the notes asks for what a quiz question asks for: F1 of the words
     that count, without the passage's title, which any question may repeat. A pair whose answer has no accepted answer in
-    it, or whose question has one, asks for something else: 0.
+    it, or whose question has one, asks for something else: 0; so does any if the quiz question has no other words.
 
     "Who cast the bell?" (Hessa Lorn): ("Who cast it?", "Hessa Lorn did.") gives 2 * 1 / (1 + 2), for "cast" of "cast bell",
     and under the title "Vantor Bell" 1; ("What did Hessa Lorn cast?", "Hessa Lorn cast the bell.") gives 0.
     """
     given, best = words(title), 0.0
-    goal = words(question.question) - given or words(question.question)
+    goal = words(question.question) - given
     for asked, answer in pairs:
         told = [score_answer(text, question.answers)["accuracy"] for text in (asked, answer)]
         if told == [0.0, 1.0]:

@@ -28,7 +28,7 @@ reads it. All rows of one method are tried with the same grid, so no method is t
 notes: of the self-edits that an eval_qa.py ladder sampled, per method; a word counts if it has four letters or a digit:
     tokens       length
     covered      share of the passage's words that occur in the notes
-    repeats      share of the notes with 80 % of their words in one earlier note
+    repeats      share of the notes with 80 % of their words in one earlier note (identical ones go before, in parse())
     unsupported  share of the notes with less than 60 % of their words in the passage and its title
     copied       share of the notes that name someone or something of the prompt's worked example
     told         share of the quiz's questions with an accepted answer in the notes (the model never saw these questions)

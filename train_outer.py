@@ -45,6 +45,7 @@ from pathlib import Path
 import numpy as np
 
 from common import Progress, digest, open_run, read_jsonl, sub_seed, write_jsonl
+from data.arc import LARGEST
 from data.qa import Question, load_passages
 from inner import Study, arrange, inner_update, row_tokens
 from lora import PROJECTIONS, Adapters, LoRAConfig, load_adapter, merged, save_adapter
@@ -89,8 +90,8 @@ def add_task_arguments(parser, split: str) -> None:
     add = parser.add_argument_group("task").add_argument
     add("--data", default="data/passages.json", help="qa: passages with questions; arc: tasks (data/arc.py has the forms)")
     add("--tasks", help="arc: JSON file {split: [task id, ...]} that says which tasks (eval_arc.py --choose writes one)")
-    add("--largest", type=at_least(1), default=30, help="arc, without --tasks, the smallest tasks first: longest grid side")
-    add("--split", default=split, help="qa: of the passages; arc: of --tasks, without which all are read")
+    add("--largest", type=at_least(1), default=LARGEST, help="arc, without --tasks: longest side of a grid")
+    add("--split", default=split, help="qa: of the passages; arc: of --tasks")
     add("--skip", type=at_least(0), default=0, help="leave out the first N passages or tasks")
     add("--limit", type=at_least(0), default=0, help="use at most N passages or tasks, 0: all")
     add("--augmented", type=at_least(1), default=64, help="arc: most training tasks made of one task")
@@ -196,8 +197,8 @@ def keep_best(mine: list[SelfEdit], k: int, credits: tuple) -> None:
 
 
 def best_notes(mine: list[SelfEdit], k: int, n: int = 6) -> list[str]:
-    """The n best notes of the parts k of one passage's self-edits, best first: above these notes' mean, and no near copy,
-    one that has 80 % of its words that count from a better one.
+    """The n best notes of the parts k of one passage's self-edits, best first: above these notes' mean, with some word
+    that counts (quiz.words), and no near copy, one that has 80 % of these words from a better one.
 
     Earned {"Who cast the old bell?": 1, "Who cast the bell?": 0.8, "Who cast Vantor?": 0.7, "Who?": 0}: the first and the
     third, since "cast bell" both stand in the first and only one of "cast vantor" does.
@@ -278,8 +279,8 @@ def sentence_about(question: Question, texts: list[str]) -> int:
     "Who cast it?" (Hessa Lorn) of ["A bell was cast.", "Hessa Lorn cast it."]: 1.
     """
     told = [score_answer(t, question.answers)["accuracy"] for t in texts]
-    words, asked = [normalize(t).split() for t in texts], normalize(question.question).split()
-    return max(range(len(texts)), key=lambda k: (told[k], sum(w in words[k] for w in asked)))
+    has, asked = [normalize(t).split() for t in texts], normalize(question.question).split()
+    return max(range(len(texts)), key=lambda k: (told[k], sum(w in has[k] for w in asked)))
 
 
 TASKS = {"qa": Passages, "arc": Puzzles}
@@ -353,7 +354,7 @@ def main() -> None:
     model, tok = load(args)
     task = TASKS[args.task](args, model, tok)
     lora_config(args, model)  # complains now rather than after sampling
-    settings = {k: v for k, v in vars(args).items() if k not in ("out", "rounds")}
+    settings = {k: v for k, v in vars(args).items() if k not in ("out", "rounds", *UNUSED[args.task])}
     out = open_run(args.out, settings | task.pinned)
     metrics = read_jsonl(out / "metrics.jsonl") if (out / "metrics.jsonl").is_file() else []
     config = LoRAConfig(args.outer_rank, args.outer_alpha, tuple(PROJECTIONS), 0, model.config.n_layer)

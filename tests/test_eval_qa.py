@@ -72,7 +72,7 @@ def test_the_ladder(tiny, tiny_folder, passages_file, tmp_path, monkeypatch, cap
     policy = Adapters.init(tiny, LoRAConfig(2, 4.0, tuple(PROJECTIONS), 0, 4), 1, seed=0)
     policy.flat += 0.05
     save_adapter(policy, tmp_path / "run" / "round-1" / "policy", tiny_folder)
-    settings = {"task": "qa", "data": str(passages_file), "skip": 0, "limit": 0}
+    settings = {"task": "qa", "data": str(passages_file), "split": "train", "skip": 0, "limit": 0}
     (tmp_path / "run" / "settings.json").write_text(json.dumps(settings))
     extra = ["--run", tmp_path / "run", "--match", "both", "--samples", 2, "--seeds", 2]
     ladder(monkeypatch, tiny_folder, passages_file, tmp_path, *extra)
@@ -97,6 +97,9 @@ def test_the_ladder(tiny, tiny_folder, passages_file, tmp_path, monkeypatch, cap
     assert (tmp_path / "ladder_steps.json").read_text() == before
     with pytest.raises(SystemExit, match="was trained on 3 of these passages"):
         ladder(monkeypatch, tiny_folder, passages_file, tmp_path, *extra, "--split", "")
+    (tmp_path / "run" / "settings.json").write_text(json.dumps(settings | {"split": ""}))
+    with pytest.raises(SystemExit, match="was trained on 2 of these passages"):
+        ladder(monkeypatch, tiny_folder, passages_file, tmp_path, *extra)
     for key, other in (("style", "rewrite"), ("learner", "policy"), ("task", "arc")):
         (tmp_path / "run" / "settings.json").write_text(json.dumps(settings | {key: other}))
         with pytest.raises(SystemExit, match=f"was trained with --{key} {other}"):

@@ -76,7 +76,7 @@ def test_what_the_questions_of_the_notes_ask(tok):
     assert closest_question(cast, [told, wrong]) == closest_question(cast, []) == 0
     assert closest_question(cast, [near], "The Vantor Bell") == 1  # what the title says, any question may
     assert closest_question(cast, [("Who is the bell of?", "Hessa Lorn.")], "The Vantor Bell") == 0
-    assert closest_question(cast, [near], "Cast Bell") == 0  # nothing is left of "near"; of the quiz's question all stays
+    assert closest_question(cast, [near], "Cast Bell") == 0  # neither has other words
     passage = Passage("p", "Rolm", "Rolm sells bricks to Varbon. Hessa Lorn cast the bell.", (cast,))
     sells, cast = "Answer: Rolm sells bricks to Varbon.", "Question: Who cast it?\nAnswer: Hessa Lorn cast the bell."
     quotes = [f"Question: Which emperor ate cake?\n{sells}", f"Question: Who sells bricks there?\n{sells}", cast]
