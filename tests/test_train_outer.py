@@ -185,7 +185,7 @@ def test_notes_that_ask_what_the_quiz_asks():
 
 
 def test_near_copies_are_not_imitated():
-    earned = {"Who cast the bell?": 0.8, "Who cast the old bell?": 1.0, "Who?": 0.9, "Who cast Vantor?": 0.7, "Why?": 0.0}
+    earned = {"Who cast the bell?": 0.8, "Who cast the old bell?": 0.9, "Who?": 1.0, "Who cast Vantor?": 0.75, "Why?": 0.0}
     edits = [SelfEdit("a", ["t"], mended=["t"], earned=[earned]), SelfEdit("a", ["t"], mended=[""], earned=[{"Copied?": 1}])]
     assert train_outer.best_notes(edits, 0) == ["Who cast the old bell?", "Who cast Vantor?"]
     assert train_outer.best_notes(edits, 0, 1) == ["Who cast the old bell?"]
