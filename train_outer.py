@@ -208,9 +208,9 @@ def best_notes(mine: list[SelfEdit], k: int, n: int = 6) -> list[str]:
     for question in sorted(earned, key=earned.get, reverse=True):
         new = words(question)
         near = any(len(new & words(other)) >= 0.8 * len(new) for other in best)
-        if len(best) < n and new and not near and earned[question] > mean + 1e-9:
+        if new and not near and earned[question] > mean + 1e-9:
             best.append(question)
-    return best
+    return best[:n]
 
 
 class Passages:
