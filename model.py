@@ -207,7 +207,6 @@ class Attention(nn.Module):
             y = rows.join(self.attend(q, [(k, v, None)], bias, layer_cache))
         return self.o_proj(y)
 
-    @torch.compiler.disable  # its shapes and forms vary from step to step: compiling it, too, takes longer than most runs
     def attend(self, q, blocks, bias, layer_cache=None):
         """q (R, T, H, D), blocks [(k, v, share)] with k, v (B, S, K, D), bias (R, 1, 1, T, S of all) -> (R, T, H*D).
 
@@ -284,6 +283,8 @@ class Transformer(nn.Module):
     def compile_blocks(self, backend: str) -> None:
         """Let torch.compile make the training blocks faster: "inductor" generates code, "cudagraphs" (CUDA) only records
         the kernel launches, and needs no Triton. Decoding, where shapes change with every token, is left alone."""
+        for layer in self.layers:  # whose shapes and forms vary from step to step: compiling it takes longer than most runs
+            layer.self_attn.attend = torch.compiler.disable(layer.self_attn.attend)
         self.train_block = torch.compile(Block.forward, backend=backend, dynamic=backend == "inductor")
 
     def embed(self, ids):
