@@ -1,7 +1,7 @@
 # Each target sets up what it needs, the virtual environment included, from a bare Python 3.11+.
 #   make demo    the whole loop on a real model, in small: under half an hour on two slow cores
 #   make test    linter and tests
-#   make bench   speed, side by side with transformers + peft, over an hour on two slow cores
+#   make bench   speed, side by side with transformers + peft: 20 minutes; an hour on cores without bfloat16 units
 #   make results two rounds, their ladder, what changed in the notes, the figures: two hours on two slow cores
 #   make studies which reward, which recipe, and the paper's protocol: hours. Killed, both go on where they were
 PYTHON ?= python3
@@ -24,9 +24,9 @@ bench: .venv/dev model
 
 results: .venv/dev model
 	$(PY) eval_qa.py --split "" --no-study --out results/passages.json
-	$(PY) train_outer.py --out runs/qa --limit 96 --rounds 2 --samples 4 --outer-epochs 1 --reward asked --select notes
+	$(PY) train_outer.py --out runs/qa --samples 8 --rounds 2 --outer-epochs 1 --reward asked --select notes
 	cp runs/qa/metrics.jsonl results/qa_rounds.jsonl
-	$(PY) eval_qa.py --run runs/qa --limit 48 --out results/qa_ladder.json
+	$(PY) eval_qa.py --run runs/qa --limit 48 --samples 2 --seeds 2 --out results/qa_ladder.json
 	$(PY) studies.py notes --limit 48 --work runs/eval-qa_ladder/climb-0
 	$(PY) plot.py
 

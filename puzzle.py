@@ -12,8 +12,8 @@ predicts the outputs of the test inputs, which no training task contains.
 
 How this departs from the paper:
  1. A grid is compact text, one token for a cell and one for a row's end, whatever the tokenizer would have merged.
- 2. The prompt shows one worked example by default; what is sampled is parsed strictly and never asked for again: a
-    malformed self-edit is counted by its flaw and earns nothing.
+ 2. The prompt shows six worked examples by default, since a 135M model hardly ever keeps to a form that it is only told;
+    what is sampled is never asked for again: a malformed self-edit is counted by its flaw and earns nothing.
  3. The learning rate may be at most 0.01.
  4. Candidates of different data, learning rates, epochs and losses train side by side; the same settings of the same task
     train once in a run.
@@ -99,16 +99,21 @@ ASK = (
     "A model is to learn the rule of a puzzle from the examples below. Decide how it should be trained. Which data: basic "
     "augmentations (rotations, flips, shifts, mirrors), size augmentations (larger cells), chain augmentations (a rotation "
     "or flip, then larger), repeat augmentations (tiling). Which tokens the loss counts, the learning rate and the number "
-    "of epochs. Reply with one JSON object of this form and nothing else:\n"
+    "of epochs. Reply with one JSON object and nothing else."
 )
-EXAMPLE = {"groups": ["use_basic_augmentations"], "every_token": False, "lr": 1e-3, "epochs": 2}  # the prompt shows it
+EXAMPLE = {"groups": ["use_basic_augmentations"], "every_token": False, "lr": 1e-3, "epochs": 2}
+WORKED = [  # what the prompt shows: tiny puzzles and settings, which only say what a reply looks like
+    ([[1, 0], [2, 0]], [[0, 1], [0, 2]], EXAMPLE),
+    ([[1, 2]], [[3, 4]], EXAMPLE | {"groups": [], "every_token": True, "lr": 2e-3, "epochs": 5}),
+    ([[5]], [[5, 5], [5, 5]], EXAMPLE | {"groups": list(GROUPS)[1:3], "lr": 5e-4, "epochs": 3}),
+    ([[0, 7], [0, 0]], [[7, 0], [0, 0]], EXAMPLE | {"groups": list(GROUPS), "every_token": True, "epochs": 1}),
+    ([[3, 0]], [[3, 0, 3, 0]], EXAMPLE | {"groups": list(GROUPS)[::3], "lr": 3e-3, "epochs": 4}),
+    ([[6, 6], [0, 6]], [[8, 8], [0, 8]], EXAMPLE | {"groups": [], "lr": 2e-3, "epochs": 8}),
+]
 SCHEMA = (
-    '{"data_generation": {'
-    + ", ".join(f'"{g}": true or false' for g in GROUPS)
-    + '}, "training": {"strategy": "'
-    + '" or "'.join(STRATEGIES)
-    + '", "learning_rate": number, "num_train_epochs": whole number}}'
-)
+    f'{{"data_generation": {{{", ".join(f"{g!r}: true or false" for g in GROUPS)}}}, "training": {{"strategy": '
+    f'"{STRATEGIES[0]}" or "{STRATEGIES[1]}", "learning_rate": number, "num_train_epochs": whole number}}}}'
+).replace("'", '"')
 
 
 def settings_text(settings: dict) -> str:
@@ -120,27 +125,26 @@ def settings_text(settings: dict) -> str:
 
 
 def settings_prompt(tok: Tokenizer, task: Task, shots: int = 1) -> list[int]:
-    """Token ids of the chat that asks how to study `task`; with shots=1 the reply to a tiny puzzle comes first."""
+    """Token ids of the chat that asks how to study `task`; with shots=1 the replies to six tiny puzzles come first, else
+    the form of a reply is told."""
 
     def question(pairs):
         shown = tok.decode([t for a, b in pairs for t in (*pair_ids(tok, a, None)[0], *grid_ids(tok, b))])
-        return {"role": "user", "content": f"{ASK}{SCHEMA}\n\n{shown.strip()}"}
+        return {"role": "user", "content": f"{ASK}{'' if shots else ' Its form: ' + SCHEMA}\n\n{shown.strip()}"}
 
-    flip = np.array([[1, 0], [2, 0]], dtype=np.int8)
-    example = [question([(flip, flip[:, ::-1])]), {"role": "assistant", "content": settings_text(EXAMPLE)}]
-    return tok.chat([*example * shots, question(task.train)])
+    worked = [(question([(np.array(a), np.array(b))]), settings_text(settings)) for a, b, settings in WORKED * shots]
+    replied = [m for asked, reply in worked for m in (asked, {"role": "assistant", "content": reply})]
+    return tok.chat([*replied, question(task.train)])
 
 
 def parse_settings(text: str, ended: bool) -> tuple[dict, str]:
     """Sampled text -> (settings, flaw): {"groups": [...], "every_token": bool, "lr": float, "epochs": int}, or {} and one of
-    "empty", "endless", "malformed" (no JSON object of the form), "out of bounds". Text around the object is ignored.
+    "empty", "endless", "malformed" (no JSON object of the form), "out of bounds". Text around the first object is ignored.
     """
     if not text.strip():
         return {}, "empty"
-    if not ended:
-        return {}, "endless"
     try:
-        value = json.loads(text[text.index("{") : text.rindex("}") + 1])
+        value, _ = json.JSONDecoder().raw_decode(text[text.index("{") :])
         data, training = value["data_generation"], value["training"]
         chosen = {g: data[g] for g in GROUPS}
         strategy, lr, epochs = (training[k] for k in ("strategy", "learning_rate", "num_train_epochs"))
@@ -148,7 +152,7 @@ def parse_settings(text: str, ended: bool) -> tuple[dict, str]:
         if not number or strategy not in STRATEGIES or not all(type(v) is bool for v in chosen.values()):
             return {}, "malformed"
     except (ValueError, KeyError, TypeError, RecursionError):
-        return {}, "malformed"
+        return {}, "malformed" if ended else "endless"
     if not (0 < lr <= MAX_LR and 1 <= epochs <= MAX_EPOCHS):
         return {}, "out of bounds"
     groups = [g for g in GROUPS if chosen[g]]

@@ -45,7 +45,7 @@ class SelfEdit:
     score: dict = field(default_factory=dict)  # accuracy, em, f1, logprob: means over the quiz
     reward: float = 0.0
     credits: list = field(default_factory=list)  # of each part: its own reward, or None if no question is about it
-    earned: list = field(default_factory=list)  # of each part, with --reward asked: {question: its own reward}
+    earned: list = field(default_factory=list)  # of each part, with --reward asked: {note: closeness to each quiz question}
     kept: list = field(default_factory=list)  # of each part: is it imitated?
     why: str = ""  # why, or why not
 

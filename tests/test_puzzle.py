@@ -17,6 +17,9 @@ from lora import PROJECTIONS, LoRAConfig
 from puzzle import (
     EXAMPLE,
     MAX_STEPS,
+    SCHEMA,
+    STRATEGIES,
+    WORKED,
     answer_room,
     examples_of,
     grid_ids,
@@ -104,6 +107,7 @@ def test_the_worked_example_is_one():
         "strategy": "train_using_output_tokens", "learning_rate": 0.001, "num_train_epochs": 2,
     }  # fmt: skip
     assert parse_settings(f"Sure! Here it is:\n```json\n{text()}\n```", True) == (EXAMPLE, "")
+    assert parse_settings(f"{text()}}}\n{{'and", False) == (EXAMPLE, "")  # nothing after the first object counts
 
 
 def test_settings_are_read_as_they_are_written():
@@ -122,7 +126,8 @@ def test_what_is_imitated_is_the_settings_alone():
     "sample, ended, flaw",
     [
         (" \n", True, "empty"),
-        (text(), False, "endless"),
+        (text()[:-1], False, "endless"),
+        (text()[:-1], True, "malformed"),
         ("Sure!", True, "malformed"),
         ("{", True, "malformed"),
         ("{}", True, "malformed"),
@@ -151,13 +156,19 @@ def test_bad_settings_are_told_apart(sample, ended, flaw):
 def test_the_prompt_shows_the_demonstrations_and_not_the_test(tok):
     task = copying()
     shown = tok.decode(settings_prompt(tok, task))
-    assert settings_text(EXAMPLE) in shown and all(g in shown for g in GROUPS)
+    assert all(settings_text(settings) in shown for _, _, settings in WORKED) and SCHEMA not in shown
+    assert "input:\n10\n20\noutput:\n01\n02<|im_end|>" in shown  # the first worked puzzle
     pairs = tuple((a, (a + 1) % 10) for a, _ in task.train)  # outputs of their own
     shown = tok.decode(settings_prompt(tok, Task("t", pairs, task.test)))
     for a, b in pairs:
         assert f"input:\n{tok.decode(grid_ids(tok, a))}output:\n{tok.decode(grid_ids(tok, b)[:-1])}" in shown
     assert tok.decode(grid_ids(tok, task.test[0][0])) not in shown
-    assert shown.count("<|im_end|>") == 4  # of the turns: system, question and reply of the example, question
+    assert shown.count("<|im_end|>") == 14  # of the turns: system, question and reply of six examples, question
+    told = tok.decode(settings_prompt(tok, task, shots=0))
+    assert told.count("<|im_end|>") == 2 and SCHEMA in told
+    form = SCHEMA.replace("true or false", "true").replace(f'"{STRATEGIES[0]}" or ', "")
+    form = form.replace("whole number", "2").replace("number", "0.001")
+    assert parse_settings(form, True) == (EXAMPLE | {"groups": list(GROUPS)}, "")
 
 
 # -----------------------------------------------------------------------------

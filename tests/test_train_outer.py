@@ -169,7 +169,10 @@ def test_notes_that_ask_what_the_quiz_asks():
     one = edit(["Who founded Rolm?", "What is Rolm?"], ["What sells bricks?", "Who cried?"])
     two = edit(["Who founded it?", "Was it Rolm?"], ["What is sold to Varbon?"])
     assert task.compare([one, two]) == {}
-    assert one.earned == [{"Who founded Rolm?": 1.0, "What is Rolm?": 0.0}, {"What sells bricks?": 0.0, "Who cried?": 0.0}]
+    assert one.earned == [
+        {"Who founded Rolm?": [1.0, 0.0], "What is Rolm?": [0.0, 0.0]},
+        {"What sells bricks?": [0.0, 0.0], "Who cried?": [0.0, 0.0]},
+    ]
     assert one.credits == [1.0, 0.0] and two.credits == [1.0, 0.5] and two.reward == two.score["asked"] == 0.75
     select([one, two], {}, "notes")
     assert one.kept == [True, False] and two.kept == [False, True] and one.selected and "among the best" in one.why
@@ -184,12 +187,16 @@ def test_notes_that_ask_what_the_quiz_asks():
     assert pairs == [("first", "Who founded it?"), ("second", "What is sold to Varbon?")]
 
 
-def test_near_copies_are_not_imitated():
-    earned = {"Who cast the bell?": 0.8, "Who cast the old bell?": 0.9, "Who?": 1.0, "Who cast Vantor?": 0.75, "Why?": 0.0}
-    edits = [SelfEdit("a", ["t"], mended=["t"], earned=[earned]), SelfEdit("a", ["t"], mended=[""], earned=[{"Copied?": 1}])]
-    assert train_outer.best_notes(edits, 0) == ["Who cast the old bell?", "Who cast Vantor?"]
-    assert train_outer.best_notes(edits, 0, 1) == ["Who cast the old bell?"]
-    edits[0].earned = [dict.fromkeys(earned, 0.5)]  # none is above the mean
+def test_for_each_quiz_question_the_best_note_is_imitated():
+    earned = {"Who cast it?": [0.7, 0.0, 0.2], "Who rang it?": [0.5, 0.6, 0.0], "What is it?": [0.0, 0.2, 0.29]}
+    copied = SelfEdit("a", ["t"], mended=[""], earned=[{"Copied?": [1.0, 1.0, 1.0]}])
+    edits = [SelfEdit("a", ["t"], mended=["t"], earned=[earned]), copied]
+    assert train_outer.best_notes(edits, 0) == ["Who cast it?", "Who rang it?"]  # nothing asks the third closely
+    earned["What is it?"][2] = 0.31
+    assert train_outer.best_notes(edits, 0) == ["Who cast it?", "Who rang it?", "What is it?"]
+    earned["Who rang it?"][0] = 0.8  # one note for two questions, once
+    assert train_outer.best_notes(edits, 0) == ["Who rang it?", "What is it?"]
+    edits[0].earned = [{note: [0.5] for note in earned}]  # none is above the mean
     assert train_outer.best_notes(edits, 0) == [] == train_outer.best_notes(edits[1:], 0)
 
 
