@@ -1,19 +1,24 @@
 # Each target sets up what it needs, the virtual environment included, from a bare Python 3.11+.
-#   make demo    the whole loop on a real model, in small: under half an hour on two slow cores
+#   make demo    the whole loop on a real model, in small: minutes
 #   make test    linter and tests
-#   make bench   speed, side by side with transformers + peft: 20 minutes; an hour on cores without bfloat16 units
-#   make results two rounds, their ladder, what changed in the notes, the figures: two hours on two slow cores
-#   make studies which reward, which recipe, and the paper's protocol: hours. Killed, both go on where they were
+#   make bench   speed, side by side with transformers + peft: 20 minutes
+#   make results two rounds, their ladder, what changed in the notes, the figures: under an hour
+#   make studies which reward, which recipe: hours. Killed, both go on where they were
+# The times are for two cores with bfloat16 units; without, four to five times as long.
 PYTHON ?= python3
 PY := .venv/bin/python
 
-.PHONY: demo test bench results studies model data clean
+.PHONY: demo demo-arc test bench results studies model data clean
 .DELETE_ON_ERROR:
 
 demo: model
 	$(PY) train_outer.py --out runs/demo --limit 12 --samples 3 --rounds 1
 	$(PY) eval_qa.py --run runs/demo --limit 12 --out runs/demo.json
 	$(PY) studies.py notes --limit 12 --work runs/eval-demo/climb-0 --out runs/demo_notes.json
+
+demo-arc: model data
+	$(PY) train_outer.py --task arc --limit 6 --rounds 1 --samples 3 --out runs/demo-arc
+	$(PY) eval_arc.py --skip 6 --limit 3 --samples 3 --run runs/demo-arc --out runs/demo-arc.json --show
 
 test: .venv/dev model downloads/vocab
 	$(PY) -m ruff check .
@@ -26,7 +31,8 @@ results: .venv/dev model
 	$(PY) eval_qa.py --split "" --no-study --out results/passages.json
 	$(PY) train_outer.py --out runs/qa --samples 8 --rounds 2 --outer-epochs 1 --reward asked --select notes
 	cp runs/qa/metrics.jsonl results/qa_rounds.jsonl
-	$(PY) eval_qa.py --run runs/qa --limit 48 --samples 2 --seeds 2 --out results/qa_ladder.json
+	$(PY) eval_qa.py --run runs/qa --limit 48 --samples 2 --out results/qa_ladder.json
+	$(PY) eval_qa.py --run runs/qa --limit 48 --match epochs --out results/qa_ladder_epochs.json
 	$(PY) studies.py notes --limit 48 --work runs/eval-qa_ladder/climb-0
 	$(PY) plot.py
 
@@ -35,7 +41,6 @@ studies: .venv/dev model
 	$(PY) studies.py proxy --limit 24 --work runs/studied/round-1
 	$(PY) studies.py reward
 	$(PY) studies.py recipes --limit 24
-	$(PY) eval_qa.py --run runs/qa --limit 48 --match epochs --out results/qa_ladder_epochs.json
 
 model: checkpoints/smollm2-135m-instruct
 data: downloads/arc

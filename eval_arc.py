@@ -11,7 +11,7 @@ Rows, each with the share of tasks whose every test output is right, and its 95 
     self-edit    after training as the untrained model's self-edits say; mean over --samples of them
     seal-K       the same, with self-edits that the policy wrote after outer round K (--learner policy: it trains, too)
     best-of-M    a task counts if any of the last policy's M self-edits solves it
-    oracle       a task counts if any setting of a grid (GRID) solves it; of tasks that --choose found so, that is each
+    oracle       a task counts if a setting of GRID, two of them, solves it; of tasks that --choose found so, that is each
 With --vote N there is a second number for each row that trains, "voted": two attempts by majority over N views of the test
 (symmetries, orders and subsets of the demonstrations), turned back.
 

@@ -283,8 +283,8 @@ class Transformer(nn.Module):
     def compile_blocks(self, backend: str) -> None:
         """Let torch.compile make the training blocks faster: "inductor" generates code, "cudagraphs" (CUDA) only records
         the kernel launches, and needs no Triton. Decoding, where shapes change with every token, is left alone."""
-        for layer in self.layers:  # whose shapes and forms vary from step to step: compiling it takes longer than most runs
-            layer.self_attn.attend = torch.compiler.disable(layer.self_attn.attend)
+        # Attention's shapes and forms vary from step to step: compiling it, too, takes longer than most runs.
+        Attention.attend = torch.compiler.disable(Attention.attend)
         self.train_block = torch.compile(Block.forward, backend=backend, dynamic=backend == "inductor")
 
     def embed(self, ids):

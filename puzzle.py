@@ -102,7 +102,7 @@ ASK = (
     "of epochs. Reply with one JSON object and nothing else."
 )
 EXAMPLE = {"groups": ["use_basic_augmentations"], "every_token": False, "lr": 1e-3, "epochs": 2}
-WORKED = [  # what the prompt shows: tiny puzzles and settings, which only say what a reply looks like
+WORKED = [  # what the prompt shows: tiny puzzles, and settings from all over the range
     ([[1, 0], [2, 0]], [[0, 1], [0, 2]], EXAMPLE),
     ([[1, 2]], [[3, 4]], EXAMPLE | {"groups": [], "every_token": True, "lr": 2e-3, "epochs": 5}),
     ([[5]], [[5, 5], [5, 5]], EXAMPLE | {"groups": list(GROUPS)[1:3], "lr": 5e-4, "epochs": 3}),
@@ -125,8 +125,7 @@ def settings_text(settings: dict) -> str:
 
 
 def settings_prompt(tok: Tokenizer, task: Task, shots: int = 1) -> list[int]:
-    """Token ids of the chat that asks how to study `task`; with shots=1 the replies to six tiny puzzles come first, else
-    the form of a reply is told."""
+    """Token ids of the chat that asks how to study `task`, after six worked examples, or with shots=0 after a form."""
 
     def question(pairs):
         shown = tok.decode([t for a, b in pairs for t in (*pair_ids(tok, a, None)[0], *grid_ids(tok, b))])
@@ -145,14 +144,17 @@ def parse_settings(text: str, ended: bool) -> tuple[dict, str]:
         return {}, "empty"
     try:
         value, _ = json.JSONDecoder().raw_decode(text[text.index("{") :])
+    except (ValueError, RecursionError):
+        return {}, "malformed" if ended else "endless"
+    try:
         data, training = value["data_generation"], value["training"]
         chosen = {g: data[g] for g in GROUPS}
         strategy, lr, epochs = (training[k] for k in ("strategy", "learning_rate", "num_train_epochs"))
         number = type(lr) in (int, float) and type(epochs) is int
         if not number or strategy not in STRATEGIES or not all(type(v) is bool for v in chosen.values()):
             return {}, "malformed"
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return {}, "malformed" if ended else "endless"
+    except (KeyError, TypeError):
+        return {}, "malformed"
     if not (0 < lr <= MAX_LR and 1 <= epochs <= MAX_EPOCHS):
         return {}, "out of bounds"
     groups = [g for g in GROUPS if chosen[g]]
@@ -161,7 +163,6 @@ def parse_settings(text: str, ended: bool) -> tuple[dict, str]:
 
 # -----------------------------------------------------------------------------
 # studying
-
 
 LONGEST = 2048  # tokens of a training sequence
 ROOM = 1 << 20  # largest sum, over the sequences of a step, of their squared lengths: attention keeps as much for each head

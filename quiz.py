@@ -300,7 +300,7 @@ def make_parser(doc: str) -> argparse.ArgumentParser:
     add("--compile", default="off", choices=backends, help="of the inner update; cudagraphs needs CUDA, but no Triton")
     add = parser.add_argument_group("self-edits").add_argument
     add("--style", default="questions", choices=STYLES, help="prompt style")
-    add("--shots", type=int, default=1, choices=[0, 1], help="worked examples in the prompt; the paper: 0")
+    add("--shots", type=int, default=1, choices=[0, 1], help="1: with worked examples in the prompt; the paper: 0")
     add("--temperature", type=at_least(0.0), default=0.7, help="of sampling, 0 is greedy; the paper: 1")
     add("--top-p", type=at_least(0.01), default=0.95, help="nucleus mass")
     add("--max-new", type=at_least(1), default=80, help="longest self-edit, or part about one sentence, in tokens")

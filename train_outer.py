@@ -16,8 +16,8 @@
 How this departs from the paper (arXiv 2506.10943, section 3):
  1. The reward needs no judge: quiz accuracy by string match, or the mean log-probability of the reference answers. With
     --reward asked nothing is studied, and notes that are questions earn how closely they ask what the quiz asks: a proxy
-    without the noise of a study, which also tells what a single note is worth. --select notes imitates, of all of a
-    passage's self-edits together, for each quiz question the note that asks it best.
+    without the noise of a study, which also tells what a single note is worth. --select notes imitates, of what a passage's
+    self-edits ask about a sentence, for each quiz question the note that asks it best, if closely enough.
  2. Candidates train and answer as populations (lora.py), not one by one.
  3. The policy is the base model plus one adapter that all rounds go on training. It writes; the base model studies and
     answers (--learner base). The paper's policy does both; a small model that has been taught to write notes to whatever
@@ -166,6 +166,7 @@ def select(edits: list[SelfEdit], alone: dict, how: str) -> None:
     """Mark which self-edits, or parts of them, are imitated, and say why or why not. `alone`: passage id -> reward of the
     passage alone. A part without notes, or with a note that copies the worked example, is never imitated.
 
+    "notes" keeps the parts that have some of best_notes().
     "parts": of two self-edits with credits [1, 0, None] and [0, 0, None], the first one's first part: it earned most, and
     more than that part earns on average, over all self-edits that were studied to the end.
     """
@@ -196,8 +197,9 @@ def keep_best(mine: list[SelfEdit], k: int, credits: tuple) -> None:
 
 
 def best_notes(mine: list[SelfEdit], k: int) -> list[str]:
-    """Of the parts k of one passage's self-edits: for each quiz question the note that asks it best, if it asks it better
-    than these notes do on average, and by no less than LEAST. So the policy is taught to aim, and not to write more.
+    """Of the parts k of one passage's self-edits: for each quiz question the note that asks it best, if more closely than
+    LEAST and than these notes do on average (where all ask alike, there is nothing to learn). So the policy is taught to
+    aim, and not to write more.
 
     Earned {"Who cast it?": [0.7, 0], "Who rang it?": [0.5, 0.6], "What is it?": [0, 0.2]}, closeness to each of two quiz
     questions: the first and the second.

@@ -77,17 +77,17 @@ def test_the_ladder(tiny, tiny_folder, passages_file, tmp_path, monkeypatch, cap
     extra = ["--run", tmp_path / "run", "--match", "both", "--samples", 2, "--seeds", 2]
     ladder(monkeypatch, tiny_folder, passages_file, tmp_path, *extra)
     out = capsys.readouterr().out
-    methods = ["base", "passage", "passage+unrelated", "passage+self-edit", "seal-1", "in-context"]
+    methods = "base passage passage+unrelated passage+self-edit passage+first-notes seal-1 in-context".split()
     for protocol in ("epochs", "steps"):
         result = json.loads((tmp_path / f"ladder_{protocol}.json").read_text())
         assert [r["method"] for r in result["rows"]] == methods and result["n_passages"] == 2 and result["n_questions"] == 4
         pairs = [(s["from"], s["to"]) for s in result["steps"]]
         notes = ("passage", "passage+self-edit")
-        assert pairs == [*zip(methods, methods[1:]), notes, *((m, "seal-1") for m in methods[:3])]
+        assert pairs == [*zip(methods, methods[1:]), notes, *((m, "seal-1") for m in methods[:4])]
         for r in result["rows"]:
             assert {"accuracy", "ci95", "em", "f1", "logprob", "forward", "reversed"} <= r.keys() and r["logprob"] < 0
         trained = [r["train_steps"] for r in result["rows"][1:-1]]
-        assert trained == [3.0] * 4 if protocol == "steps" else trained[0] == 2.0
+        assert trained == [3.0] * 5 if protocol == "steps" else trained[0] == 2.0
         assert (result["settings"]["steps"], result["settings"]["seeds"]) == (3, 2)
         assert result["protocol"] == protocol and result["command"].startswith("python eval_qa.py")
     assert all(m in out for m in methods) and "--- seal-1" in out
@@ -126,7 +126,8 @@ def test_recipes_and_a_stronger_editor(tiny_folder, passages_file, tmp_path, mon
     rows = {r["method"]: r for r in json.loads((tmp_path / "ladder.json").read_text())["rows"]}
     used = {m: (r["train_steps"], r["lr"]) for m, r in rows.items() if "lr" in r}
     own = (4, pytest.approx(4e-3))
-    assert used == {"passage": (2, 1e-3), "passage+unrelated": (3, 2e-3), "passage+self-edit": own, "stronger-editor": own}
+    notes = dict.fromkeys(["passage+self-edit", "passage+first-notes", "stronger-editor"], own)
+    assert used == {"passage": (2, 1e-3), "passage+unrelated": (3, 2e-3)} | notes
 
 
 def test_unrelated_notes_are_another_passages_under_its_title(tiny_folder, passages_file, tmp_path, monkeypatch):
@@ -142,6 +143,11 @@ def test_unrelated_notes_are_another_passages_under_its_title(tiny_folder, passa
     own, other = seen["passage+self-edit (steps)"], seen["passage+unrelated (steps)"]
     assert [c.passage for c in own] == [c.passage for c in other] and own[0].passage.title == own[0].title
     assert [(c.notes, c.title) for c in other] == [(own[1].notes, "Town 4"), (own[0].notes, "Town 3")]
+
+
+def test_the_first_note_on_each_sentence():
+    notes = [f"Question: {q}\nAnswer: {a}" for q, a in (("Who?", "Ada."), ("Why?", "Ada."), ("Where?", "Rolm."))]
+    assert eval_qa.first_notes(tuple(notes)) == (notes[0], notes[2]) and eval_qa.first_notes(()) == ()
 
 
 def test_no_rounds_there(tiny_folder, passages_file, tmp_path, monkeypatch):

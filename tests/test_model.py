@@ -1,11 +1,13 @@
 """model.py and checkpoint.py against transformers, and everything that can be wrong with a folder."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
 import transformers
-from conftest import SMOLLM2, write_checkpoint
+from conftest import ROOT, SMOLLM2, write_checkpoint
 from safetensors.torch import load_file, save_file
 
 from cache import KVCache
@@ -271,3 +273,9 @@ def test_a_broken_folder_ends_in_one_clear_line(case, tmp_path):
 def test_unknown_device():
     with pytest.raises(SystemExit, match="--device"):
         pick_device("abacus")
+
+
+def test_what_compiles_is_loaded_only_when_it_is_used():
+    """It takes longer than the rest of a start."""
+    code = "import sys, quiz; sys.exit('torch._dynamo' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

@@ -1,5 +1,6 @@
 """train_outer.py end to end on a tiny model: files, selection, resuming after a kill, bad input."""
 
+import itertools
 import json
 from types import SimpleNamespace
 
@@ -201,11 +202,15 @@ def test_for_each_quiz_question_the_best_note_is_imitated():
 
 
 def test_the_proxy_reward_studies_nothing(tiny_folder, passages_file, tmp_path, monkeypatch):
-    monkeypatch.setattr("selfedit.parse", one_note)
+    """Some notes ask what a quiz question asks: these are imitated."""
+    asked = itertools.cycle(["Who founded it?", "Who?", "Why?"])
+    parsed = lambda text, style, ended, about: ([f"Question: {next(asked)}\nAnswer: {about}"], "")  # noqa: E731
+    monkeypatch.setattr("selfedit.parse", parsed)
     monkeypatch.setattr("train_outer.study_all", None)
     run(monkeypatch, tiny_folder, passages_file, tmp_path / "out", "--reward", "asked", "--select", "notes")
     [first, second] = read_jsonl(tmp_path / "out" / "metrics.jsonl")
-    assert first["accuracy_mean"] is None and first["reward_mean"] >= 0 and second["round"] == 2
+    assert first["accuracy_mean"] is None and 0 < first["reward_mean"] < first["reward_kept"] and second["round"] == 2
+    assert 0 < first["kept_parts"] < 18 and first["outer_loss"] is not None
 
 
 def test_a_question_credits_the_part_about_its_sentence():
