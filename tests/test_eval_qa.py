@@ -180,5 +180,5 @@ def test_a_policy_writes_and_its_learner_studies(learner, tiny, tiny_folder, pas
         watch_weights(monkeypatch, f"eval_qa.{name}", tiny, seen)
     ladder(monkeypatch, tiny_folder, passages_file, tmp_path, "--policy", tmp_path / "policy", "--learner", learner)
     *before, writes, studies = seen
-    assert not any(changed for _, changed in before) and len(before) == 4
+    assert not any(changed for _, changed in before) and len(before) == 5
     assert (writes, studies) == (("write_self_edits", True), ("study_all", learner == "policy"))
