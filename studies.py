@@ -22,6 +22,7 @@ proxy: of the self-edits that a round of train_outer.py --reward accuracy studie
 "slope" is accuracy per unit of asked, "correlation" theirs, each with a bootstrap interval over passages.
 
 recipes: on training passages, one change at a time from the defaults; each row with its accuracy and seconds per candidate.
+A style that is not sentence by sentence may write four times --max-new tokens.
 "best" holds, for each way of studying, the learning rate and number of steps with the highest accuracy: eval_qa.py --recipes
 reads it. All rows of one method are tried with the same grid, so no method is tuned more than another.
 
@@ -220,7 +221,7 @@ def recipes(args) -> list[Recipe]:
     """lr x steps for each method, then one change at a time of what is asked for and adapted; each row once."""
     base = Recipe("passage+self-edit", args.style, args.temperature, args.top_layers, args.lr, args.epochs, args.steps)
     rows = [replace(base, method=m, lr=lr, steps=n) for m in METHODS for n in args.step_counts for lr in args.lrs]
-    rows += [replace(base, style=s, temperature=t) for s in args.styles for t in args.temperatures]
+    rows += [replace(base, style=s) for s in args.styles] + [replace(base, temperature=t) for t in args.temperatures]
     rows += [replace(base, top_layers=k) for k in args.layers]
     paper = replace(base, steps=0)
     rows += [replace(paper, method=m, epochs=n) for m in METHODS[::2] for n in (args.epochs, 2 * args.epochs)]
@@ -229,6 +230,8 @@ def recipes(args) -> list[Recipe]:
 
 def study_recipe(model, tok, passages, recipe: Recipe, args, work: Path) -> dict:
     mine = SimpleNamespace(**{**vars(args), **vars(recipe)})
+    if not STYLES[recipe.style].by_sentence:
+        mine.max_new *= 4  # a passage takes more room than a sentence
     notes, titles = [()] * len(passages), [p.title for p in passages]
     if recipe.method != "passage":
         log = work / f"sampled-{recipe.style}-{recipe.temperature:g}.jsonl"

@@ -134,6 +134,8 @@ def test_what_the_proxy_is_worth(tiny_folder, tmp_path, monkeypatch):
 
 def test_the_recipe_study_feeds_the_ladder(tiny_folder, passages_file, tmp_path, monkeypatch):
     extra = ["recipes", "--limit", 2, "--step-counts", 2, 3, "--lrs", 1e-3, 2e-3, "--layers", 1, "--temperatures", 0.5]
+    real, rooms = studies.write_self_edits, {}
+    monkeypatch.setattr(studies, "write_self_edits", lambda *a: rooms.update({a[4].style: a[4].max_new}) or real(*a))
     result = run(monkeypatch, tiny_folder, passages_file, tmp_path, *extra)
     assert set(result["best"]) == {"passage", "passage+unrelated", "passage+self-edit"}
     for r in result["rows"]:
@@ -144,6 +146,7 @@ def test_the_recipe_study_feeds_the_ladder(tiny_folder, passages_file, tmp_path,
     assert len({json.dumps({k: r[k] for k in r if k != "seconds_per_candidate"}) for r in result["rows"]}) == len(
         result["rows"]
     )
+    assert rooms == {name: 8 if style.by_sentence else 32 for name, style in studies.STYLES.items()}
     paper = [(r["method"], r["epochs"], r["steps"]) for r in result["rows"] if r["protocol"] == "epochs"]
     assert [p for p in paper if p[0] == "passage"] == [("passage", 2, 2), ("passage", 4, 4)] and len(paper) == 4
     args = ["--data", passages_file, "--max-new", 8, "--top-layers", 2, "--rank", 2, "--match", "steps"]
