@@ -7,16 +7,17 @@
 
 Rows, each with the share of tasks whose every test output is right, and its 95 % bootstrap interval over tasks:
     icl          the model as it is, the demonstrations in its prompt; as do all rows below, it predicts greedily
-    ttt-fixed    after test-time training with one setting for all tasks (puzzle.EXAMPLE)
+    ttt-fixed    after test-time training with one setting for all tasks, GRID[0] (why most tasks of --choose are there)
     self-edit    after training as the untrained model's self-edits say; mean over --samples of them
     seal-K       the same, with self-edits that the policy wrote after outer round K (--learner policy: it trains, too)
     best-of-M    a task counts if any of the last policy's M self-edits solves it
     oracle       a task counts if a setting of GRID, two of them, solves it; of tasks that --choose found so, that is each
-With --vote N there is a second number for each row that trains, "voted": two attempts by majority over N views of the test
-(symmetries, orders and subsets of the demonstrations), turned back.
+Rows of self-edits also say how many are "sound" (have the form), and how many of those are "copied" (the settings of one of
+the prompt's worked examples). With --vote N there is a second number for each row that trains, "voted": two attempts by
+majority over N views of the test (symmetries, orders and subsets of the demonstrations), turned back.
 
---choose tries the settings of GRID in turn, on the smallest tasks first, until one solves the task, and
-writes the solved ones by turns to "train" and "heldout". A task with a prompt longer than the context is left out and
+--choose tries the settings of GRID in turn, on the smallest tasks first, until one solves the task, and writes the solved
+ones by turns to "train" and "heldout". A task with a prompt longer than the context is left out and
 counted. The same settings of the same task are trained once for all rows (unless the policy trains).
 """
 
@@ -28,7 +29,7 @@ from common import Progress, chunks, open_run, read_json, sub_seed, write_json
 from data.arc import Task
 from eval_qa import bootstrap, find_policies, paired_steps, policy_digests
 from lora import load_adapter, merged
-from puzzle import EXAMPLE, Puzzles, known_logs, predict, read_grid, study_puzzles
+from puzzle import WORKED, Puzzles, known_logs, predict, read_grid, study_puzzles
 from quiz import add_learner, at_least, learner, load, lora_config, make_parser, result_head
 from selfedit import sample_self_edits
 from train_outer import ARC, UNUSED, add_task_arguments, hide, refuse_other_source, refuse_unused
@@ -97,7 +98,7 @@ class Ladder:
     def __init__(self, model, tok, puzzles: Puzzles, args, work: Path):
         self.model, self.tok, self.puzzles, self.args, self.work = model, tok, puzzles, args, work
         self.tasks = [puzzles.tasks[i] for i in puzzles.prompts]
-        self.solved, self.voted, self.records = {}, {}, []
+        self.solved, self.voted, self.written, self.records = {}, {}, {}, []
 
     def add(self, method: str, results: list[list[dict]], configs: list[list], best: bool = False) -> None:
         """A row of results[task][attempt]; best: a task counts if any attempt solved it."""
@@ -144,6 +145,9 @@ class Ladder:
         how = (self.args, sub_seed(self.args.seed, 1), log, method, known)
         with learner(self.model, policy, self.args):
             results = self.puzzles.results(self.model, self.tok, edits, *how)
+        sound, shown = [e.settings for e in edits if not e.flaw], [settings for *_, settings in WORKED]
+        copied = [s for s in sound if s in shown]
+        self.written[method] = {"sound": len(sound) / len(edits), "copied": len(copied) / max(1, len(sound))}
         grouped = chunks(results, n)
         self.add(method, grouped, chunks([e.settings for e in edits], n))
         return grouped
@@ -154,8 +158,8 @@ class Ladder:
             icl.append(predict(self.model, self.tok, [task]))
             progress.step()
         self.add("icl", icl, [[None]] * len(icl))
-        fixed = self.study("ttt-fixed", self.tasks, EXAMPLE)
-        self.add("ttt-fixed", [[r] for r in fixed], [[EXAMPLE]] * len(fixed))
+        fixed = self.study("ttt-fixed", self.tasks, GRID[0])
+        self.add("ttt-fixed", [[r] for r in fixed], [[GRID[0]]] * len(fixed))
         last = self.self_edits("self-edit")
         for method, adapter in policies.items():
             last = self.self_edits(method, load_adapter(self.model, adapter))
@@ -168,7 +172,7 @@ class Ladder:
         rows, seed = [], self.args.seed
         for method, solved in self.solved.items():
             row = {"method": method, "solved": float(solved.sum()), "n": len(solved), "rate": float(solved.mean())}
-            row |= {"ci95": bootstrap(solved, seed), "attempts": 1}
+            row |= {"ci95": bootstrap(solved, seed), "attempts": 1} | self.written.get(method, {})
             if method in self.voted:
                 row["voted"] = {
                     "rate": float(self.voted[method].mean()),

@@ -31,7 +31,7 @@ from pathlib import Path
 import numpy as np
 
 from common import fingerprint, read_jsonl
-from data.arc import GROUPS, INVERSE, LARGEST, SYMMETRIES, Task, load_tasks, small_tasks, task_ids, training_tasks
+from data.arc import GROUPS, INVERSE, LARGEST, SYMMETRIES, Task, chosen_tasks, training_tasks
 from inner import Example, Study, inner_update
 from lora import Adapters
 from quiz import answer_logprobs, lora_config, study_groups
@@ -164,6 +164,7 @@ def parse_settings(text: str, ended: bool) -> tuple[dict, str]:
 # -----------------------------------------------------------------------------
 # studying
 
+SEEN = "arc_tasks_seen"  # field of a model's config.json: ids of the tasks that warm.py trained it on
 LONGEST = 2048  # tokens of a training sequence
 ROOM = 1 << 20  # largest sum, over the sequences of a step, of their squared lengths: attention keeps as much for each head
 NOTHING = {"flaw": "", "steps": 0, "tokens": 0, "loss": None, "diverged": False}
@@ -194,15 +195,13 @@ def study_and_predict(model, tok, candidates: list[tuple], examples: list, lora,
     results = []
     for outcome, result in zip(outcomes, predict(model, tok, [task for task, _ in candidates], adapters)):
         done = {"steps": outcome.steps, "tokens": outcome.tokens, "loss": outcome.loss, "diverged": outcome.diverged}
-        failed = {k: NOTHING[k] for k in ("solved", "cells", "logprob")} if outcome.diverged else {}
+        failed = {k: NOTHING[k] for k in ("solved", "voted", "cells", "logprob")} if outcome.diverged else {}
         results.append(done | result | failed)
     for n, (task, _) in enumerate(candidates if views else []):
-        if results[n]["diverged"]:
-            results[n]["voted"] = 0.0
-            continue
-        attempts = vote(model, tok, task, adapters.pick([n]), views, np.random.default_rng(seed))
-        right = [any(np.array_equal(g, b) for g in mine) for mine, (_, b) in zip(attempts, task.test)]
-        results[n]["voted"] = float(all(right))
+        if not results[n]["diverged"]:
+            attempts = vote(model, tok, task, adapters.pick([n]), views, np.random.default_rng(seed))
+            right = [any(np.array_equal(g, b) for g in mine) for mine, (_, b) in zip(attempts, task.test)]
+            results[n]["voted"] = float(all(right))
     return results
 
 
@@ -260,9 +259,9 @@ class Puzzles:
     """train_outer.py's --task arc: what self-edits are about, how they are read, and what they earn."""
 
     def __init__(self, args, model, tok):
-        ids = task_ids(args.tasks, args.split) if args.tasks else []
-        tasks = (load_tasks(args.data, ids=ids) if ids else small_tasks(args.data, args.largest))[args.skip :]
-        tasks = {t.id: t for t in (tasks[: args.limit] if args.limit else tasks)}
+        tasks = chosen_tasks(args)
+        if both := tasks.keys() & {*model.config.hf.get(SEEN, [])}:
+            raise SystemExit(f"error: {args.model} was trained on {len(both)} of these tasks (warm.py); leave them out")
         prompts, context = {i: settings_prompt(tok, t, args.shots) for i, t in tasks.items()}, model.config.max_seq_len
         needs = {i: max(len(p) + args.max_new, answer_room(tok, tasks[i], asked=True)) for i, p in prompts.items()}
         self.left_out = [i for i, n in needs.items() if n > context]

@@ -88,6 +88,13 @@ def task_ids(path, split: str) -> list[str]:
     return ids
 
 
+def chosen_tasks(args) -> dict:
+    """{id: task} of --data that the settings name: --split of --tasks, else up to --largest; then --skip and --limit."""
+    ids = task_ids(args.tasks, args.split) if args.tasks else []
+    tasks = (load_tasks(args.data, ids=ids) if ids else small_tasks(args.data, args.largest))[args.skip :]
+    return {t.id: t for t in (tasks[: args.limit] if args.limit else tasks)}
+
+
 def _read(file: Path):
     try:
         return json.loads(file.read_text(encoding="utf-8"))

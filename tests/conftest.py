@@ -126,3 +126,13 @@ def passages_file(tmp_path):
     path = tmp_path / "passages.json"
     path.write_text(json.dumps({"passages": entries}))
     return path
+
+
+@pytest.fixture
+def tasks_file(tmp_path):
+    """Two small training tasks, t1 and t2, whose outputs are their inputs, and one for evaluation, t3."""
+    grids = [[[a, b], [b, a]] for a, b in ((1, 2), (3, 4), (5, 6), (7, 8))]
+    task = {"train": [{"input": g, "output": g} for g in grids[:3]], "test": [{"input": grids[3], "output": grids[3]}]}
+    path = tmp_path / "arc.json"
+    path.write_text(json.dumps({"train": {"t1": task, "t2": {**task, "train": task["train"][::-1]}}, "eval": {"t3": task}}))
+    return path

@@ -14,15 +14,6 @@ from lora import Adapters, LoRAConfig, save_adapter
 from puzzle import EXAMPLE, parse_settings
 
 
-@pytest.fixture
-def tasks_file(tmp_path):
-    grids = [[[a, b], [b, a]] for a, b in ((1, 2), (3, 4), (5, 6), (7, 8))]
-    task = {"train": [{"input": g, "output": g} for g in grids[:3]], "test": [{"input": grids[3], "output": grids[3]}]}
-    path = tmp_path / "arc.json"
-    path.write_text(json.dumps({"train": {"t1": task, "t2": {**task, "train": task["train"][::-1]}}, "eval": {"t3": task}}))
-    return path
-
-
 @pytest.mark.parametrize("family", ["smollm2", "llama3", "qwen2"])
 def test_the_outer_loop_and_the_ladder(family, tiny_folder, tasks_file, tmp_path, monkeypatch, capsys):
     """Self-edits of a random model are no settings; here it "samples" sound ones, and one that is not."""
@@ -35,7 +26,7 @@ def test_the_outer_loop_and_the_ladder(family, tiny_folder, tasks_file, tmp_path
 
     def sampled(sample, ended):
         calls.append(1)
-        return good if len(calls) % 3 else ({}, "malformed")
+        return [({}, "malformed"), good, (EXAMPLE, "")][len(calls) % 3]
 
     monkeypatch.setattr("puzzle.parse_settings", sampled)
     monkeypatch.setattr("puzzle.NOTHING", {**puzzle.NOTHING, "solved": -1.0})  # so that unsolved ones are reinforced
@@ -53,6 +44,7 @@ def test_the_outer_loop_and_the_ladder(family, tiny_folder, tasks_file, tmp_path
     result = json.loads(out.read_text())
     assert [r["method"] for r in result["rows"]] == ["icl", "ttt-fixed", "self-edit", "seal-1", "best-of-3"]
     assert result["n_tasks"] == 1 and {t["id"] for t in result["tasks"]} == {"t3"} and len(result["tasks"]) == 8
+    assert [(r.get("sound"), r.get("copied")) for r in result["rows"][2:]] == [(2 / 3, 1 / 2), (2 / 3, 1 / 2), (None, None)]
     assert all({"config", "solved", "prediction", "flaw"} <= t.keys() for t in result["tasks"])
     assert "voted" in result["rows"][1] and "\x1b[48;5;" in capsys.readouterr().out
 
@@ -219,7 +211,7 @@ def test_what_the_base_model_studied_is_studied_once(learner, tiny, tiny_folder,
     save_adapter(policy, tmp_path / "policy", tiny_folder)
     trained, real = [], puzzle.study_and_predict
     monkeypatch.setattr("puzzle.study_and_predict", lambda m, t, some, *a: trained.extend(some) or real(m, t, some, *a))
-    monkeypatch.setattr("puzzle.parse_settings", lambda sample, ended: (EXAMPLE, ""))
+    monkeypatch.setattr("puzzle.parse_settings", lambda sample, ended: (eval_arc.GRID[0], ""))
     common = ["--data", tasks_file, "--limit", 1, "--augmented", 4, "--rank", 2, "--max-new", 8, "--samples", 2]
     common += ["--learner", learner]
     run_script(

@@ -14,11 +14,12 @@ import learn
 import plot
 import studies
 import train_outer
+import warm
 from common import digest, read_json
 from data import prepare
 from data.qa import load_passages
 
-SCRIPTS = {s.__name__ + ".py": s for s in (bench, eval_arc, eval_qa, learn, plot, studies, train_outer)}
+SCRIPTS = {s.__name__ + ".py": s for s in (bench, eval_arc, eval_qa, learn, plot, studies, train_outer, warm)}
 SOURCES = ["README.md", "Makefile", *SCRIPTS, "scaling.py", "data/prepare.py"]
 
 

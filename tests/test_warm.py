@@ -1,0 +1,76 @@
+"""warm.py: the warm-up on other puzzles, and that nobody is tested on those."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import dies_at, run_script
+from safetensors.torch import load_file
+
+import eval_arc
+import train_outer
+import warm
+from data.arc import Task
+
+
+def warm_up(monkeypatch, folder, tasks_file, out, *more):
+    args = ["--data", tasks_file, "--rank", 2, "--augmented", 3, "--parts", 2, "--batch", 2, "--work", out.parent / "work"]
+    run_script(monkeypatch, warm, folder, *args, "--out", out, *more)
+    return load_file(out / "model.safetensors")
+
+
+def test_a_warmed_model_is_a_model_folder_and_is_refused_its_tasks(tiny_folder, tasks_file, tmp_path, monkeypatch):
+    out = tmp_path / "warmed"
+    after = warm_up(monkeypatch, tiny_folder, tasks_file, out, "--skip", 1)
+    before = load_file(tiny_folder / "model.safetensors")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {name for name in before if "proj" in name}
+    [seen] = json.loads((out / "config.json").read_text())["arc_tasks_seen"]
+    common = ["--data", tasks_file, "--max-new", 4, "--samples", 1, "--augmented", 2]
+    for script, extra in ((train_outer, ["--task", "arc", "--rounds", 1]), (eval_arc, [])):
+        with pytest.raises(SystemExit, match="was trained on 1 of these tasks"):
+            run_script(monkeypatch, script, out, *common, *extra, "--out", tmp_path / "refused")
+    tasks = tmp_path / "tasks.json"
+    tasks.write_text(json.dumps({"heldout": [({"t1", "t2"} - {seen}).pop()]}))
+    extra = ["--tasks", tasks, "--rank", 2, "--out", tmp_path / "o.json", "--work", tmp_path / "ladder"]
+    run_script(monkeypatch, eval_arc, out, *common, *extra)
+    assert json.loads((tmp_path / "o.json").read_text())["n_tasks"] == 1
+    with pytest.raises(SystemExit, match="exists already"):
+        warm_up(monkeypatch, tiny_folder, tasks_file, out)
+
+
+def test_killed_and_resumed_it_ends_alike(tiny_folder, tasks_file, tmp_path, monkeypatch):
+    whole = warm_up(monkeypatch, tiny_folder, tasks_file, tmp_path / "a" / "model")
+    with monkeypatch.context() as m:
+        dies_at(m, "warm.train_part", 2)
+        with pytest.raises(KeyboardInterrupt):
+            warm_up(m, tiny_folder, tasks_file, tmp_path / "b" / "model")
+    assert not (tmp_path / "b" / "model").exists()
+    calls = dies_at(monkeypatch, "warm.train_part", 0)
+    resumed = warm_up(monkeypatch, tiny_folder, tasks_file, tmp_path / "b" / "model")
+    assert [args[4] for args in calls] == [2]
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_the_parts_differ_and_their_learning_rate_falls(tiny_folder, tasks_file, tmp_path, monkeypatch):
+    calls = dies_at(monkeypatch, "warm.inner_update", 0)
+    warm_up(monkeypatch, tiny_folder, tasks_file, tmp_path / "model")
+    assert [args[3][0].lr for args in calls] == [5e-4, 2.5e-4]
+    one, two = ([e.ids for e in args[2][0]] for args in calls)
+    assert len(one) == len(two) == 6 and one != two
+    assert not any(e.counts[0] for args in calls for e in args[2][0]), "an input counts"
+
+
+def test_a_view_keeps_every_pair_together():
+    task = Task("t", tuple((np.full((1, 2), n, np.int8), np.full((2, 1), n, np.int8)) for n in (1, 2, 3)), ())
+    seen, shapes, orders = set(), set(), set()
+    for n in range(60):
+        v = warm.view(Task("t", task.train[:2], task.train[2:]), np.random.default_rng(n))
+        assert len(v.train) == 3 and not v.test
+        assert all(a.size == b.size == 2 and a[0, 0] == b[0, 0] and a.shape == b.shape[::-1] for a, b in v.train)
+        colours = tuple(int(a[0, 0]) for a, _ in v.train)
+        shapes.add(v.train[0][0].shape)
+        orders.add(colours)
+        seen.add(set(colours) == {1, 2, 3})
+    assert shapes == {(1, 2), (2, 1)} and seen == {True, False} and len(orders) > 12
