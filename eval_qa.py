@@ -11,7 +11,7 @@ Rows:
     passage+unrelated    after an inner update on the passage and the untrained model's notes on another passage: what is
                          more training worth, without more to learn?
     passage+self-edit    after an inner update on the passage and the notes that the untrained model wrote
-    passage+first-notes  the same, with only the first note on each sentence: is it enough to write less?
+    passage+pooled       the same, with the notes of all --samples self-edits at once: is it enough to write more?
     seal-K               the same, with notes that the policy wrote after outer round K (--learner policy: it studies, too)
     stronger-editor      the same, with the "self_edits" that stand in the data file
     in-context           the model as it is, with the passage in the prompt (what studying replaces)
@@ -19,7 +19,7 @@ Rows:
 --match epochs is the paper's protocol: every row takes the same number of epochs, so more text means more optimiser
 steps. With --match steps every row takes exactly --steps steps, of up to --row-len tokens of passage or notes each; with
 --recipes (from studies.py) each row takes the steps and the learning rate that suit it best, found on training passages.
-passage+first-notes, seal-K and stronger-editor take those of passage+self-edit.
+passage+pooled, seal-K and stronger-editor take those of passage+self-edit.
 
 Columns: accuracy, em, f1 and logprob are defined in quiz.py; means over passages of the mean over a passage's questions
 (and its self-edits, and --seeds). ci95 is a bootstrap interval over passages; "steps" in the JSON compares each row with
@@ -51,7 +51,7 @@ from quiz import (
     study_all,
     study_settings,
 )
-from selfedit import QA_PAIR, STYLES, parse, write_self_edits
+from selfedit import parse, write_self_edits
 
 METRICS = ("accuracy", "em", "f1", "logprob")
 
@@ -160,12 +160,9 @@ def unrelated(passages, notes: list) -> tuple[list, list]:
     return notes[1:] + notes[:1], [p.title for p in passages[1:] + passages[:1]]
 
 
-def first_notes(notes: tuple) -> tuple:
-    """The first note on each sentence, of notes that answer with the sentence that they are about."""
-    first = {}
-    for note in notes:
-        first.setdefault(QA_PAIR.fullmatch(note)[2], note)
-    return tuple(first.values())
+def pooled(notes: list[tuple]) -> tuple:
+    """The notes of several self-edits, each once: [("a", "b"), ("b", "c")] -> ("a", "b", "c")."""
+    return tuple(dict.fromkeys(note for mine in notes for note in mine))
 
 
 class Climb:
@@ -210,8 +207,8 @@ class Climb:
         if len(passages) > 1:
             self.row("passage+unrelated", *unrelated(passages, notes))
         self.row("passage+self-edit", notes)
-        if STYLES[self.args.style].quotes:
-            self.row("passage+first-notes", [[first_notes(n) for n in mine] for mine in notes])
+        if self.args.samples > 1:
+            self.row("passage+pooled", [[pooled(mine)] for mine in notes])
         for method, adapter in policies.items():
             policy = load_adapter(model, adapter)
             with merged(model, policy):
@@ -250,7 +247,7 @@ def own_recipes(args, methods) -> dict:
                 f"error: {args.recipes}: no 'lr' and 'steps' for {method!r} under 'best'; see studies.py recipes"
             )
     best = {m: {k: r[k] for k in ("lr", "steps")} for m, r in best.items()}
-    return best | {m: best["passage+self-edit"] for m in ("passage+first-notes", *methods, "stronger-editor")}
+    return best | {m: best["passage+self-edit"] for m in ("passage+pooled", *methods, "stronger-editor")}
 
 
 def protocol_title(result: dict) -> str:

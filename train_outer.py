@@ -16,8 +16,8 @@
 How this departs from the paper (arXiv 2506.10943, section 3):
  1. The reward needs no judge: quiz accuracy by string match, or the mean log-probability of the reference answers. With
     --reward asked nothing is studied, and notes that are questions earn how closely they ask what the quiz asks: a proxy
-    without the noise of a study, which also tells what a single note is worth. --select notes imitates, of what a passage's
-    self-edits ask about a sentence, for each quiz question the note that asks it best, if closely enough.
+    without the noise of a study, which also tells what a single note is worth. --select notes imitates, of what all of a
+    passage's self-edits ask about a sentence, the --keep notes that ask it best, if they are better than the average.
  2. Candidates train and answer as populations (lora.py), not one by one.
  3. The policy is the base model plus one adapter that all rounds go on training. It writes; the base model studies and
     answers (--learner base). The paper's policy does both; a small model that has been taught to write notes to whatever
@@ -126,6 +126,7 @@ def parse_arguments(argv=None):
     add("--reward", default="accuracy", choices=rewards, help="of the quiz; asked: without any study, see above")
     how = "the best of each part; each passage's best; all improving on the passage alone (the paper); the best notes"
     add("--select", default="parts", choices=selections, help=f"what is imitated: {how}")
+    add("--keep", type=at_least(1), default=6, help="--select notes: most notes imitated about each sentence")
     add = parser.add_argument_group("outer update (policy adapter on all layers)").add_argument
     add("--outer-rank", type=at_least(1), default=64, help="LoRA rank")
     add("--outer-alpha", type=at_least(0.0), default=128.0, help="LoRA alpha")
@@ -150,10 +151,10 @@ def parse_arguments(argv=None):
         parser.error("--reward asked is for --style questions, and not for --select improving")
     if args.select == "notes" and args.reward != "asked":
         parser.error("--select notes needs --reward asked, which tells what each note is worth")
+    refuse_unused(parser, args, [] if args.select == "notes" else ["keep"], f"with --select {args.select}")
     return args
 
 
-LEAST = 0.3  # --select notes: how closely a note must ask what a quiz question asks
 WHY = {  # selected? -> why
     "parts": ("no sound part is the best", "some parts are the best"),
     "best": ("not the best", "best"),
@@ -162,7 +163,7 @@ WHY = {  # selected? -> why
 }
 
 
-def select(edits: list[SelfEdit], alone: dict, how: str) -> None:
+def select(edits: list[SelfEdit], alone: dict, how: str, keep: int) -> None:
     """Mark which self-edits, or parts of them, are imitated, and say why or why not. `alone`: passage id -> reward of the
     passage alone. A part without notes, or with a note that copies the worked example, is never imitated.
 
@@ -181,7 +182,7 @@ def select(edits: list[SelfEdit], alone: dict, how: str) -> None:
                 keep_best(mine, k, credits)
         if how == "notes":
             for k in range(len(mine[0].kept)):
-                chosen = best_notes(mine, k)
+                chosen = best_notes(mine, k, keep)
                 for e in mine:
                     e.kept[k] = e.kept[k] and any(q in chosen for q in e.earned[k])
         for e in mine:
@@ -196,21 +197,16 @@ def keep_best(mine: list[SelfEdit], k: int, credits: tuple) -> None:
         e.kept[k] = e.kept[k] and c is not None and c == top and c > float(np.mean(studied)) + 1e-9
 
 
-def best_notes(mine: list[SelfEdit], k: int) -> list[str]:
-    """Of the parts k of one passage's self-edits: for each quiz question the note that asks it best, if more closely than
-    LEAST and than these notes do on average (where all ask alike, there is nothing to learn). So the policy is taught to
-    aim, and not to write more.
+def best_notes(mine: list[SelfEdit], k: int, keep: int) -> list[str]:
+    """Of the parts k of one passage's self-edits: the `keep` notes that ask most closely what some quiz question asks, best
+    first, of those that ask more closely than these notes do on average.
 
     Earned {"Who cast it?": [0.7, 0], "Who rang it?": [0.5, 0.6], "What is it?": [0, 0.2]}, closeness to each of two quiz
     questions: the first and the second.
     """
-    earned = {note: each for e in mine if e.mended[k] for note, each in e.earned[k].items()}
-    best = []
-    for closeness in zip(*earned.values()):  # of all notes to one quiz question
-        top = max(closeness)
-        if top > max(LEAST, float(np.mean(closeness)) + 1e-9):
-            best.append(list(earned)[closeness.index(top)])
-    return list(dict.fromkeys(best))
+    earned = {note: max(each) for e in mine if e.mended[k] for note, each in e.earned[k].items()}
+    mean = float(np.mean(list(earned.values()) or [0.0]))
+    return sorted((n for n in earned if earned[n] > mean + 1e-9), key=earned.get, reverse=True)[:keep]
 
 
 class Passages:
@@ -290,7 +286,7 @@ def outer_study(args) -> Study:
     return Study(lr=args.outer_lr, epochs=args.outer_epochs, row_len=args.outer_row_len, batch=args.outer_batch)
 
 
-def to_imitate(prompts: dict, edits: list[SelfEdit], how: str) -> list[tuple]:
+def to_imitate(prompts: dict, edits: list[SelfEdit], how: str, keep: int) -> list[tuple]:
     """(prompt, text) of what is kept: parts as they are, or with --select notes the best notes of all that a prompt gave."""
     if how != "notes":
         kept = [part for e in edits for part in zip(prompts[e.passage], e.mended, e.kept, strict=True)]
@@ -298,13 +294,13 @@ def to_imitate(prompts: dict, edits: list[SelfEdit], how: str) -> list[tuple]:
     pairs = []
     for passage in dict.fromkeys(e.passage for e in edits):
         mine = [e for e in edits if e.passage == passage]
-        pairs += [(prompt, "\n".join(best_notes(mine, k))) for k, prompt in enumerate(prompts[passage])]
+        pairs += [(prompt, "\n".join(best_notes(mine, k, keep))) for k, prompt in enumerate(prompts[passage])]
     return [(prompt, text) for prompt, text in pairs if text]
 
 
 def reinforce(model, tok, prompts: dict, edits, policy: Adapters, args, seed, label) -> float:
     """Outer update: fine-tune the policy adapter in place on what is kept of the self-edits. Returns the last loss."""
-    examples = [policy_example(tok, *pair) for pair in to_imitate(prompts, edits, args.select)]
+    examples = [policy_example(tok, *pair) for pair in to_imitate(prompts, edits, args.select, args.keep)]
     study = outer_study(args)
     tokens = sum(row_tokens(examples, *row) for row in arrange(examples, study.row_len))
     progress = Progress(label, study.epochs * tokens)
@@ -326,7 +322,7 @@ def outer_round(model, tok, task, policy: Adapters, k: int, args, out: Path) -> 
         edits = sample_self_edits(model, tok, task.prompts, task.read, *how)
     with learner(model, policy, args):
         alone = task.score(model, tok, edits, args, sub_seed(args.seed, k, 1), folder)
-    select(edits, alone, args.select)
+    select(edits, alone, args.select, args.keep)
     write_jsonl(folder / "candidates.jsonl", [e.record() for e in edits])
     kept = [e for e in edits if e.selected]
     loss = None

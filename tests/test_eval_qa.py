@@ -77,7 +77,7 @@ def test_the_ladder(tiny, tiny_folder, passages_file, tmp_path, monkeypatch, cap
     extra = ["--run", tmp_path / "run", "--match", "both", "--samples", 2, "--seeds", 2]
     ladder(monkeypatch, tiny_folder, passages_file, tmp_path, *extra)
     out = capsys.readouterr().out
-    methods = "base passage passage+unrelated passage+self-edit passage+first-notes seal-1 in-context".split()
+    methods = "base passage passage+unrelated passage+self-edit passage+pooled seal-1 in-context".split()
     for protocol in ("epochs", "steps"):
         result = json.loads((tmp_path / f"ladder_{protocol}.json").read_text())
         assert [r["method"] for r in result["rows"]] == methods and result["n_passages"] == 2 and result["n_questions"] == 4
@@ -118,7 +118,7 @@ def test_recipes_and_a_stronger_editor(tiny_folder, passages_file, tmp_path, mon
     best = {"passage": {"lr": 1e-3, "steps": 2}, "passage+unrelated": {"lr": 2e-3, "steps": 3}}
     recipes = tmp_path / "recipes.json"
     recipes.write_text(json.dumps({"best": best}))
-    extra = ["--match", "steps", "--recipes", recipes]
+    extra = ["--match", "steps", "--recipes", recipes, "--samples", 2]
     with pytest.raises(SystemExit, match=r"no 'lr' and 'steps' for 'passage\+self-edit'"):
         ladder(monkeypatch, tiny_folder, passages_file, tmp_path, *extra)
     recipes.write_text(json.dumps({"best": best | {"passage+self-edit": {"lr": 4e-3, "steps": 4, "accuracy": 0.5}}}))
@@ -126,11 +126,11 @@ def test_recipes_and_a_stronger_editor(tiny_folder, passages_file, tmp_path, mon
     rows = {r["method"]: r for r in json.loads((tmp_path / "ladder.json").read_text())["rows"]}
     used = {m: (r["train_steps"], r["lr"]) for m, r in rows.items() if "lr" in r}
     own = (4, pytest.approx(4e-3))
-    notes = dict.fromkeys(["passage+self-edit", "passage+first-notes", "stronger-editor"], own)
+    notes = dict.fromkeys(["passage+self-edit", "passage+pooled", "stronger-editor"], own)
     assert used == {"passage": (2, 1e-3), "passage+unrelated": (3, 2e-3)} | notes
 
 
-def test_unrelated_notes_are_another_passages_under_its_title(tiny_folder, passages_file, tmp_path, monkeypatch):
+def test_what_the_notes_of_a_row_are(tiny_folder, passages_file, tmp_path, monkeypatch):
     seen = {}
     real = eval_qa.study_all
 
@@ -140,14 +140,13 @@ def test_unrelated_notes_are_another_passages_under_its_title(tiny_folder, passa
 
     monkeypatch.setattr(eval_qa, "study_all", spy)
     ladder(monkeypatch, tiny_folder, passages_file, tmp_path)
+    assert "passage+pooled (steps)" not in seen  # of one self-edit there is nothing to pool
     own, other = seen["passage+self-edit (steps)"], seen["passage+unrelated (steps)"]
     assert [c.passage for c in own] == [c.passage for c in other] and own[0].passage.title == own[0].title
     assert [(c.notes, c.title) for c in other] == [(own[1].notes, "Town 4"), (own[0].notes, "Town 3")]
-
-
-def test_the_first_note_on_each_sentence():
-    notes = [f"Question: {q}\nAnswer: {a}" for q, a in (("Who?", "Ada."), ("Why?", "Ada."), ("Where?", "Rolm."))]
-    assert eval_qa.first_notes(tuple(notes)) == (notes[0], notes[2]) and eval_qa.first_notes(()) == ()
+    monkeypatch.setattr(eval_qa.Climb, "write", lambda self, method: [[("a", "b"), ("b", "c")], [(), ("d",)]])
+    ladder(monkeypatch, tiny_folder, passages_file, tmp_path, "--work", tmp_path / "two", "--samples", 2)
+    assert [c.notes for c in seen["passage+pooled (steps)"]] == [("a", "b", "c"), ("d",)]
 
 
 def test_no_rounds_there(tiny_folder, passages_file, tmp_path, monkeypatch):
@@ -180,5 +179,5 @@ def test_a_policy_writes_and_its_learner_studies(learner, tiny, tiny_folder, pas
         watch_weights(monkeypatch, f"eval_qa.{name}", tiny, seen)
     ladder(monkeypatch, tiny_folder, passages_file, tmp_path, "--policy", tmp_path / "policy", "--learner", learner)
     *before, writes, studies = seen
-    assert not any(changed for _, changed in before) and len(before) == 5
+    assert not any(changed for _, changed in before) and len(before) == 4
     assert (writes, studies) == (("write_self_edits", True), ("study_all", learner == "policy"))

@@ -126,33 +126,33 @@ def test_selection():
         ]
 
     best, improving, parts = edits(), edits(), edits()
-    select(best, {}, "best")
+    select(best, {}, "best", 6)
     assert [e.selected for e in best] == [False, True, False, True]
     assert [e.why for e in best] == ["not the best", "best", "endless", "best"]
-    select(improving, {"a": 0.4, "b": 0.2}, "improving")
+    select(improving, {"a": 0.4, "b": 0.2}, "improving", 6)
     assert [e.selected for e in improving] == [True, True, False, False]
     parts[1].reward = 0.8  # the mean is 0.73, and the endless one cannot be imitated
-    select(parts, {}, "parts")
+    select(parts, {}, "parts", 6)
     assert [e.selected for e in parts] == [False, True, False, False] and parts[3].why == "no sound part is the best"
 
 
 def test_selection_by_part():
     rows = [([1, 0, None, 1], "abcd"), ([0, 0, None, 1], "abcd"), ([1, 0.5, None, 0], ["", *"bcd"])]
     edits = [SelfEdit("a", ["t"] * 4, score={"logprob": 0.0}, credits=c, mended=list(m)) for c, m in rows]
-    select(edits, {}, "parts")
+    select(edits, {}, "parts", 6)
     assert [e.kept for e in edits] == [[True, False, False, True], [False, False, False, True], [False, True, False, False]]
     edits[0].flaw, edits[0].credits[1] = "diverged", 1  # the others need not be better than what it would add to the mean
-    select(edits, {}, "parts")
+    select(edits, {}, "parts", 6)
     assert not edits[0].selected and edits[0].why == "diverged" and edits[1].kept == [False, False, False, True]
     assert edits[2].kept == [False, True, False, False]
     edits[1].flaw = edits[2].flaw = "diverged"
-    select(edits, {}, "parts")
+    select(edits, {}, "parts", 6)
     assert [e.kept for e in edits] == [[False] * 4] * 3
 
 
 def test_of_each_part_only_the_best_is_imitated():
     edits = [SelfEdit("a", ["t"], score={"logprob": 0.0}, credits=[c], mended=["t"]) for c in (0.9, 0.7, 0.0, 0.9)]
-    select(edits, {}, "parts")
+    select(edits, {}, "parts", 6)
     assert [e.kept for e in edits] == [[True], [False], [False], [True]]  # 0.7 is above the mean, too
 
 
@@ -175,30 +175,34 @@ def test_notes_that_ask_what_the_quiz_asks():
         {"What sells bricks?": [0.0, 0.0], "Who cried?": [0.0, 0.0]},
     ]
     assert one.credits == [1.0, 0.0] and two.credits == [1.0, 0.5] and two.reward == two.score["asked"] == 0.75
-    select([one, two], {}, "notes")
+    select([one, two], {}, "notes", 1)
     assert one.kept == [True, False] and two.kept == [False, True] and one.selected and "among the best" in one.why
-    assert train_outer.to_imitate({"a": ["first", "second"]}, [one, two], "notes") == [
+    assert train_outer.to_imitate({"a": ["first", "second"]}, [one, two], "notes", 1) == [
         ("first", "Who founded Rolm?"),
         ("second", "What is sold to Varbon?"),
     ]
     one.mended[0] = ""  # copied: not among those to choose from
-    select([one, two], {}, "notes")
+    select([one, two], {}, "notes", 1)
     assert one.kept == [False, False] and two.kept == [True, True]
-    pairs = train_outer.to_imitate({"a": ["first", "second"]}, [one, two], "notes")
+    pairs = train_outer.to_imitate({"a": ["first", "second"]}, [one, two], "notes", 1)
     assert pairs == [("first", "Who founded it?"), ("second", "What is sold to Varbon?")]
 
 
-def test_for_each_quiz_question_the_best_note_is_imitated():
-    earned = {"Who cast it?": [0.7, 0.0, 0.2], "Who rang it?": [0.5, 0.6, 0.0], "What is it?": [0.0, 0.2, 0.29]}
+def test_the_notes_that_ask_most_closely_are_imitated():
+    earned = {
+        "Who cast it?": [0.7, 0.0, 0.2],
+        "Who rang it?": [0.5, 0.6, 0.0],
+        "What is it?": [0.0, 0.2, 0.29],
+        "Who?": [0, 0, 0],
+    }
     copied = SelfEdit("a", ["t"], mended=[""], earned=[{"Copied?": [1.0, 1.0, 1.0]}])
     edits = [SelfEdit("a", ["t"], mended=["t"], earned=[earned]), copied]
-    assert train_outer.best_notes(edits, 0) == ["Who cast it?", "Who rang it?"]  # nothing asks the third closely
-    earned["What is it?"][2] = 0.31
-    assert train_outer.best_notes(edits, 0) == ["Who cast it?", "Who rang it?", "What is it?"]
-    earned["Who rang it?"][0] = 0.8  # one note for two questions, once
-    assert train_outer.best_notes(edits, 0) == ["Who rang it?", "What is it?"]
+    assert train_outer.best_notes(edits, 0, 6) == ["Who cast it?", "Who rang it?"]  # the others are below the mean
+    assert train_outer.best_notes(edits, 0, 1) == ["Who cast it?"]
+    earned["What is it?"][2] = 0.8
+    assert train_outer.best_notes(edits, 0, 6) == ["What is it?", "Who cast it?", "Who rang it?"]
     edits[0].earned = [{note: [0.5] for note in earned}]  # none is above the mean
-    assert train_outer.best_notes(edits, 0) == [] == train_outer.best_notes(edits[1:], 0)
+    assert train_outer.best_notes(edits, 0, 6) == [] == train_outer.best_notes(edits[1:], 0, 6)
 
 
 def test_the_proxy_reward_studies_nothing(tiny_folder, passages_file, tmp_path, monkeypatch):
@@ -260,6 +264,7 @@ def test_parts_are_credited_and_imitated(tiny_folder, passages_file, tmp_path, m
         (["--frobnicate"], "unrecognized arguments"),
         (["--reward", "asked", "--style", "self-qa"], "--reward asked is for --style questions"),
         (["--select", "notes"], "--select notes needs --reward asked"),
+        (["--keep", 2], "--keep has no effect with --select parts"),
         (["--lr", "fast"], "invalid float value"),
     ],
 )
@@ -285,7 +290,7 @@ def test_only_what_is_kept_is_imitated(tok, monkeypatch):
         return [SimpleNamespace(diverged=False, loss=1.0)]
 
     monkeypatch.setattr(train_outer, "inner_update", spy)
-    args = SimpleNamespace(outer_lr=1e-3, outer_epochs=1, outer_row_len=0, outer_batch=2, select="parts")
+    args = SimpleNamespace(outer_lr=1e-3, outer_epochs=1, outer_row_len=0, outer_batch=2, select="parts", keep=6)
     rows = [(["good", "not this"], [True, False]), (["nor", "that"], [False, False]), (["no", "fine"], [False, True])]
     edits = [SelfEdit("a", ["as sampled", "as sampled"], mended=mended, kept=kept) for mended, kept in rows]
     train_outer.reinforce(None, tok, {"a": [[5], [6]]}, edits, None, args, 0, "test")
