@@ -264,7 +264,7 @@ def test_parts_are_credited_and_imitated(tiny_folder, passages_file, tmp_path, m
         (["--frobnicate"], "unrecognized arguments"),
         (["--reward", "asked", "--style", "self-qa"], "--reward asked is for --style questions"),
         (["--select", "notes"], "--select notes needs --reward asked"),
-        (["--keep", 2], "--keep has no effect with --select parts"),
+        (["--keep", 2], "--keep has no effect with --select best"),
         (["--lr", "fast"], "invalid float value"),
     ],
 )
