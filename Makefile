@@ -31,7 +31,8 @@ results: .venv/dev model
 	$(PY) eval_qa.py --split "" --no-study --out results/passages.json
 	$(PY) train_outer.py --out runs/qa --samples 8 --rounds 2 --outer-epochs 1 --reward asked --select notes
 	cp runs/qa/metrics.jsonl results/qa_rounds.jsonl
-	$(PY) eval_qa.py --run runs/qa --limit 48 --samples 2 --seeds 2 --out results/qa_ladder.json
+	$(PY) eval_qa.py --run runs/qa --limit 48 --samples 2 --out results/qa_ladder.json
+	$(PY) eval_qa.py --run runs/qa --limit 48 --samples 2 --recipes results/recipes.json --work runs/eval-qa_ladder --out results/qa_ladder_best.json
 	$(PY) eval_qa.py --run runs/qa --limit 48 --match epochs --out results/qa_ladder_epochs.json
 	$(PY) studies.py notes --limit 48 --work runs/eval-qa_ladder/climb-0
 	$(PY) plot.py

@@ -4,8 +4,8 @@
     python plot.py --results my/results         # yours
 
 Each figure is written beside its JSON:
-    ladder.svg        qa_ladder.json and qa_ladder_epochs.json (eval_qa.py): accuracy of each row, 95 % intervals
-    directions.svg    qa_ladder.json: questions along the passage's sentences, and against them
+    ladder.svg        qa_ladder_best, qa_ladder and qa_ladder_epochs.json (eval_qa.py): accuracy of each row, 95 % intervals
+    directions.svg    qa_ladder_best.json: questions along the passage's sentences, and against them
     rounds.svg        qa_rounds.jsonl (metrics.jsonl of train_outer.py): reward of all and of the reinforced self-edits
     arc_ladder.svg    arc_ladder.json (eval_arc.py): share of tasks that each row solves, 95 % intervals
     arc_tasks.svg     the same: first tasks that the last seal-K row solves, and that it does not, with each row's prediction
@@ -173,10 +173,11 @@ def parse_arguments():
 
 def main() -> None:
     folder = Path(parse_arguments().results)
-    ladders = [folder / name for name in ("qa_ladder.json", "qa_ladder_epochs.json")]
+    names = "qa_ladder_best.json", "qa_ladder.json", "qa_ladder_epochs.json"
+    ladders = [folder / name for name in names if (folder / name).is_file()]
     arc = [folder / "arc_ladder.json"]
     figures = {
-        "ladder": ([p for p in ladders if p.is_file()], lambda *paths: draw_ladder([read_json(p) for p in paths])),
+        "ladder": (ladders, lambda *paths: draw_ladder([read_json(p) for p in paths])),
         "directions": (ladders[:1], lambda path: draw_directions(read_json(path))),
         "rounds": ([folder / "qa_rounds.jsonl"], lambda path: draw_rounds(read_jsonl(path))),
         "arc_ladder": (arc, lambda path: draw_arc_ladder(read_json(path))),

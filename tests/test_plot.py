@@ -24,7 +24,7 @@ def rows(shift: float):
 
 @pytest.fixture
 def results(tmp_path):
-    for name, protocol in (("qa_ladder", "steps"), ("qa_ladder_epochs", "epochs")):
+    for name, protocol in (("qa_ladder_best", "steps"), ("qa_ladder", "steps"), ("qa_ladder_epochs", "epochs")):
         settings = {"epochs": 6, "steps": 9, "recipes": None}
         value = {"rows": rows(0.05), "protocol": protocol, "n_passages": 48, "settings": settings}
         (tmp_path / f"{name}.json").write_text(json.dumps(value))
@@ -82,8 +82,8 @@ def test_every_figure_is_drawn_the_same_each_time(results, monkeypatch):
 
 
 def test_what_is_missing_or_malformed(results, tmp_path, monkeypatch):
-    (results / "qa_ladder.json").write_text(json.dumps({"rows": [{}]}))
-    with pytest.raises(SystemExit, match=r"^error: .*qa_ladder.json is not as its script writes it"):
+    (results / "qa_ladder_best.json").write_text(json.dumps({"rows": [{}]}))
+    with pytest.raises(SystemExit, match=r"^error: .*qa_ladder_best.json is not as its script writes it"):
         draw(monkeypatch, results)
     with pytest.raises(SystemExit, match="no results there to draw"):
         draw(monkeypatch, tmp_path / "nowhere")
