@@ -85,3 +85,13 @@ def test_the_passages_gates():
     base, shown = result["rows"]
     assert (base["method"], shown["method"]) == ("base", "in-context")
     assert base["accuracy"] <= 0.08 and shown["accuracy"] >= 0.70 and result["n_passages"] == 208
+
+
+def test_how_notes_are_asked_for_by_default_did_best_in_the_recipe_study(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["eval_qa.py"])
+    args = eval_qa.parse_arguments()
+    rows = read_json(ROOT / "results" / "recipes.json")["rows"]
+    alike = [r for r in rows if r["method"] == "passage+self-edit"]
+    alike = [r for r in alike if (r["lr"], r["steps"], r["top_layers"]) == (args.lr, args.steps, args.top_layers)]
+    best = max(alike, key=lambda r: r["accuracy"])
+    assert len(alike) > 6 and (best["style"], best["temperature"]) == (args.style, args.temperature)
