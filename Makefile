@@ -2,8 +2,8 @@
 #   make demo    the whole loop on a real model, in small: minutes
 #   make test    linter and tests
 #   make bench   speed, side by side with transformers + peft: 20 minutes
-#   make results two rounds, their ladder, what changed in the notes, the figures: under an hour
-#   make studies which reward, which recipe: hours. Killed, both go on where they were
+#   make results two rounds, their ladders, what changed in the notes, the figures: under two hours
+#   make studies which reward, which recipe: an hour or two. Killed, both go on where they were
 # The times are for two cores with bfloat16 units; without, four to five times as long.
 PYTHON ?= python3
 PY := .venv/bin/python
