@@ -1,7 +1,7 @@
 """A warm-up for ARC: teach the model what a grid is, on other puzzles than those it will be tested on.
 
-    python warm.py --skip 60                # on ARC-AGI-1's training tasks but the 60 smallest: 25 minutes on two cores
-    python eval_arc.py --model checkpoints/smollm2-135m-arc --choose --limit 60 --out results/arc_tasks.json
+    python warm.py --skip 60      # on ARC-AGI-1's training tasks up to 10 x 10, but the 60 smallest
+    python eval_arc.py --model checkpoints/smollm2-135m-arc --choose --largest 10 --limit 60 --out results/arc_tasks.json
 
 A model of 135M parameters has hardly seen a grid. Test-time training on three demonstrations then has to teach it what
 rows, shapes and colours are along with the rule, and mostly fails. So a LoRA on all layers learns from whole tasks, each
