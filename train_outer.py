@@ -298,15 +298,20 @@ def to_imitate(prompts: dict, edits: list[SelfEdit], how: str, keep: int) -> lis
     return [(prompt, text) for prompt, text in pairs if text]
 
 
-def reinforce(model, tok, prompts: dict, edits, policy: Adapters, args, seed, label) -> float:
-    """Outer update: fine-tune the policy adapter in place on what is kept of the self-edits. Returns the last loss."""
-    examples = [policy_example(tok, *pair) for pair in to_imitate(prompts, edits, args.select, args.keep)]
-    study = outer_study(args)
+def train_one(model, adapter: Adapters, examples: list, study: Study, seed: int, label: str):
+    """An inner update of one adapter, in place, with a progress line in tokens. Returns its Outcome."""
     tokens = sum(row_tokens(examples, *row) for row in arrange(examples, study.row_len))
     progress = Progress(label, study.epochs * tokens)
     [outcome] = inner_update(
-        model, policy, [examples], [study], seed, tick=lambda tokens, loss: progress.step(tokens, loss=loss)
+        model, adapter, [examples], [study], seed, tick=lambda tokens, loss: progress.step(tokens, loss=loss)
     )
+    return outcome
+
+
+def reinforce(model, tok, prompts: dict, edits, policy: Adapters, args, seed, label) -> float:
+    """Outer update: fine-tune the policy adapter in place on what is kept of the self-edits. Returns the last loss."""
+    examples = [policy_example(tok, *pair) for pair in to_imitate(prompts, edits, args.select, args.keep)]
+    outcome = train_one(model, policy, examples, outer_study(args), seed, label)
     if outcome.diverged:
         raise SystemExit(
             f"error: the outer update diverged at step {outcome.steps}; try a lower --outer-lr than {args.outer_lr}"

@@ -19,13 +19,13 @@ from pathlib import Path
 import numpy as np
 
 from checkpoint import save_model
-from common import Progress, open_run, sub_seed
+from common import open_run, sub_seed
 from data.arc import SYMMETRIES, Task, chosen_tasks, recolour
-from inner import Study, inner_update
+from inner import Study
 from lora import PROJECTIONS, Adapters, load_adapter, merge, save_adapter
 from puzzle import LONGEST, SEEN, task_example
 from quiz import at_least, load, lora_config, make_parser
-from train_outer import ARC, add_task_arguments, hide, refuse_other_source, refuse_unused
+from train_outer import ARC, add_task_arguments, hide, refuse_other_source, refuse_unused, train_one
 
 UNUSED = ["style", "shots", "temperature", "top_p", "max_new", "steps", "epochs", "row_len", "population"]
 
@@ -63,10 +63,7 @@ def train_part(model, tok, tasks: list[Task], adapter: Adapters, k: int, args) -
     examples = [e for e in examples if len(e.ids) <= min(model.config.max_seq_len, LONGEST)]
     lr = args.lr * (1 - (k - 1) / args.parts)
     study = Study(lr=lr, epochs=1, schedule="constant", row_len=0, batch=args.batch)
-    progress = Progress(f"part {k}/{args.parts}", sum(len(e.ids) for e in examples))
-    [outcome] = inner_update(
-        model, adapter, [examples], [study], sub_seed(args.seed, k), lambda tokens, loss: progress.step(tokens, loss=loss)
-    )
+    outcome = train_one(model, adapter, examples, study, sub_seed(args.seed, k), f"part {k}/{args.parts}")
     if outcome.diverged:
         raise SystemExit(f"error: training diverged at step {outcome.steps} of part {k}; try a lower --lr than {args.lr}")
     tenth = max(1, outcome.steps // 10)

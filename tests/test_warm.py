@@ -54,7 +54,7 @@ def test_killed_and_resumed_it_ends_alike(tiny_folder, tasks_file, tmp_path, mon
 
 
 def test_the_parts_differ_and_their_learning_rate_falls(tiny_folder, tasks_file, tmp_path, monkeypatch):
-    calls = dies_at(monkeypatch, "warm.inner_update", 0)
+    calls = dies_at(monkeypatch, "train_outer.inner_update", 0)
     warm_up(monkeypatch, tiny_folder, tasks_file, tmp_path / "model")
     assert [args[3][0].lr for args in calls] == [5e-4, 2.5e-4]
     one, two = ([e.ids for e in args[2][0]] for args in calls)
