@@ -74,3 +74,4 @@ def test_a_view_keeps_every_pair_together():
         orders.add(colours)
         seen.add(set(colours) == {1, 2, 3})
     assert shapes == {(1, 2), (2, 1)} and seen == {True, False} and len(orders) > 12
+    assert len([colours for colours in orders if set(colours) == {1, 2, 3}]) == 6, "an order of the pairs is missing"
