@@ -3,12 +3,13 @@
 #   make test    linter and tests
 #   make bench   speed, side by side with transformers + peft: 20 minutes
 #   make results two rounds, their ladders, what changed in the notes, the figures: under two hours
+#   make results-arc    the same for ARC: a warm-up, which tasks can be solved, two rounds, the ladder: an hour and a half
 #   make studies which reward, which recipe: an hour or two. Killed, both go on where they were
 # The times are for two cores with bfloat16 units; without, four to five times as long.
 PYTHON ?= python3
 PY := .venv/bin/python
 
-.PHONY: demo demo-arc test bench results studies model data clean
+.PHONY: demo demo-arc test bench results results-arc studies model data clean
 .DELETE_ON_ERROR:
 
 demo: model
@@ -17,8 +18,8 @@ demo: model
 	$(PY) studies.py notes --limit 12 --work runs/eval-demo/climb-0 --out runs/demo_notes.json
 
 demo-arc: model data
-	$(PY) train_outer.py --task arc --limit 6 --rounds 1 --samples 3 --out runs/demo-arc
-	$(PY) eval_arc.py --skip 6 --limit 3 --samples 3 --run runs/demo-arc --out runs/demo-arc.json --show
+	$(PY) train_outer.py --task arc --tasks results/arc_tasks.json --limit 4 --rounds 1 --samples 3 --out runs/demo-arc
+	$(PY) eval_arc.py --tasks results/arc_tasks.json --limit 3 --samples 3 --run runs/demo-arc --out runs/demo-arc.json --show
 
 test: .venv/dev model downloads/vocab
 	$(PY) -m ruff check .
@@ -37,6 +38,14 @@ results: .venv/dev model
 	$(PY) studies.py notes --limit 48 --work runs/eval-qa_ladder/climb-0
 	$(PY) plot.py
 
+ARC := --data downloads/arc/arc2.json
+LEARNER := --model checkpoints/smollm2-135m-arc --top-layers 15 --augmented 24
+results-arc: .venv/dev model data checkpoints/smollm2-135m-arc
+	$(PY) eval_arc.py $(ARC) $(LEARNER) --choose --largest 10 --limit 60 --out results/arc_tasks_warm.json
+	$(PY) train_outer.py --task arc $(ARC) $(LEARNER) --tasks results/arc_tasks_warm.json --out runs/arc --samples 5 --rounds 2
+	$(PY) eval_arc.py $(ARC) $(LEARNER) --tasks results/arc_tasks_warm.json --run runs/arc --oracle --out results/arc_ladder.json
+	$(PY) plot.py
+
 studies: .venv/dev model
 	$(PY) train_outer.py --out runs/studied --limit 24 --rounds 1 --samples 4
 	$(PY) studies.py proxy --limit 24 --work runs/studied/round-1
@@ -48,6 +57,8 @@ data: downloads/arc
 
 checkpoints/smollm2-135m-instruct: | .venv/run
 	$(PY) data/prepare.py smollm2
+checkpoints/smollm2-135m-arc: | model data
+	$(PY) warm.py $(ARC) --skip 60
 downloads/arc downloads/vocab: | .venv/run
 	$(PY) data/prepare.py $(notdir $@)
 

@@ -11,7 +11,7 @@ Rows, each with the share of tasks whose every test output is right, and its 95 
     self-edit    after training as the untrained model's self-edits say; mean over --samples of them
     seal-K       the same, with self-edits that the policy wrote after outer round K (--learner policy: it trains, too)
     best-of-M    a task counts if any of the last policy's M self-edits solves it
-    oracle       a task counts if a setting of GRID, two of them, solves it; of tasks that --choose found so, that is each
+    oracle       a task counts if a setting of GRID, three of them, solves it; of tasks that --choose found so, that is each
 Rows of self-edits also say how many are "sound" (have the form), and how many of those are "copied" (the settings of one of
 the prompt's worked examples). With --vote N there is a second number for each row that trains, "voted": two attempts by
 majority over N views of the test (symmetries, orders and subsets of the demonstrations), turned back.
@@ -38,6 +38,7 @@ BASIC = ["use_basic_augmentations"]
 GRID = [
     {"groups": BASIC, "every_token": False, "lr": 2e-3, "epochs": 4},
     {"groups": [], "every_token": False, "lr": 2e-3, "epochs": 12},
+    {"groups": BASIC, "every_token": True, "lr": 1e-3, "epochs": 4},
 ]
 
 

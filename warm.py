@@ -1,7 +1,8 @@
 """A warm-up for ARC: teach the model what a grid is, on other puzzles than those it will be tested on.
 
-    python warm.py --skip 60      # on ARC-AGI-1's training tasks up to 10 x 10, but the 60 smallest
-    python eval_arc.py --model checkpoints/smollm2-135m-arc --choose --largest 10 --limit 60 --out results/arc_tasks.json
+    python warm.py --skip 60 --data downloads/arc/arc2.json      # on ARC-AGI-2's training tasks, but the 60 smallest
+    python eval_arc.py --model checkpoints/smollm2-135m-arc --data downloads/arc/arc2.json --choose --largest 10 --limit 48 \\
+        --out results/arc_tasks_warm.json
 
 A model of 135M parameters has hardly seen a grid. Test-time training on three demonstrations then has to teach it what
 rows, shapes and colours are along with the rule, and mostly fails. So a LoRA on all layers learns from whole tasks, each
@@ -23,7 +24,7 @@ from common import open_run, sub_seed
 from data.arc import SYMMETRIES, Task, chosen_tasks, recolour
 from inner import Study
 from lora import PROJECTIONS, Adapters, load_adapter, merge, save_adapter
-from puzzle import LONGEST, SEEN, task_example
+from puzzle import SEEN, task_example
 from quiz import at_least, load, lora_config, make_parser
 from train_outer import ARC, add_task_arguments, hide, refuse_other_source, refuse_unused, train_one
 
@@ -34,8 +35,9 @@ def parse_arguments():
     parser = make_parser(__doc__)
     add_task_arguments(parser, "train")
     add = parser.add_argument_group("warm-up").add_argument
-    add("--parts", type=at_least(1), default=6, help="times that all tasks are trained on, each time in other views")
+    add("--parts", type=at_least(1), default=4, help="times that all tasks are trained on, each time in other views")
     add("--batch", type=at_least(1), default=4, help="sequences per step")
+    add("--longest", type=at_least(1), default=640, help="leave out tasks of more than N tokens: attention takes N x N")
     add("--out", default="checkpoints/smollm2-135m-arc", help="new model folder")
     add("--work", default="runs/warm", help="folder for progress, to resume a killed run")
     hide(parser, UNUSED)
@@ -60,7 +62,7 @@ def train_part(model, tok, tasks: list[Task], adapter: Adapters, k: int, args) -
     """Part k of args.parts trains `adapter` in place on other views than the parts before, at a lower learning rate."""
     rng = np.random.default_rng([args.seed, k])
     examples = [task_example(tok, view(t, rng), every_token=False) for t in tasks for _ in range(args.augmented)]
-    examples = [e for e in examples if len(e.ids) <= min(model.config.max_seq_len, LONGEST)]
+    examples = [e for e in examples if len(e.ids) <= model.config.max_seq_len]  # a view may have more rows than its task
     lr = args.lr * (1 - (k - 1) / args.parts)
     study = Study(lr=lr, epochs=1, schedule="constant", row_len=0, batch=args.batch)
     outcome = train_one(model, adapter, examples, study, sub_seed(args.seed, k), f"part {k}/{args.parts}")
@@ -80,7 +82,10 @@ def main() -> None:
         raise SystemExit(f"error: --out {args.out} exists already; choose another folder")
     model, tok = load(args)
     config = lora_config(args, model)
-    tasks = chosen_tasks(args)
+    tasks, room = chosen_tasks(args), min(args.longest, model.config.max_seq_len)
+    tasks = {i: t for i, t in tasks.items() if len(task_example(tok, t, every_token=False).ids) <= room}
+    if not tasks:
+        raise SystemExit(f"error: {args.tasks or args.data}: no task of at most {room} tokens to train on")
     settings = {k: v for k, v in vars(args).items() if k not in ("out", "work", *UNUSED)}
     work = open_run(args.work, settings | {"ids": list(tasks)})
     print(f"{len(tasks)} tasks")

@@ -53,6 +53,19 @@ def test_killed_and_resumed_it_ends_alike(tiny_folder, tasks_file, tmp_path, mon
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
+def test_tasks_too_long_to_train_on_are_left_out_and_stay_allowed(tiny_folder, tasks_file, tmp_path, monkeypatch):
+    tasks = json.loads(tasks_file.read_text())
+    wide = [[1] * 9] * 9
+    tasks["train"]["t2"] = {"train": [{"input": wide, "output": wide}] * 2, "test": [{"input": wide, "output": wide}]}
+    tasks_file.write_text(json.dumps(tasks))
+    calls = dies_at(monkeypatch, "train_outer.inner_update", 0)
+    warm_up(monkeypatch, tiny_folder, tasks_file, tmp_path / "model", "--longest", 300)
+    assert json.loads((tmp_path / "model" / "config.json").read_text())["arc_tasks_seen"] == ["t1"]
+    assert all(len(e.ids) <= 300 for args in calls for e in args[2][0])
+    with pytest.raises(SystemExit, match="no task of at most 10 tokens"):
+        warm_up(monkeypatch, tiny_folder, tasks_file, tmp_path / "other" / "model", "--longest", 10)
+
+
 def test_the_parts_differ_and_their_learning_rate_falls(tiny_folder, tasks_file, tmp_path, monkeypatch):
     calls = dies_at(monkeypatch, "train_outer.inner_update", 0)
     warm_up(monkeypatch, tiny_folder, tasks_file, tmp_path / "model")
