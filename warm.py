@@ -1,8 +1,8 @@
 """A warm-up for ARC: teach the model what a grid is, on other puzzles than those it will be tested on.
 
-    python warm.py --skip 60 --data downloads/arc/arc2.json      # on ARC-AGI-2's training tasks, but the 60 smallest
-    python eval_arc.py --model checkpoints/smollm2-135m-arc --data downloads/arc/arc2.json --choose --largest 10 --limit 48 \\
-        --out results/arc_tasks_warm.json
+    python warm.py --data downloads/arc/arc2.json --skip 60       # on ARC-AGI-2's training tasks, but the 60 smallest
+
+(`make results-arc` goes on from there: which of the 60 can be solved, RL on half of those, the ladder on the other half.)
 
 A model of 135M parameters has hardly seen a grid. Test-time training on three demonstrations then has to teach it what
 rows, shapes and colours are along with the rule, and mostly fails. So a LoRA on all layers learns from whole tasks, each
