@@ -27,7 +27,7 @@ import numpy as np
 
 from common import Progress, chunks, open_run, read_json, sub_seed, write_json
 from data.arc import Task
-from eval_qa import bootstrap, find_policies, paired_steps, policy_digests
+from eval_qa import bootstrap, find_policies, paired_steps, pairs_of, policy_digests
 from lora import load_adapter, merged
 from puzzle import WORKED, Puzzles, known_logs, predict, read_grid, study_puzzles
 from quiz import add_learner, at_least, learner, load, lora_config, make_parser, result_head
@@ -181,8 +181,7 @@ class Ladder:
                     "attempts": 2,
                 }
             rows.append(row)
-        methods = list(self.solved)
-        steps = paired_steps(self.solved, zip(methods, methods[1:]), seed)
+        steps = paired_steps(self.solved, pairs_of(list(self.solved))[0], seed)
         return {"rows": rows, "steps": steps, "tasks": self.records}
 
 
@@ -192,6 +191,24 @@ def choose(ladder: Ladder) -> dict:
     solvable = [i for i in by if by[i] is not None]
     print(f"{len(solvable)} of {len(by)} tasks solved by some setting")
     return {"tried": len(by), "grid": GRID, "train": solvable[::2], "heldout": solvable[1::2], "solved_by": by}
+
+
+def show(rows: list[dict], steps: list[dict]) -> None:
+    """The ladder as a table, each row against the one above it, and the last seal-K against those below it."""
+    print(f"{'':12} {'solved':>6}        {'rate':>7}    95 % CI         sound  copied   against the row above")
+    steps = {(s["from"], s["to"]): s for s in steps}
+
+    def change(*pair):
+        return "{:+.1f} [{:+.1f}, {:+.1f}]".format(*(100 * v for v in (steps[pair]["delta"], *steps[pair]["ci95"])))
+
+    for above, r in zip([None, *rows], rows):
+        low, high = (100 * v for v in r["ci95"])
+        written = f"{100 * r['sound']:6.0f} % {100 * r['copied']:5.0f} %" if "sound" in r else f"{'':16}"
+        line = f"{r['method']:12} {r['solved']:6.1f} of {r['n']:<3} {100 * r['rate']:6.1f} %  [{low:4.1f}, {high:5.1f}]"
+        print(f"{line}  {written}  {change(above['method'], r['method']) if above else ''}".rstrip())
+    methods = [r["method"] for r in rows]
+    for a, b in [pair for pair in pairs_of(methods)[0] if pair not in set(zip(methods, methods[1:]))]:
+        print(f"{a} to {b}: {change(a, b)}")
 
 
 def refuse_training_tasks(ids, args) -> None:
@@ -222,9 +239,7 @@ def main() -> None:
     ladder.climb(policies)
     result = ladder.summary()
     write_json(out, head | result)
-    for r in result["rows"]:
-        low, high = (100 * v for v in r["ci95"])
-        print(f"{r['method']:12} {r['solved']:5.1f} of {r['n']}  {100 * r['rate']:5.1f} %  [{low:4.1f}, {high:5.1f}]")
+    show(result["rows"], result["steps"])
 
 
 if __name__ == "__main__":

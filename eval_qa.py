@@ -95,6 +95,14 @@ def paired_steps(values: dict, pairs, seed: int) -> list[dict]:
     return [{"from": a, "to": b, "delta": float(d.mean()), "ci95": bootstrap(d, seed)} for (a, b), d in deltas.items()]
 
 
+def pairs_of(methods: list[str], more=()) -> tuple[list, list]:
+    """Pairs of rows to compare: each with the one after it, `more`, and every row before the last seal-K with that one;
+    and the last seal-K, [] if there is none."""
+    seal = [m for m in methods if m.startswith("seal-")][-1:]
+    below = methods[: methods.index(*seal)] if seal else []
+    return list(dict.fromkeys([*zip(methods, methods[1:]), *more, *((m, *seal) for m in below)])), seal
+
+
 def summarize(table: dict, seed: int) -> dict:
     """table {method: {metric: one value per passage}} -> "rows", "steps" and "gap_closed" of the result file."""
     rows, methods = [], list(table)
@@ -104,10 +112,8 @@ def summarize(table: dict, seed: int) -> dict:
         rows.append(
             {"method": method, "accuracy": means["accuracy"], "ci95": bootstrap(scores["accuracy"], seed)} | means | extra
         )
-    seal = [m for m in methods if m.startswith("seal-")][-1:]
-    below = methods[: methods.index(*seal)] if seal else []
     notes = [("passage", "passage+self-edit")] if "passage+self-edit" in methods else []
-    pairs = dict.fromkeys([*zip(methods, methods[1:]), *notes, *((m, *seal) for m in below)])
+    pairs, seal = pairs_of(methods, notes)
     steps = paired_steps({m: scores["accuracy"] for m, scores in table.items()}, pairs, seed)
     result = {"rows": rows, "steps": steps}
     if seal:

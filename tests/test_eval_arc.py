@@ -46,7 +46,9 @@ def test_the_outer_loop_and_the_ladder(family, tiny_folder, tasks_file, tmp_path
     assert result["n_tasks"] == 1 and {t["id"] for t in result["tasks"]} == {"t3"} and len(result["tasks"]) == 8
     assert [(r.get("sound"), r.get("copied")) for r in result["rows"][2:]] == [(2 / 3, 1 / 2), (2 / 3, 1 / 2), (None, None)]
     assert all({"config", "solved", "prediction", "flaw"} <= t.keys() for t in result["tasks"])
-    assert "voted" in result["rows"][1] and "\x1b[48;5;" in capsys.readouterr().out
+    assert {("icl", "seal-1"), ("ttt-fixed", "seal-1")} <= {(s["from"], s["to"]) for s in result["steps"]}
+    printed = capsys.readouterr().out
+    assert "voted" in result["rows"][1] and "\x1b[48;5;" in printed and "ttt-fixed to seal-1: +" in printed
 
 
 @pytest.mark.parametrize("learner", ["base", "policy"])

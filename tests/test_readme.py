@@ -22,9 +22,17 @@ SCRIPTS = {s.__name__ + ".py": s for s in (bench, eval_arc, eval_qa, learn, plot
 SOURCES = ["README.md", "Makefile", *SCRIPTS, "scaling.py", "data/prepare.py"]
 
 
+def expanded(source: str) -> str:
+    """A file's text with the Makefile's variables and continued lines written out."""
+    text = (ROOT / source).read_text().replace("$(PY)", "python").replace("\\\\\n", " ").replace("\\\n", " ")
+    for name, value in re.findall(r"^(\w+) := (.*)$", text, re.MULTILINE):
+        text = text.replace(f"$({name})", value)
+    return text
+
+
 def commands():
     for source in SOURCES:
-        text = (ROOT / source).read_text().replace("$(PY)", "python").replace("\\\\\n", " ").replace("\\\n", " ")
+        text = expanded(source)
         for line in re.findall(r"^(?:[ \t]*)(python (?:data/)?\w+\.py .*)$", text, re.MULTILINE):
             yield source, line.replace("$(notdir $@)", "arc").split("->")[0]
 
@@ -69,12 +77,26 @@ def test_the_readmes_table_is_the_committed_result(name, source, capsys, monkeyp
     eval_qa.show(result["rows"], result["steps"], "")
     for line in capsys.readouterr().out.splitlines():
         assert line.strip() in (ROOT / "README.md").read_text(), line
-    assert result["command"] in (ROOT / source).read_text().replace("$(PY)", "python")
+    assert result["command"] in expanded(source)
     if name.startswith("qa_ladder"):
         assert result["settings"]["data_sha256"] == digest(ROOT / "data" / "passages.json")
     monkeypatch.setattr(sys, "argv", shlex.split(result["command"])[1:])
     now = vars(eval_qa.parse_arguments())  # the defaults of today are those that it was measured with
     assert {k: v for k, v in result["settings"].items() if k in now} == {k: now[k] for k in result["settings"] if k in now}
+
+
+def test_the_readmes_arc_table_is_the_committed_result(capsys, monkeypatch):
+    result = read_json(ROOT / "results" / "arc_ladder.json")
+    eval_arc.show(result["rows"], result["steps"])
+    for line in capsys.readouterr().out.splitlines():
+        assert line.strip() in (ROOT / "README.md").read_text(), line
+    chosen = read_json(ROOT / "results" / "arc_tasks_warm.json")
+    assert result["settings"]["ids"] == chosen["heldout"] and chosen["grid"] == eval_arc.GRID
+    for command, settings in ((result["command"], result["settings"]), (chosen["command"], chosen["settings"])):
+        assert command in expanded("Makefile")
+        monkeypatch.setattr(sys, "argv", shlex.split(command)[1:])
+        now = vars(eval_arc.parse_arguments())
+        assert {k: v for k, v in settings.items() if k in now} == {k: now[k] for k in settings if k in now}
 
 
 def test_the_passages_gates():
