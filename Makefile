@@ -42,7 +42,7 @@ ARC := --data downloads/arc/arc2.json
 LEARNER := --model checkpoints/smollm2-135m-arc --top-layers 15 --augmented 24
 results-arc: .venv/dev model data checkpoints/smollm2-135m-arc
 	$(PY) eval_arc.py $(ARC) $(LEARNER) --choose --largest 10 --limit 60 --out results/arc_tasks_warm.json
-	$(PY) train_outer.py --task arc $(ARC) $(LEARNER) --tasks results/arc_tasks_warm.json --out runs/arc --samples 5 --rounds 2
+	$(PY) train_outer.py --task arc $(ARC) $(LEARNER) --tasks results/arc_tasks_warm.json --out runs/arc --samples 8 --rounds 2 --temperature 1 --select best
 	$(PY) eval_arc.py $(ARC) $(LEARNER) --tasks results/arc_tasks_warm.json --run runs/arc --oracle --out results/arc_ladder.json
 	$(PY) plot.py
 
