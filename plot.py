@@ -160,6 +160,8 @@ def draw_arc_settings(result: dict):
     left.set_ylabel("self-edits, %")
     left.legend(frameon=False)
     middle.set_xscale("log")
+    middle.set_xticks([5e-4, 1e-3, 2e-3, 5e-3, 1e-2], ["0.0005", "0.001", "0.002", "0.005", "0.01"], fontsize=9)
+    middle.minorticks_off()
     middle.set_xlabel("learning rate")
     right.set_xlabel("epochs (10: or more)")
     return figure
