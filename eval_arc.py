@@ -1,6 +1,6 @@
 """The ARC ladder: how many puzzles does the model solve after each way of studying their demonstrations?
 
-    python eval_arc.py --choose --largest 10 --limit 40 --out results/arc_tasks.json    # which can be solved? (hours)
+    python eval_arc.py --choose --largest 10 --limit 40 --out results/arc_tasks.json    # which can be solved? (half an hour)
     python train_outer.py --task arc --tasks results/arc_tasks.json --out runs/arc --samples 5
     python eval_arc.py --tasks results/arc_tasks.json --run runs/arc       # the ladder on the held-out half
     python eval_arc.py --limit 2 --samples 2 --show                        # the two smallest of ARC-AGI-1, with pictures
