@@ -18,8 +18,8 @@ demo: model
 	$(PY) studies.py notes --limit 12 --work runs/eval-demo/climb-0 --out runs/demo_notes.json
 
 demo-arc: model data
-	$(PY) train_outer.py --task arc --tasks results/arc_tasks.json --limit 4 --rounds 1 --samples 3 --out runs/demo-arc
-	$(PY) eval_arc.py --tasks results/arc_tasks.json --limit 3 --samples 3 --run runs/demo-arc --out runs/demo-arc.json --show
+	$(PY) train_outer.py --task arc --tasks results/arc_tasks.json --limit 3 --rounds 1 --samples 3 --out runs/demo-arc
+	$(PY) eval_arc.py --tasks results/arc_tasks.json --limit 2 --samples 3 --run runs/demo-arc --out runs/demo-arc.json --show
 
 test: .venv/dev model downloads/vocab
 	$(PY) -m ruff check .
