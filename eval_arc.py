@@ -27,7 +27,7 @@ import numpy as np
 
 from common import Progress, chunks, open_run, read_json, sub_seed, write_json
 from data.arc import Task
-from eval_qa import bootstrap, find_policies, paired_steps, pairs_of, policy_digests
+from eval_qa import bootstrap, find_policies, paired_steps, pairs_of, policy_digests, written_steps
 from lora import load_adapter, merged
 from puzzle import WORKED, Puzzles, known_logs, predict, read_grid, study_puzzles
 from quiz import add_learner, at_least, learner, load, lora_config, make_parser, result_head
@@ -196,19 +196,14 @@ def choose(ladder: Ladder) -> dict:
 def show(rows: list[dict], steps: list[dict]) -> None:
     """The ladder as a table, each row against the one above it, and the last seal-K against those below it."""
     print(f"{'':12} {'solved':>6}        {'rate':>7}    95 % CI         sound  copied   against the row above")
-    steps = {(s["from"], s["to"]): s for s in steps}
-
-    def change(*pair):
-        return "{:+.1f} [{:+.1f}, {:+.1f}]".format(*(100 * v for v in (steps[pair]["delta"], *steps[pair]["ci95"])))
-
-    for above, r in zip([None, *rows], rows):
+    deltas, others = written_steps(rows, steps)
+    for r in rows:
         low, high = (100 * v for v in r["ci95"])
         written = f"{100 * r['sound']:6.0f} % {100 * r['copied']:5.0f} %" if "sound" in r else f"{'':16}"
         line = f"{r['method']:12} {r['solved']:6.1f} of {r['n']:<3} {100 * r['rate']:6.1f} %  [{low:4.1f}, {high:5.1f}]"
-        print(f"{line}  {written}  {change(above['method'], r['method']) if above else ''}".rstrip())
-    methods = [r["method"] for r in rows]
-    for a, b in [pair for pair in pairs_of(methods)[0] if pair not in set(zip(methods, methods[1:]))]:
-        print(f"{a} to {b}: {change(a, b)}")
+        print(f"{line}  {written}  {deltas.get(r['method'], '')}".rstrip())
+    for (a, b), change in others.items():
+        print(f"{a} to {b}: {change}")
 
 
 def refuse_training_tasks(ids, args) -> None:

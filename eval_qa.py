@@ -266,11 +266,18 @@ def protocol_title(result: dict) -> str:
     return "optimiser steps as suits each row best" if s["recipes"] else f"{s['steps']} optimiser steps in every row"
 
 
+def written_steps(rows: list, steps: list) -> tuple[dict, dict]:
+    """As text, in points: {method: its step from the row above it}, and {(from, to): step} of the others."""
+    above = {b["method"]: a["method"] for a, b in zip(rows, rows[1:])}
+    span = "{:+5.1f} [{:+.1f}, {:+.1f}]"
+    texts = {(s["from"], s["to"]): span.format(*(100 * v for v in (s["delta"], *s["ci95"]))) for s in steps}
+    others = {(a, b): text for (a, b), text in texts.items() if above[b] != a}
+    return {b: text for (a, b), text in texts.items() if above[b] == a}, others
+
+
 def show(rows: list, steps: list, title: str) -> None:
     print(f"\n{title}\n{'':20} accuracy    95 % CI        em     f1   logprob  steps   against the row above")
-    above = {b["method"]: a["method"] for a, b in zip(rows, rows[1:])}
-    steps = [s for s in steps if above[s["to"]] == s["from"]]
-    deltas = {s["to"]: f"{100 * s['delta']:+5.1f} [{100 * s['ci95'][0]:+.1f}, {100 * s['ci95'][1]:+.1f}]" for s in steps}
+    deltas, _ = written_steps(rows, steps)
     for r in rows:
         low, high = (100 * v for v in r["ci95"])
         scores = f"{100 * r['em']:5.1f}  {100 * r['f1']:5.1f}  {r['logprob']:7.2f}  {r.get('train_steps', 0):5.1f}"
