@@ -5,7 +5,7 @@ Letters as in model.py; B is the number of rows of one block.
 
 import torch
 
-from model import Transformer
+from model import Attend, Transformer
 from rows import Ragged
 
 
@@ -79,11 +79,27 @@ class LayerCache:
     def __init__(self, cache: KVCache, i: int):
         self.blocks, self.i = cache.blocks, i
 
-    def append(self, k, v) -> list:
-        """Store k, v (R, K, T, D) in the last block; return [(keys, values, which rows they serve)] of all blocks."""
+    def attend(self, q, k, v, bias):
+        """Store k, v (R, K, T, D) in the last block; what Attend makes of q (R, K, G*T, D) and all blocks."""
         last = self.blocks[-1]
         stop = last.length + k.size(2)
         last.kv[0, self.i, :, :, last.length : stop] = k
         last.kv[1, self.i, :, :, last.length : stop] = v
         ends = [block.length for block in self.blocks[:-1]] + [stop]
-        return [(*block.kv[:, self.i, :, :, :end], block.share) for block, end in zip(self.blocks, ends)]
+        keys, values = zip(*(block.kv[:, self.i, :, :, :end] for block, end in zip(self.blocks, ends)))
+        if len(self.blocks) == 1:
+            return Attend.apply(q, *keys, *values, bias)
+        shares = [block.share for block in self.blocks]
+        att = torch.cat([multiply(q, k.mT, share) for k, share in zip(keys, shares)], -1)  # (R, K, G*T, S)
+        att = (att.view(*q.shape[:2], -1, *bias.shape[-2:]) + bias).softmax(-1).view(att.shape)
+        parts = att.split(ends, -1)
+        return sum(multiply(part, v, share) for part, v, share in zip(parts, values, shares))
+
+
+def multiply(x, m, share):
+    """x (R, K, n, i) @ m (B, K, i, j) -> (R, K, n, j), where row b of m serves share's b-th lot of rows of x, or B = R."""
+    if share is None:
+        return x @ m
+    x = share.spread(x[None]).transpose(1, 2)  # (B, K, rows per lot, n, i)
+    y = x.flatten(2, 3) @ m
+    return share.join(y.view(*x.shape[:4], -1).transpose(1, 2))[0]

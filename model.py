@@ -170,13 +170,28 @@ class RMSNorm(nn.Module):
         return self.weight * Normalize.apply(x, self.eps)
 
 
-def multiply(x, m, share):
-    """x (R, K, n, i) @ m (B, K, i, j) -> (R, K, n, j), where row b of m serves share's b-th lot of rows of x, or B = R."""
-    if share is None:
-        return x @ m
-    x = share.spread(x[None]).transpose(1, 2)  # (B, K, rows per lot, n, i)
-    y = x.flatten(2, 3) @ m
-    return share.join(y.view(*x.shape[:4], -1).transpose(1, 2))[0]
+class Attend(torch.autograd.Function):
+    """softmax(q k^T + bias) v, by hand: the scores, most of what attention writes, have one buffer, not three, and their
+    gradient one.
+
+    With a the softmax:  dv = a^T dy,  da = dy v^T,  ds = a * (da - sum(da * a)),  dq = ds k,  dk = ds^T q.
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v, bias):
+        """q (R, K, G*T, D), k and v (R, K, S, D), bias (R, 1, 1, T, S) -> (R, K, G*T, D)."""
+        att = q @ k.mT  # (R, K, G*T, S)
+        scores = att.view(*q.shape[:2], -1, *bias.shape[-2:]).add_(bias)  # (R, K, G, T, S)
+        torch.softmax(scores, -1, out=scores)  # in float32 inside, whatever the dtype
+        ctx.save_for_backward(q, k, v, att)
+        return att @ v
+
+    @staticmethod
+    def backward(ctx, grad):
+        q, k, v, att = ctx.saved_tensors
+        d = grad @ v.mT
+        torch.ops.aten._softmax_backward_data.out(d, att, -1, att.dtype, grad_input=d)
+        return d @ k, d.mT @ q, att.mT @ grad, None
 
 
 class Attention(nn.Module):
@@ -197,34 +212,31 @@ class Attention(nn.Module):
         v = self.v_proj(x).unflatten(-1, (K, D))  # (R, T, K, D)
         q, k = rotate(q, *rope), rotate(k, *rope)
         if rows is None:
-            y = self.attend(q, [(k, v, None)], bias, layer_cache)
+            y = self.attend(q, k, v, bias, layer_cache)
         elif isinstance(rows, Forks):  # with rows, q, k and v are (1, N, heads, D)
             (q1, q2), (k1, k2), (v1, v2) = rows.spread(q), rows.spread(k), rows.spread(v)
-            heads = self.attend(q1, [(k1, v1, None)], bias[0])
-            y = rows.join(heads, self.attend(q2, [(k1, v1, rows.share), (k2, v2, None)], bias[1]))
+            tails = self.attend(q2, rows.after(k1, k2), rows.after(v1, v2), bias[1])
+            y = rows.join(self.attend(q1, k1, v1, bias[0]), tails)
         else:
             q, k, v = rows.spread(q), rows.spread(k), rows.spread(v)
-            y = rows.join(self.attend(q, [(k, v, None)], bias, layer_cache))
+            y = rows.join(self.attend(q, k, v, bias, layer_cache))
         return self.o_proj(y)
 
-    def attend(self, q, blocks, bias, layer_cache=None):
-        """q (R, T, H, D), blocks [(k, v, share)] with k, v (B, S, K, D), bias (R, 1, 1, T, S of all) -> (R, T, H*D).
+    def attend(self, q, k, v, bias, layer_cache=None):
+        """q (R, T, H, D), k and v (R, S, K, D), bias (R, 1, 1, T, S) -> (R, T, H*D).
 
-        With a cache, the one block is stored there, and what it holds already is looked at, too.
+        With a cache, k and v (R, T, K, D) are stored there, and the S slots are all that it holds then.
         """
         R, T, H, D = q.shape
         K = self.n_kv_head
-        blocks = [(k.transpose(1, 2), v.transpose(1, 2), share) for k, v, share in blocks]  # (B, K, S, D)
-        blocks = blocks if layer_cache is None else layer_cache.append(*blocks[0][:2])
+        k, v = k.transpose(1, 2), v.transpose(1, 2)  # (R, K, S, D)
         # Query heads that share a key head are laid out as more queries of it, so k and v are never copied per head.
         q = q.transpose(1, 2).reshape(R, K, -1, D) * D**-0.5  # (R, K, G*T, D); scaled here, where there is least to multiply
-        att = [multiply(q, k.mT, share) for k, _, share in blocks]  # each (R, K, G*T, slots of the block)
-        att = torch.cat(att, -1) if len(att) > 1 else att[0]  # (R, K, G*T, S)
-        scores = att.view(R, K, H // K, T, -1) + bias  # (R, K, G, T, S)
-        att = scores.softmax(-1).view(att.shape)  # in float32 inside, whatever the dtype
-        parts = att.split([v.size(-2) for _, v, _ in blocks], -1)
-        y = [multiply(part, v, share) for part, (_, v, share) in zip(parts, blocks)]  # each (R, K, G*T, D)
-        return functools.reduce(torch.add, y).reshape(R, H, T, D).transpose(1, 2).reshape(R, T, H * D)
+        if layer_cache is None:
+            y = Attend.apply(q, k.contiguous(), v.contiguous(), bias)  # (R, K, G*T, D)
+        else:
+            y = layer_cache.attend(q, k, v, bias)
+        return y.reshape(R, H, T, D).transpose(1, 2).reshape(R, T, H * D)
 
 
 class MLP(nn.Module):

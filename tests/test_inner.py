@@ -240,7 +240,7 @@ def test_sequences_of_a_row_are_attended_to_apart_where_that_is_less_work():
     notes = [Example(prompt + example(40, n).ids, (False,) * 10 + (True,) * 40) for n in range(6)]
     row, passage = make_row(notes, 10), make_row([example(200, 7)])
     shape, masks = inner.layout([row])
-    assert isinstance(shape, Forks) and masks[1].shape == (6, 40, 56)  # the head is padded to 16
+    assert isinstance(shape, Forks) and masks[1].shape == (6, 40, 64)  # the head is padded to 24
     assert isinstance(inner.layout([passage])[0], Ragged)  # no head
     assert isinstance(inner.layout([row, passage])[0], Ragged)  # the notes would be padded to 200
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from cache import KVCache
 from checkpoint import load_model, pick_device, save_model
-from model import Linear, Normalize, causal_mask, has_blocked_products, packed_mask
+from model import Attend, Linear, Normalize, additive, causal_mask, has_blocked_products, packed_mask
 from rows import Forks, Ragged
 
 
@@ -170,6 +170,34 @@ def test_forks_as_documented():
         *(0, 0),  # and nothing from or to the padding
     ]
     assert forks.masks[1].int().tolist() == [[[1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1]]] * 2
+
+
+def test_forks_put_each_tail_after_its_head():
+    forks = Forks([(1, 2, 3), (1, 1)], "cpu", multiple=1)
+    heads, tails = (m[..., None].requires_grad_() for m in (torch.tensor([[1.0], [2.0]]), torch.arange(10.0, 19).view(3, 3)))
+    both = forks.after(heads, tails)
+    assert both[..., 0].tolist() == [[1, 10, 11, 12], [1, 13, 14, 15], [2, 16, 17, 18]]
+    (both * torch.tensor([1.0, 10.0, 100.0])[:, None, None]).sum().backward()
+    assert heads.grad[..., 0].tolist() == [[11], [100]] and tails.grad[:, 0, 0].tolist() == [1, 10, 100]
+
+
+def test_attention_by_hand_is_what_autograd_makes_of_it():
+    """2 rows, 3 key heads with 2 query heads each, 4 queries, of which the first sees 3 of 6 slots."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((2, 3, 8, 16), (2, 3, 6, 16), (2, 3, 6, 16), (2, 3, 8, 16))
+    q, k, v, grad = (torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes)
+    bias = additive(causal_mask(torch.ones(2, 6, dtype=torch.bool), 4), q.dtype)
+
+    def plain(q, k, v, bias):
+        scores = (q @ k.mT).view(2, 3, 2, 4, 6) + bias
+        return scores.softmax(-1).view(2, 3, 8, 6) @ v
+
+    pairs = []
+    for attend in (plain, Attend.apply):
+        leaves = [m.clone().requires_grad_() for m in (q, k, v)]
+        y = attend(*leaves, bias)
+        pairs.append((y, *torch.autograd.grad(y, leaves, grad)))
+    torch.testing.assert_close(*pairs)
 
 
 @torch.no_grad()
