@@ -17,9 +17,10 @@ demo: model
 	$(PY) eval_qa.py --run runs/demo --limit 12 --out runs/demo.json
 	$(PY) studies.py notes --limit 12 --work runs/eval-demo/climb-0 --out runs/demo_notes.json
 
+ARC_DEMO := --tasks results/arc_tasks.json --samples 3 --top-layers 15 --augmented 24
 demo-arc: model data
-	$(PY) train_outer.py --task arc --tasks results/arc_tasks.json --limit 3 --rounds 1 --samples 3 --out runs/demo-arc
-	$(PY) eval_arc.py --tasks results/arc_tasks.json --limit 2 --samples 3 --run runs/demo-arc --out runs/demo-arc.json --show
+	$(PY) train_outer.py --task arc $(ARC_DEMO) --limit 3 --rounds 1 --out runs/demo-arc
+	$(PY) eval_arc.py $(ARC_DEMO) --limit 2 --run runs/demo-arc --out runs/demo-arc.json --show
 
 test: .venv/dev model downloads/vocab
 	$(PY) -m ruff check .
@@ -32,8 +33,8 @@ results: .venv/dev model
 	$(PY) eval_qa.py --split "" --no-study --out results/passages.json
 	$(PY) train_outer.py --out runs/qa --samples 8 --rounds 2 --outer-epochs 1 --reward asked --select notes
 	cp runs/qa/metrics.jsonl results/qa_rounds.jsonl
-	$(PY) eval_qa.py --run runs/qa --limit 48 --samples 2 --out results/qa_ladder.json
-	$(PY) eval_qa.py --run runs/qa --limit 48 --samples 2 --recipes results/recipes.json --work runs/eval-qa_ladder --out results/qa_ladder_best.json
+	$(PY) eval_qa.py --run runs/qa --limit 48 --samples 2 --seeds 2 --out results/qa_ladder.json
+	$(PY) eval_qa.py --run runs/qa --limit 48 --samples 2 --seeds 2 --recipes results/recipes.json --work runs/eval-qa_ladder --out results/qa_ladder_best.json
 	$(PY) eval_qa.py --run runs/qa --limit 48 --match epochs --out results/qa_ladder_epochs.json
 	$(PY) studies.py notes --limit 48 --work runs/eval-qa_ladder/climb-0
 	$(PY) plot.py
