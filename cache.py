@@ -3,6 +3,8 @@
 Letters as in model.py; B is the number of rows of one block.
 """
 
+import functools
+
 import torch
 
 from model import Attend, Transformer
@@ -80,20 +82,23 @@ class LayerCache:
         self.blocks, self.i = cache.blocks, i
 
     def attend(self, q, k, v, bias):
-        """Store k, v (R, K, T, D) in the last block; what Attend makes of q (R, K, G*T, D) and all blocks."""
+        """Store k, v (R, K, T, D) in the last block; attend with q (R, K, G*T, D) to all blocks -> (R, K, G*T, D).
+
+        bias (R, 1, 1, T, S) is for the S slots of all blocks. The result is Attend's, and for one block also the way.
+        """
         last = self.blocks[-1]
         stop = last.length + k.size(2)
         last.kv[0, self.i, :, :, last.length : stop] = k
         last.kv[1, self.i, :, :, last.length : stop] = v
         ends = [block.length for block in self.blocks[:-1]] + [stop]
-        keys, values = zip(*(block.kv[:, self.i, :, :, :end] for block, end in zip(self.blocks, ends)))
+        keys, values = ([block.kv[n, self.i, :, :, :end] for block, end in zip(self.blocks, ends)] for n in (0, 1))
         if len(self.blocks) == 1:
             return Attend.apply(q, *keys, *values, bias)
         shares = [block.share for block in self.blocks]
-        att = torch.cat([multiply(q, k.mT, share) for k, share in zip(keys, shares)], -1)  # (R, K, G*T, S)
+        att = torch.cat([multiply(q, key.mT, share) for key, share in zip(keys, shares)], -1)  # (R, K, G*T, S)
         att = (att.view(*q.shape[:2], -1, *bias.shape[-2:]) + bias).softmax(-1).view(att.shape)
-        parts = att.split(ends, -1)
-        return sum(multiply(part, v, share) for part, v, share in zip(parts, values, shares))
+        parts = [multiply(*part) for part in zip(att.split(ends, -1), values, shares)]
+        return functools.reduce(torch.add, parts)
 
 
 def multiply(x, m, share):

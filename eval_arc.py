@@ -12,8 +12,8 @@ Rows, each with the share of tasks whose every test output is right, and its 95 
     seal-K       the same, with self-edits that the policy wrote after outer round K (--learner policy: it trains, too)
     best-of-M    a task counts if any of the last policy's M self-edits solves it
     oracle       a task counts if a setting of GRID, three of them, solves it; of tasks that --choose found so, that is each
-Rows of self-edits also say how many are "sound" (have the form), and how many of those are "copied" (the settings of one of
-the prompt's worked examples). With --vote N there is a second number for each row that trains, "voted": two attempts by
+Rows of self-edits also say how many are "sound" (form and bounds), and how many of those are "copied" (the settings of one
+of the prompt's worked examples). With --vote N there is a second number for each row that trains, "voted": two attempts by
 majority over N views of the test (symmetries, orders and subsets of the demonstrations), turned back.
 
 --choose tries the settings of GRID in turn, on the smallest tasks first, until one solves the task, and writes the solved

@@ -137,12 +137,13 @@ def layout(rows: list[Row]) -> tuple:
     """How attention sees the rows' tokens, and its mask: each row as one, or its sequences apart, whichever is less work.
 
     A row of 250 tokens that is six notes asks for 62,500 scores, most of them masked out; its notes, of 40 tokens after a
-    prefix of 10, for 6 x 40 x 50 and 10 x 10. Apart, all of the batch are padded to the longest: a passage would not pay.
+    prefix of 10 (padded to 24), for 6 x 40 x 64 and 24 x 24. Apart, all of the batch are padded to the longest: a passage
+    would not pay.
     """
     lengths, device = [row.lengths for row in rows], rows[0].ids.device
-    heads, tails = [mine[0] for mine in lengths], [n for mine in lengths for n in mine[1:]]
-    apart = len(heads) * max(heads) ** 2 + len(tails) * max(tails) * (max(heads) + max(tails))
-    if max(heads) and apart < len(rows) * max(map(sum, lengths)) ** 2:
+    T1, T2 = Forks.sizes(lengths)
+    apart = len(rows) * T1**2 + sum(len(mine) - 1 for mine in lengths) * T2 * (T1 + T2)
+    if any(head for head, *_ in lengths) and apart < len(rows) * max(map(sum, lengths)) ** 2:
         forks = Forks(lengths, device)
         return forks, forks.masks
     ragged = Ragged(list(map(sum, lengths)), device)

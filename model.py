@@ -171,8 +171,7 @@ class RMSNorm(nn.Module):
 
 
 class Attend(torch.autograd.Function):
-    """softmax(q k^T + bias) v, by hand: the scores, most of what attention writes, have one buffer, not three, and their
-    gradient one.
+    """softmax(q k^T + bias) v, by hand: the scores, most of what attention writes, have one buffer and not three.
 
     With a the softmax:  dv = a^T dy,  da = dy v^T,  ds = a * (da - sum(da * a)),  dq = ds k,  dk = ds^T q.
     """
@@ -181,16 +180,15 @@ class Attend(torch.autograd.Function):
     def forward(ctx, q, k, v, bias):
         """q (R, K, G*T, D), k and v (R, K, S, D), bias (R, 1, 1, T, S) -> (R, K, G*T, D)."""
         att = q @ k.mT  # (R, K, G*T, S)
-        scores = att.view(*q.shape[:2], -1, *bias.shape[-2:]).add_(bias)  # (R, K, G, T, S)
-        torch.softmax(scores, -1, out=scores)  # in float32 inside, whatever the dtype
+        att.view(*q.shape[:2], -1, *bias.shape[-2:]).add_(bias)  # the same memory, as (R, K, G, T, S)
+        torch.softmax(att, -1, out=att)  # in float32 inside, whatever the dtype
         ctx.save_for_backward(q, k, v, att)
         return att @ v
 
     @staticmethod
     def backward(ctx, grad):
         q, k, v, att = ctx.saved_tensors
-        d = grad @ v.mT
-        torch.ops.aten._softmax_backward_data.out(d, att, -1, att.dtype, grad_input=d)
+        d = torch.ops.aten._softmax_backward_data(grad @ v.mT, att, -1, att.dtype)  # ds, of da
         return d @ k, d.mT @ q, att.mT @ grad, None
 
 
@@ -233,7 +231,7 @@ class Attention(nn.Module):
         # Query heads that share a key head are laid out as more queries of it, so k and v are never copied per head.
         q = q.transpose(1, 2).reshape(R, K, -1, D) * D**-0.5  # (R, K, G*T, D); scaled here, where there is least to multiply
         if layer_cache is None:
-            y = Attend.apply(q, k.contiguous(), v.contiguous(), bias)  # (R, K, G*T, D)
+            y = Attend.apply(q, k.contiguous(), v.contiguous(), bias)  # copied once here, not in each of its products
         else:
             y = layer_cache.attend(q, k, v, bias)
         return y.reshape(R, H, T, D).transpose(1, 2).reshape(R, T, H * D)

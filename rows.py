@@ -54,20 +54,25 @@ class Forks:
     """R rows, each of which forks: a head, and the sequences that go on from it. They see the head and themselves.
 
     One row with a head of 1 token and tails of 2 and 3, a b b c c c: spread() turns (1, N, ...) into the heads (R, T1, ...),
-    [[a]], and the tails (S, T2, ...), [[b b .], [c c c]]; join() turns both back. As one row of 6 tokens, most of what
-    attention computes would be masked out. Padding is as in Ragged. T2 is rounded up to `multiple`, T1 until T1 + T2 is one
-    of 4 * multiple: in bfloat16, a softmax over 128 scores takes half as long as over 120.
+    [[a]], and the S tails of all rows (S, T2, ...), [[b b .], [c c c]]; join() turns both back. As one row of 6 tokens, most
+    of what attention computes would be masked out. Padding is as in Ragged.
 
     `masks` says who looks at whom: heads at themselves (R, T1, T1), tails at their head and themselves (S, T2, T1 + T2).
     """
+
+    @staticmethod
+    def sizes(rows: list[tuple], multiple: int = 8) -> tuple[int, int]:
+        """T1 and T2: T2 is the next multiple of `multiple`, T1 + T2 the next one of 4 * multiple. (In bfloat16, a softmax
+        over 128 scores takes half as long as over 120.)"""
+        T2 = -(-max(n for row in rows for n in row[1:]) // multiple) * multiple
+        return (T1 := max(row[0] for row in rows)) + -(T1 + T2) % (4 * multiple), T2
 
     def __init__(self, rows: list[tuple], device, multiple: int = 8):
         """rows: for each, (tokens of its head, tokens of its first tail, ...)."""
         length = torch.tensor([n for row in rows for n in row])  # of each piece, as they lie
         is_head = torch.tensor([i == 0 for row in rows for i in range(len(row))])
         start = (length.cumsum(0) - length).clamp(max=int(length.sum()) - 1)
-        T1, T2 = int(length[is_head].max()), -(-int(length[~is_head].max()) // multiple) * multiple
-        T1 += -(T1 + T2) % (4 * multiple)
+        T1, T2 = self.sizes(rows, multiple)
         self.shapes, token, real = [], [], []
         for mine, T in ((is_head, T1), (~is_head, T2)):
             t, n = torch.arange(T), length[mine][:, None]
@@ -79,8 +84,8 @@ class Forks:
         self.token = token.to(device)  # which token is in each slot, heads first
         self.slot = slot[token[slot].argsort()].to(device)  # (N) which slot each token is in
         self.empty = (~real).nonzero()[:, 0].to(device)
-        self.head = torch.tensor([r for r, row in enumerate(rows) for _ in row[1:]], device=device)  # (S) of each tail
-        seen = (torch.arange(T1) < length[is_head][:, None]).to(device)[self.head]  # (S, T1)
+        self.tails = [len(row) - 1 for row in rows]  # of each head
+        seen = (torch.arange(T1) < length[is_head][:, None]).repeat_interleave(torch.tensor(self.tails), dim=0).to(device)
         own = torch.ones(T2, T2, dtype=torch.bool, device=device).tril().expand(len(seen), -1, -1)
         tails = torch.cat([seen[:, None].expand(-1, T2, -1), own], dim=2)  # (S, T2, T1 + T2)
         self.masks = torch.ones(len(rows), T1, T1, dtype=torch.bool, device=device).tril(), tails
@@ -91,7 +96,8 @@ class Forks:
 
     def after(self, heads, tails):
         """heads (R, T1, ...), tails (S, T2, ...) -> (S, T1 + T2, ...), each tail after its head."""
-        return torch.cat([heads.index_select(0, self.head), tails], dim=1)
+        repeated = [head.expand(n, *head.shape[1:]) for head, n in zip(heads.split(1), self.tails)]
+        return torch.cat([torch.cat(repeated), tails], dim=1)
 
     def join(self, heads, tails):
         x = torch.cat([heads.flatten(0, 1), tails.flatten(0, 1)])

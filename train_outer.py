@@ -9,7 +9,7 @@
 
     for each round:
         for each passage C:     SE_1 .. SE_M ~ LM_theta( . | C)                  sample
-            for each SE_i:      theta_i = SFT(theta_0, SE_i)                     study  (inner update, a small LoRA)
+            for each SE_i:      theta_i = SFT(theta_0, C + SE_i)                 study  (inner update, a small LoRA)
                                 r_i = score of LM_theta_i on C's quiz            quiz   (C is not in the prompt)
         theta <- SFT(theta, {(C, SE_i): SE_i was rewarded})                      reinforce
 

@@ -142,18 +142,20 @@ def test_lower_layers_run_once_per_distinct_row(model, monkeypatch):
 
 
 @pytest.mark.parametrize("config", [ALL, TOP])
-def test_a_prompt_read_once_teaches_the_same(model, config):
+def test_a_prompt_read_once_teaches_the_same(model, config, monkeypatch):
     """Three questions under one prefix of 12 tokens, and a text: packed, they learn what they learn in rows of their own."""
     prefix = example(12, 1).ids
     asked = [Example(prefix + example(n, n).ids, (False,) * skip + (True,) * (12 + n - skip)) for n, skip in TAILS]
-    texts, flats = [example(21, 5), *asked], []
+    texts, flats, shapes, layout = [example(14, 5), *asked], [], [], inner.layout
+    monkeypatch.setattr(inner, "layout", lambda rows: shapes.append(layout(rows)) or shapes[-1])
     for row_len, batch in ((64, 2), (0, 4)):
         adapters, study = Adapters.init(model, config, 1, 0), Study(lr=1e-2, steps=2, row_len=row_len, batch=batch)
         inner_update(model, adapters, [texts], [study], seed=0)
         flats.append(adapters.flat)
     assert same_change(*flats, Adapters.init(model, config, 1, 0).flat)
+    assert {type(shape) for shape, _ in shapes} == {Forks, Ragged}  # packed, and all in rows of their own
     assert arrange(asked, 12) == [([1], 12), ([0], 12), ([2], 12)]  # no room beside the prefix: a row each
-    assert arrange(texts, 64) == [([2, 1, 3], 12), ([0], 0)]  # 12 + 29 tokens, and 21
+    assert arrange(texts, 64) == [([2, 1, 3], 12), ([0], 0)]  # 12 + 29 tokens, and 14
     assert shared_prefix(asked) == 12 and shared_prefix(texts) == 0 and shared_prefix(asked[:1]) == 0
     assert arrange([example(12, 1), example(12, 1)], 64) == [([0, 1], 0)]  # counted: no prompt
     other = [Example((7, *e.ids), (False, *e.counts)) for e in asked]

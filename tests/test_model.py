@@ -181,23 +181,27 @@ def test_forks_put_each_tail_after_its_head():
     assert heads.grad[..., 0].tolist() == [[11], [100]] and tails.grad[:, 0, 0].tolist() == [1, 10, 100]
 
 
-def test_attention_by_hand_is_what_autograd_makes_of_it():
-    """2 rows, 3 key heads with 2 query heads each, 4 queries, of which the first sees 3 of 6 slots."""
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.bfloat16, 6e-2)])
+def test_attention_by_hand_is_what_autograd_makes_of_it(dtype, tolerance):
+    """2 rows, 3 key heads with 2 query heads each, 4 queries, the first of which sees 3 of 6 slots; row 1 has 2 of
+    padding."""
     generator = torch.Generator().manual_seed(0)
     shapes = ((2, 3, 8, 16), (2, 3, 6, 16), (2, 3, 6, 16), (2, 3, 8, 16))
-    q, k, v, grad = (torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes)
-    bias = additive(causal_mask(torch.ones(2, 6, dtype=torch.bool), 4), q.dtype)
+    q, k, v, grad = (torch.randn(s, generator=generator).to(dtype).double() for s in shapes)
+    valid = torch.ones(2, 6, dtype=torch.bool)
+    valid[1, :2] = False
+    mask = causal_mask(valid, 4)
 
     def plain(q, k, v, bias):
         scores = (q @ k.mT).view(2, 3, 2, 4, 6) + bias
         return scores.softmax(-1).view(2, 3, 8, 6) @ v
 
     pairs = []
-    for attend in (plain, Attend.apply):
-        leaves = [m.clone().requires_grad_() for m in (q, k, v)]
-        y = attend(*leaves, bias)
-        pairs.append((y, *torch.autograd.grad(y, leaves, grad)))
-    torch.testing.assert_close(*pairs)
+    for attend, kind in ((plain, torch.float64), (Attend.apply, dtype)):
+        leaves = [m.to(kind, copy=True).requires_grad_() for m in (q, k, v)]
+        y = attend(*leaves, additive(mask, kind))
+        pairs.append([m.double() for m in (y, *torch.autograd.grad(y, leaves, grad.to(kind)))])
+    torch.testing.assert_close(*pairs, atol=tolerance, rtol=tolerance)
 
 
 @torch.no_grad()
