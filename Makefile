@@ -2,7 +2,7 @@
 #   make demo    the whole loop on a real model, in small: minutes
 #   make test    linter and tests
 #   make bench   speed, side by side with transformers + peft: 20 minutes
-#   make results two rounds, their ladders, what changed in the notes, the figures: under two hours
+#   make results two rounds, their ladders, what changed in the notes, the figures: two and a half hours
 #   make results-arc    the same for ARC: a warm-up, which tasks can be solved, two rounds, the ladder: an hour and a half
 #   make studies which reward, which recipe: an hour or two. Killed, both go on where they were
 # The times are for two cores with bfloat16 units; without, four to five times as long.
