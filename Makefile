@@ -3,7 +3,8 @@
 #   make test    linter and tests
 #   make bench   speed, side by side with transformers + peft: 20 minutes
 #   make results two rounds, their ladders, what changed in the notes, the figures: two and a half hours
-#   make results-arc    the same for ARC: a warm-up, which tasks can be solved, two rounds, the ladder: an hour and a half
+#   make results-arc    the same for ARC: a warm-up, which tasks can be solved, two rounds, the ladder: an hour and a half;
+#   make demo-arc       the loop on a few puzzles: ten minutes
 #   make studies which reward, which recipe: an hour or two. Killed, both go on where they were
 # The times are for two cores with bfloat16 units; without, four to five times as long.
 PYTHON ?= python3
