@@ -7,7 +7,7 @@ import functools
 
 import torch
 
-from model import Attend, Transformer
+from model import Attend, Transformer, weigh_
 from rows import Ragged
 
 
@@ -95,8 +95,8 @@ class LayerCache:
         if len(self.blocks) == 1:
             return Attend.apply(q, *keys, *values, bias)
         shares = [block.share for block in self.blocks]
-        att = torch.cat([multiply(q, key.mT, share) for key, share in zip(keys, shares)], -1)  # (R, K, G*T, S)
-        att = (att.view(*q.shape[:2], -1, *bias.shape[-2:]) + bias).softmax(-1).view(att.shape)
+        scores = torch.cat([multiply(q, key.mT, share) for key, share in zip(keys, shares)], -1)  # (R, K, G*T, S)
+        att = weigh_(scores, bias)
         parts = [multiply(*part) for part in zip(att.split(ends, -1), values, shares)]
         return functools.reduce(torch.add, parts)
 

@@ -170,6 +170,12 @@ class RMSNorm(nn.Module):
         return self.weight * Normalize.apply(x, self.eps)
 
 
+def weigh_(scores, bias):
+    """scores (R, K, G*T, S) + bias (R, 1, 1, T, S), then softmax, in place; in float32 inside, whatever the dtype."""
+    scores.view(*scores.shape[:2], -1, *bias.shape[-2:]).add_(bias)  # the same memory, as (R, K, G, T, S)
+    return torch.softmax(scores, -1, out=scores)
+
+
 class Attend(torch.autograd.Function):
     """softmax(q k^T + bias) v, by hand: the scores, most of what attention writes, have one buffer and not three.
 
@@ -179,9 +185,7 @@ class Attend(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, bias):
         """q (R, K, G*T, D), k and v (R, K, S, D), bias (R, 1, 1, T, S) -> (R, K, G*T, D)."""
-        att = q @ k.mT  # (R, K, G*T, S)
-        att.view(*q.shape[:2], -1, *bias.shape[-2:]).add_(bias)  # the same memory, as (R, K, G, T, S)
-        torch.softmax(att, -1, out=att)  # in float32 inside, whatever the dtype
+        att = weigh_(q @ k.mT, bias)  # (R, K, G*T, S)
         ctx.save_for_backward(q, k, v, att)
         return att @ v
 

@@ -65,7 +65,8 @@ class Forks:
         """T1 and T2: T2 is the next multiple of `multiple`, T1 + T2 the next one of 4 * multiple. (In bfloat16, a softmax
         over 128 scores takes half as long as over 120.)"""
         T2 = -(-max(n for row in rows for n in row[1:]) // multiple) * multiple
-        return (T1 := max(row[0] for row in rows)) + -(T1 + T2) % (4 * multiple), T2
+        T1 = max(row[0] for row in rows)
+        return T1 + -(T1 + T2) % (4 * multiple), T2
 
     def __init__(self, rows: list[tuple], device, multiple: int = 8):
         """rows: for each, (tokens of its head, tokens of its first tail, ...)."""
