@@ -14,45 +14,47 @@ PY := .venv/bin/python
 .DELETE_ON_ERROR:
 
 demo: model
-	$(PY) train_outer.py --out runs/demo --limit 12 --samples 3 --rounds 1
-	$(PY) eval_qa.py --run runs/demo --limit 12 --out runs/demo.json
-	$(PY) studies.py notes --limit 12 --work runs/eval-demo/climb-0 --out runs/demo_notes.json
+	$(PY) train_outer.py qa --out runs/demo --limit 12 --samples 3 --rounds 1
+	$(PY) eval_qa.py --run runs/demo --limit 12
+	$(PY) experiments/notes.py --limit 12 --work runs/demo/ladder/climb-0 --out runs/demo/notes.json
+	$(PY) report.py runs/demo
 
 ARC_DEMO := --tasks results/arc_tasks.json --samples 3 --top-layers 15 --augmented 24
 demo-arc: model data
-	$(PY) train_outer.py --task arc $(ARC_DEMO) --limit 3 --rounds 1 --out runs/demo-arc
-	$(PY) eval_arc.py $(ARC_DEMO) --limit 2 --run runs/demo-arc --out runs/demo-arc.json --show
+	$(PY) train_outer.py arc $(ARC_DEMO) --limit 3 --rounds 1 --out runs/demo-arc
+	$(PY) eval_arc.py $(ARC_DEMO) --limit 2 --run runs/demo-arc --show
+	$(PY) report.py runs/demo-arc
 
 test: .venv/dev model downloads/vocab
 	$(PY) -m ruff check .
 	$(PY) -m pytest
 
 bench: .venv/dev model
-	$(PY) bench.py
+	$(PY) bench/speed.py
 
 results: .venv/dev model
 	$(PY) eval_qa.py --split "" --no-study --out results/passages.json
-	$(PY) train_outer.py --out runs/qa --samples 8 --rounds 2 --outer-epochs 1 --reward asked --select notes
+	$(PY) train_outer.py qa --out runs/qa --samples 8 --rounds 2 --outer-epochs 1 --reward proxy --select notes
 	cp runs/qa/metrics.jsonl results/qa_rounds.jsonl
 	$(PY) eval_qa.py --run runs/qa --limit 48 --samples 2 --seeds 2 --out results/qa_ladder.json
 	$(PY) eval_qa.py --run runs/qa --limit 48 --samples 2 --seeds 2 --recipes results/recipes.json --work runs/eval-qa_ladder --out results/qa_ladder_best.json
 	$(PY) eval_qa.py --run runs/qa --limit 48 --match epochs --out results/qa_ladder_epochs.json
-	$(PY) studies.py notes --limit 48 --work runs/eval-qa_ladder/climb-0
-	$(PY) plot.py
+	$(PY) experiments/notes.py --limit 48 --work runs/eval-qa_ladder/climb-0
+	$(PY) experiments/figures.py
 
 ARC := --data downloads/arc/arc2.json
 LEARNER := --model checkpoints/smollm2-135m-arc --top-layers 15 --augmented 24
 results-arc: .venv/dev model data checkpoints/smollm2-135m-arc
 	$(PY) eval_arc.py $(ARC) $(LEARNER) --choose --largest 10 --limit 60 --out results/arc_tasks_warm.json
-	$(PY) train_outer.py --task arc $(ARC) $(LEARNER) --tasks results/arc_tasks_warm.json --out runs/arc --samples 8 --rounds 2 --temperature 1 --select best
+	$(PY) train_outer.py arc $(ARC) $(LEARNER) --tasks results/arc_tasks_warm.json --out runs/arc --samples 8 --rounds 2 --temperature 1 --select best
 	$(PY) eval_arc.py $(ARC) $(LEARNER) --tasks results/arc_tasks_warm.json --run runs/arc --oracle --out results/arc_ladder.json
-	$(PY) plot.py
+	$(PY) experiments/figures.py
 
 studies: .venv/dev model
-	$(PY) train_outer.py --out runs/studied --limit 24 --rounds 1 --samples 4
-	$(PY) studies.py proxy --limit 24 --work runs/studied/round-1
-	$(PY) studies.py reward --seeds 2
-	$(PY) studies.py recipes --limit 16
+	$(PY) train_outer.py qa --out runs/studied --limit 24 --rounds 1 --samples 4
+	$(PY) experiments/proxy.py --limit 24 --work runs/studied/round-1
+	$(PY) experiments/rewards.py --seeds 2
+	$(PY) experiments/recipes.py --limit 16
 
 model: checkpoints/smollm2-135m-instruct
 data: downloads/arc
@@ -60,7 +62,7 @@ data: downloads/arc
 checkpoints/smollm2-135m-instruct: | .venv/run
 	$(PY) data/prepare.py smollm2
 checkpoints/smollm2-135m-arc: | model data
-	$(PY) warm.py $(ARC) --skip 60
+	$(PY) experiments/warm.py $(ARC) --skip 60
 downloads/arc downloads/vocab: | .venv/run
 	$(PY) data/prepare.py $(notdir $@)
 

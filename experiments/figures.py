@@ -1,18 +1,26 @@
-"""Draw the figures of the README from the JSON in results/ (needs matplotlib, see requirements-dev.txt).
+"""Draw the figures of docs/ from the JSON in results/ (needs matplotlib, see requirements-dev.txt).
 
-    python plot.py                              # every figure whose results are there
-    python plot.py --results my/results         # yours
+    python experiments/figures.py                              # every figure whose results are
+                                                               there
+    python experiments/figures.py --results my/results         # yours
 
 Each figure is written beside its JSON:
-    ladder.svg        qa_ladder_best, qa_ladder and qa_ladder_epochs.json (eval_qa.py): accuracy of each row, 95 % intervals
+    ladder.svg        qa_ladder_best, qa_ladder and qa_ladder_epochs.json (eval_qa.py): accuracy of
+                      each row, 95 % intervals
     directions.svg    qa_ladder_best.json: questions along the passage's sentences, and against them
-    rounds.svg        qa_rounds.jsonl (metrics.jsonl of train_outer.py): reward of all and of the reinforced self-edits
-    arc_ladder.svg    arc_ladder.json (eval_arc.py): share of tasks that each row solves, 95 % intervals
-    arc_tasks.svg     the same: first tasks that the last seal-K row solves, and that it does not, with each row's prediction
+    rounds.svg        qa_rounds.jsonl (metrics.jsonl of train_outer.py): reward of all and of the
+                      reinforced self-edits
+    arc_ladder.svg    arc_ladder.json (eval_arc.py): share of tasks that each row solves, 95 %
+                      intervals
+    arc_tasks.svg     the same: first tasks that the last seal-K row solves, and that it does not,
+                      with each row's prediction
     arc_settings.svg  the same: what the self-edits ask for, before and after the last round
 """
 
+import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run it from anywhere
 
 import matplotlib
 
@@ -21,15 +29,21 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.colors import ListedColormap
 
-from common import read_json, read_jsonl
+from arc import read_grid
 from data.arc import GROUPS, load_tasks
-from eval_qa import protocol_title
-from puzzle import read_grid
-from quiz import HelpFormatter, Parser
+from lm.files import read_json, read_jsonl
+from lm.flags import Parser
+from lm.intervals import protocol_title
 
-BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#999999"  # told apart with any colour vision (Okabe and Ito)
+BLUE, ORANGE, GREY = (
+    "#0072B2",
+    "#D55E00",
+    "#999999",
+)  # told apart with any colour vision (Okabe and Ito)
 # The ten colours of ARC's own pages.
-ARC_COLOURS = "#000000 #0074D9 #FF4136 #2ECC40 #FFDC00 #AAAAAA #F012BE #FF851B #7FDBFF #870C25".split()
+ARC_COLOURS = (
+    "#000000 #0074D9 #FF4136 #2ECC40 #FFDC00 #AAAAAA #F012BE #FF851B #7FDBFF #870C25".split()
+)
 STYLE = {
     "svg.fonttype": "none",  # text stays text
     "svg.hashsalt": "seal",  # the same file every time
@@ -41,11 +55,14 @@ STYLE = {
 
 
 def colour(method: str) -> str:
-    return ORANGE if method.startswith("seal") else GREY if method in ("base", "in-context") else BLUE
+    return (
+        ORANGE if method.startswith("seal") else GREY if method in ("base", "in-context") else BLUE
+    )
 
 
 def draw_rows(axes, rows: list[dict], key: str, written) -> None:
-    """A bar for each row, the first one on top: row[key] in percent, its interval as a whisker, written(row) beside it."""
+    """A bar for each row, the first one on top: row[key] in percent, its interval as a whisker,
+    written(row) beside it."""
     for n, r in enumerate(rows[::-1]):
         low, high = (100 * v for v in r["ci95"])
         axes.barh(n, 100 * r[key], color=colour(r["method"]))
@@ -57,7 +74,9 @@ def draw_rows(axes, rows: list[dict], key: str, written) -> None:
 def draw_ladder(results: list[dict]):
     """One panel for each result, with every row's accuracy."""
     height = 0.45 * max(len(r["rows"]) for r in results) + 1.4
-    figure, panels = plt.subplots(1, len(results), figsize=(6 * len(results), height), squeeze=False)
+    figure, panels = plt.subplots(
+        1, len(results), figsize=(6 * len(results), height), squeeze=False
+    )
     for axes, result in zip(panels[0], results):
         draw_rows(axes, result["rows"], "accuracy", lambda r: f"{100 * r['accuracy']:.1f}")
         axes.set_xlim(0, 1.12 * max(100 * r["ci95"][1] for r in result["rows"]) + 4)
@@ -71,7 +90,13 @@ def draw_directions(result: dict):
     rows = [r for r in result["rows"] if "forward" in r and "reversed" in r]
     figure, axes = plt.subplots(figsize=(1.3 * len(rows) + 2, 3.8))
     for shift, key, paint in ((-0.2, "forward", BLUE), (0.2, "reversed", ORANGE)):
-        bars = axes.bar([n + shift for n in range(len(rows))], [100 * r[key] for r in rows], 0.38, color=paint, label=key)
+        bars = axes.bar(
+            [n + shift for n in range(len(rows))],
+            [100 * r[key] for r in rows],
+            0.38,
+            color=paint,
+            label=key,
+        )
         axes.bar_label(bars, fmt="%.0f", padding=2)
     axes.set_xticks(range(len(rows)), [r["method"].replace("+", "\n+ ") for r in rows])
     axes.set_ylabel("quiz accuracy, %")
@@ -82,7 +107,10 @@ def draw_directions(result: dict):
 def draw_rounds(metrics: list[dict]):
     """Mean reward by outer round: of all sampled self-edits and of those that were reinforced."""
     figure, axes = plt.subplots(figsize=(5, 3.4))
-    for key, label, paint, mark in (("reward_kept", "reinforced", ORANGE, "o"), ("reward_mean", "all", BLUE, "s")):
+    for key, label, paint, mark in (
+        ("reward_kept", "reinforced", ORANGE, "o"),
+        ("reward_mean", "all", BLUE, "s"),
+    ):
         points = [(m["round"], m[key]) for m in metrics if m[key] is not None]
         axes.plot(*zip(*points), color=paint, marker=mark, label=label)
     axes.set_xticks([m["round"] for m in metrics])
@@ -108,28 +136,45 @@ def draw_arc_ladder(result: dict):
 def arc_methods(result: dict) -> list[str]:
     """The rows that predict, in the ladder's order; of the seal-K only the last."""
     predicted = list(dict.fromkeys(r["method"] for r in result["tasks"]))
-    return [m for m in predicted if not m.startswith("seal")] + [m for m in predicted if m.startswith("seal")][-1:]
+    return [m for m in predicted if not m.startswith("seal")] + [
+        m for m in predicted if m.startswith("seal")
+    ][-1:]
 
 
 def draw_arc_tasks(result: dict, each: int = 3):
-    """A line for each of the first tasks that the last row solves at its first attempt, then of those that it does not."""
+    """A line for each of the first tasks that the last row solves at its first attempt, then of
+    those that it does not."""
     methods, first = arc_methods(result), {}
     for r in result["tasks"]:
         first.setdefault((r["id"], r["method"]), r)
     ids = list(dict.fromkeys(r["id"] for r in result["tasks"]))
-    by = {right: [i for i in ids if (first[i, methods[-1]]["solved"] == 1) is right] for right in (True, False)}
-    ids = by[True][:each] + by[False][:each]
+    solved = [i for i in ids if first[i, methods[-1]]["solved"] == 1]
+    ids = solved[:each] + [i for i in ids if i not in solved][:each]
     tasks = {t.id: t for t in load_tasks(result["settings"]["data"], ids=ids)}
     heads = ["example", "its output", "test", "truth", *methods]
-    figure, panels = plt.subplots(len(ids), len(heads), figsize=(1.3 * len(heads), 1.5 * len(ids)), squeeze=False)
+    figure, panels = plt.subplots(
+        len(ids), len(heads), figsize=(1.3 * len(heads), 1.5 * len(ids)), squeeze=False
+    )
     for line, i in zip(panels, ids):
-        cells = [*tasks[i].train[0], *tasks[i].test[0], *(first[i, m]["prediction"][0] for m in methods)]
+        cells = [
+            *tasks[i].train[0],
+            *tasks[i].test[0],
+            *(first[i, m]["prediction"][0] for m in methods),
+        ]
         for axes, cell in zip(line, cells):
             grid = read_grid(cell)[0] if isinstance(cell, str) else cell
             axes.set(xticks=[], yticks=[], box_aspect=1)
             axes.spines[:].set_visible(False)
             if grid is None:
-                axes.text(0.5, 0.5, cell.replace(" ", "\n"), ha="center", va="center", fontsize=8, transform=axes.transAxes)
+                axes.text(
+                    0.5,
+                    0.5,
+                    cell.replace(" ", "\n"),
+                    ha="center",
+                    va="center",
+                    fontsize=8,
+                    transform=axes.transAxes,
+                )
             else:
                 axes.imshow(grid, cmap=ListedColormap(ARC_COLOURS), vmin=0, vmax=9)
         line[0].set_ylabel(i, fontsize=8)
@@ -139,7 +184,8 @@ def draw_arc_tasks(result: dict, each: int = 3):
 
 
 def draw_arc_settings(result: dict):
-    """Shares of the self-edits that are sound, ask for each augmentation and count every token; learning rates; epochs."""
+    """Shares of the self-edits that are sound, ask for each augmentation and count every token;
+    learning rates; epochs."""
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(12, 3.6), width_ratios=[2, 1, 1])
     names = ["sound", *(g.split("_")[1] for g in GROUPS), "every token"]
     before, after = "self-edit", arc_methods(result)[-1]
@@ -147,9 +193,16 @@ def draw_arc_settings(result: dict):
         all_of_it = [r["config"] for r in result["tasks"] if r["method"] == method]
         sound = [c for c in all_of_it if c]
         shares = [len(sound) / len(all_of_it)]
-        shares += [np.mean([g in c["groups"] for c in sound] or [0]) for g in GROUPS]
+        for group in GROUPS:
+            shares.append(np.mean([group in c["groups"] for c in sound] or [0]))
         shares += [np.mean([c["every_token"] for c in sound] or [0])]
-        left.bar([n + shift for n in range(len(names))], [100 * s for s in shares], 0.38, color=paint, label=method)
+        left.bar(
+            [n + shift for n in range(len(names))],
+            [100 * s for s in shares],
+            0.38,
+            color=paint,
+            label=method,
+        )
         for axes, key, top in ((middle, "lr", 1e-2), (right, "epochs", 10)):
             values = [min(c[key], top) for c in sound]
             found, counts = np.unique(values, return_counts=True)
@@ -160,7 +213,9 @@ def draw_arc_settings(result: dict):
     left.set_ylabel("self-edits, %")
     left.legend(frameon=False)
     middle.set_xscale("log")
-    middle.set_xticks([5e-4, 1e-3, 2e-3, 5e-3, 1e-2], ["0.0005", "0.001", "0.002", "0.005", "0.01"], fontsize=9)
+    middle.set_xticks(
+        [5e-4, 1e-3, 2e-3, 5e-3, 1e-2], ["0.0005", "0.001", "0.002", "0.005", "0.01"], fontsize=9
+    )
     middle.minorticks_off()
     middle.set_xlabel("learning rate")
     right.set_xlabel("epochs (10: or more)")
@@ -168,8 +223,10 @@ def draw_arc_settings(result: dict):
 
 
 def parse_arguments():
-    parser = Parser(description=__doc__, formatter_class=HelpFormatter)
-    parser.add_argument("--results", default="results", help="folder with the JSON; the figures go there too")
+    parser = Parser(description=__doc__)
+    parser.add_argument(
+        "--results", default="results", help="folder with the JSON; the figures go there too"
+    )
     return parser.parse_args()
 
 
@@ -193,12 +250,14 @@ def main() -> None:
                 try:
                     figure = draw(*sources)
                 except (KeyError, TypeError, ValueError) as e:
-                    raise SystemExit(f"error: {sources[0]} is not as its script writes it: {e!r}") from e
+                    raise SystemExit(
+                        f"error: {sources[0]} is not as its script writes it: {e!r}"
+                    ) from e
                 figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
                 plt.close(figure)
                 drawn.append(f"{name}.svg")
     if not drawn:
-        raise SystemExit(f"error: {folder}: no results there to draw (see plot.py -h)")
+        raise SystemExit(f"error: {folder}: no results there to draw (see -h)")
     print(f"{folder}: {' '.join(drawn)}")
 
 

@@ -79,7 +79,9 @@ def test_what_is_no_grid(text, why):
 
 def test_training_sequences(tok):
     task = Task(
-        "t", ((np.array([[1]]), np.array([[2]])), (np.array([[3]]), np.array([[4]]))), ((np.array([[5]]), np.array([[6]])),)
+        "t",
+        ((np.array([[1]]), np.array([[2]])), (np.array([[3]]), np.array([[4]]))),
+        ((np.array([[5]]), np.array([[6]])),),
     )
     example = task_example(tok, task, every_token=False)
     pairs = "".join(f"input:\n{a}\noutput:\n{b}\n<|im_end|>" for a, b in ((1, 2), (3, 4), (5, 6)))
@@ -88,7 +90,9 @@ def test_training_sequences(tok):
     assert counted == "4\n<|im_end|>6\n<|im_end|>"  # nothing could tell the first output
     assert all(task_example(tok, task, every_token=True).counts)
     prompt = task_prompt(tok, task)
-    assert list(example.ids[: len(prompt)]) == prompt and tok.decode(prompt).endswith("input:\n5\noutput:\n")
+    assert list(example.ids[: len(prompt)]) == prompt and tok.decode(prompt).endswith(
+        "input:\n5\noutput:\n"
+    )
 
 
 # -----------------------------------------------------------------------------
@@ -107,7 +111,10 @@ def test_the_worked_example_is_one():
         "strategy": "train_using_output_tokens", "learning_rate": 0.001, "num_train_epochs": 2,
     }  # fmt: skip
     assert parse_settings(f"Sure! Here it is:\n```json\n{text()}\n```", True) == (EXAMPLE, "")
-    assert parse_settings(f"{text()}}}\n{{'and", False) == (EXAMPLE, "")  # nothing after the first object counts
+    assert parse_settings(f"{text()}}}\n{{'and", False) == (
+        EXAMPLE,
+        "",
+    )  # nothing after the first object counts
 
 
 def test_settings_are_read_as_they_are_written():
@@ -157,14 +164,21 @@ def test_bad_settings_are_told_apart(sample, ended, flaw):
 def test_the_prompt_shows_the_demonstrations_and_not_the_test(tok):
     task = copying()
     shown = tok.decode(settings_prompt(tok, task))
-    assert all(settings_text(settings) in shown for _, _, settings in WORKED) and SCHEMA not in shown
+    assert (
+        all(settings_text(settings) in shown for _, _, settings in WORKED) and SCHEMA not in shown
+    )
     assert "input:\n10\n20\noutput:\n01\n02<|im_end|>" in shown  # the first worked puzzle
     pairs = tuple((a, (a + 1) % 10) for a, _ in task.train)  # outputs of their own
     shown = tok.decode(settings_prompt(tok, Task("t", pairs, task.test)))
     for a, b in pairs:
-        assert f"input:\n{tok.decode(grid_ids(tok, a))}output:\n{tok.decode(grid_ids(tok, b)[:-1])}" in shown
+        assert (
+            f"input:\n{tok.decode(grid_ids(tok, a))}output:\n{tok.decode(grid_ids(tok, b)[:-1])}"
+            in shown
+        )
     assert tok.decode(grid_ids(tok, task.test[0][0])) not in shown
-    assert shown.count("<|im_end|>") == 14  # of the turns: system, question and reply of six examples, question
+    assert (
+        shown.count("<|im_end|>") == 14
+    )  # of the turns: system, question and reply of six examples, question
     told = tok.decode(settings_prompt(tok, task, shots=0))
     assert told.count("<|im_end|>") == 2 and SCHEMA in told
     form = SCHEMA.replace("true or false", "true").replace(f'"{STRATEGIES[0]}" or ', "")
@@ -187,19 +201,34 @@ def test_a_population_of_unlike_settings_is_its_candidates_alone(tiny, tok, tmp_
         (copying(0), SETTINGS | {"every_token": True}),
         (copying(0), SETTINGS),  # the same again
     ]
-    together = study_puzzles(tiny, tok, candidates, LORA, options(population=4), 0, tmp_path / "a.jsonl", "test")
+    together = study_puzzles(
+        tiny, tok, candidates, LORA, options(population=4), 0, tmp_path / "a.jsonl", "test"
+    )
     assert together[0] is together[3] and len(read_jsonl(tmp_path / "a.jsonl")) == 3
     for n, c in enumerate(candidates):
         [alone] = study_puzzles(tiny, tok, [c], LORA, options(), 0, tmp_path / f"{n}.jsonl", "test")
-        assert alone["steps"] == together[n]["steps"] and alone["loss"] == pytest.approx(together[n]["loss"], rel=1e-4)
+        assert alone["steps"] == together[n]["steps"] and alone["loss"] == pytest.approx(
+            together[n]["loss"], rel=1e-4
+        )
         assert alone["logprob"] == pytest.approx(together[n]["logprob"], rel=1e-3)
-    assert together[1]["steps"] == 2 * together[0]["steps"] == 8 and together[0]["loss"] != together[2]["loss"]
+    assert (
+        together[1]["steps"] == 2 * together[0]["steps"] == 8
+        and together[0]["loss"] != together[2]["loss"]
+    )
 
 
 def test_the_settings_choose_the_data(tiny, tok, tmp_path):
-    candidates = [(copying(), SETTINGS | {"groups": [g]}) for g in ("use_size_augmentations", "use_repeat_augmentations")]
-    results = study_puzzles(tiny, tok, candidates, LORA, options(augmented=24), 0, tmp_path / "a.jsonl", "test")
-    assert results[0]["steps"] == results[1]["steps"] == 12 and results[0]["loss"] != results[1]["loss"]
+    candidates = [
+        (copying(), SETTINGS | {"groups": [g]})
+        for g in ("use_size_augmentations", "use_repeat_augmentations")
+    ]
+    results = study_puzzles(
+        tiny, tok, candidates, LORA, options(augmented=24), 0, tmp_path / "a.jsonl", "test"
+    )
+    assert (
+        results[0]["steps"] == results[1]["steps"] == 12
+        and results[0]["loss"] != results[1]["loss"]
+    )
 
 
 def test_long_sequences_train_apart_and_the_longest_not_at_all(tok):
@@ -214,7 +243,11 @@ def test_long_sequences_train_apart_and_the_longest_not_at_all(tok):
 def test_too_many_steps_is_a_flaw_and_not_a_training(tiny, tok, tmp_path, monkeypatch):
     examples = examples_of(tok, copying(), SETTINGS, 8, 0, 2048)
     most = SETTINGS | {"epochs": MAX_STEPS // n_steps(examples, SETTINGS)}
-    assert n_steps(examples, most) <= MAX_STEPS < n_steps(examples, most | {"epochs": most["epochs"] + 1})
+    assert (
+        n_steps(examples, most)
+        <= MAX_STEPS
+        < n_steps(examples, most | {"epochs": most["epochs"] + 1})
+    )
     monkeypatch.setattr("puzzle.study_and_predict", None)
     over = (copying(), most | {"epochs": most["epochs"] + 1})
     [result] = study_puzzles(tiny, tok, [over], LORA, options(), 0, tmp_path / "a.jsonl", "test")
@@ -228,14 +261,20 @@ def test_studying_resumes(tiny, tok, tmp_path, monkeypatch):
     calls = dies_at(monkeypatch, "puzzle.study_and_predict", 2)
     with pytest.raises(KeyboardInterrupt):
         study_puzzles(tiny, tok, candidates, *how, tmp_path / "b.jsonl", "test")
-    assert study_puzzles(tiny, tok, candidates, *how, tmp_path / "b.jsonl", "test") == whole and len(calls) == 3
+    assert (
+        study_puzzles(tiny, tok, candidates, *how, tmp_path / "b.jsonl", "test") == whole
+        and len(calls) == 3
+    )
 
 
 def test_what_is_known_is_not_trained_again(tiny, tok, tmp_path, monkeypatch):
     how, log = (LORA, options(), 0), tmp_path / "a.jsonl"
     first = study_puzzles(tiny, tok, [(copying(0), SETTINGS)], *how, log, "test")
     trained, real = [], puzzle.study_and_predict
-    monkeypatch.setattr("puzzle.study_and_predict", lambda m, t, some, *a: trained.extend(some) or real(m, t, some, *a))
+    monkeypatch.setattr(
+        "puzzle.study_and_predict",
+        lambda m, t, some, *a: trained.extend(some) or real(m, t, some, *a),
+    )
     both = [(copying(0), SETTINGS), (copying(1), SETTINGS)]
     again = study_puzzles(tiny, tok, both, *how, tmp_path / "b.jsonl", "test", [log])
     assert again[0] == first[0] and [task.id for task, _ in trained] == ["copy1"]
@@ -250,7 +289,9 @@ def test_predictions_are_scored(tiny, tok, monkeypatch):
 
     def copies(model, prompts, max_new, ends, adapters, owner, on_prefill):
         on_prefill(list(range(len(prompts))), None, None)
-        return [[*grid_ids(tok, t.test[0][0]), tok.end_ids[0]] for t in (right, wrong)] + [[5] * max_new]
+        return [[*grid_ids(tok, t.test[0][0]), tok.end_ids[0]] for t in (right, wrong)] + [
+            [5] * max_new
+        ]
 
     monkeypatch.setattr("puzzle.generate", copies)
     a, b, c = predict(tiny, tok, [right, wrong, right])
@@ -274,7 +315,10 @@ def test_votes_are_turned_back(tiny, tok, monkeypatch):
 def test_a_row_votes_with_its_own_adapter(tiny, tok, monkeypatch):
     """The second of two candidates: what its vote is asked under, and that a diverged one has none."""
     asked = []
-    monkeypatch.setattr("puzzle.vote", lambda m, t, task, adapters, *a: asked.append(adapters.flat) or [[task.test[0][1]]])
+    monkeypatch.setattr(
+        "puzzle.vote",
+        lambda m, t, task, adapters, *a: asked.append(adapters.flat) or [[task.test[0][1]]],
+    )
     candidates = [(copying(0), SETTINGS), (copying(1), SETTINGS | {"lr": 9e-3})]
     examples = [examples_of(tok, *c, 8, 0, 2048) for c in candidates]
     results = puzzle.study_and_predict(tiny, tok, candidates, examples, LORA, 0, views=2)

@@ -1,7 +1,8 @@
-"""Reading and writing models as Hugging Face folders: config.json and model.safetensors, sharded or not.
+"""Reading and writing models as Hugging Face folders: config.json and model.safetensors, sharded or
+not.
 
-Whatever does not fit (an architecture that model.py does not know, a missing, extra or mis-shaped tensor, a truncated
-file) ends in one line that names the tensor or the file.
+Whatever does not fit (an architecture that model.py does not know, a missing, extra or mis-shaped
+tensor, a truncated file) ends in one line that names the tensor or the file.
 """
 
 import json
@@ -12,19 +13,25 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from common import read_json, write_atomic
+from lm.files import read_json, write_atomic
 from model import Config, Transformer
 
 
 def read_config(folder) -> Config:
-    """Read folder/config.json. Exits with one line if the architecture or one of its options is not supported."""
+    """Read folder/config.json. Exits with one line if the architecture or one of its options is not
+    supported."""
     path = Path(folder) / "config.json"
     if not path.is_file():
-        raise SystemExit(f"error: {folder} is not a model folder: no config.json (run `make model`, or give --model PATH)")
+        raise SystemExit(
+            f"error: {folder} is not a model folder: no config.json (run `make model`, or give "
+            "--model PATH)"
+        )
     hf = read_json(path)
     family = hf.get("model_type")
     if family not in ("llama", "qwen2", "qwen3"):
-        raise SystemExit(f"error: {path}: unknown architecture {family!r}; supported: llama, qwen2, qwen3")
+        raise SystemExit(
+            f"error: {path}: unknown architecture {family!r}; supported: llama, qwen2, qwen3"
+        )
     rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     unsupported = {
@@ -61,7 +68,13 @@ def read_config(folder) -> Config:
 def pick_device(name: str = "auto") -> torch.device:
     """'auto' takes CUDA, else MPS, else the CPU. Exits if the named device is not there."""
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        name = (
+            "cuda"
+            if torch.cuda.is_available()
+            else "mps"
+            if torch.backends.mps.is_available()
+            else "cpu"
+        )
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as e:
@@ -69,7 +82,8 @@ def pick_device(name: str = "auto") -> torch.device:
 
 
 def pick_dtype(device: torch.device, name: str = "auto") -> torch.dtype:
-    """'auto' takes bfloat16 where the hardware multiplies it fast, else float32 (a CPU without bf16 units is 10x slower)."""
+    """'auto' takes bfloat16 where the hardware multiplies it fast, else float32 (a CPU without bf16
+    units is 10x slower)."""
     if name != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
     if device.type == "cuda":
@@ -83,7 +97,8 @@ def pick_dtype(device: torch.device, name: str = "auto") -> torch.dtype:
 
 
 def weight_files(folder: Path) -> dict:
-    """{tensor name: file} for one safetensors file or for shards listed in model.safetensors.index.json."""
+    """{tensor name: file} for one safetensors file or for shards listed in
+    model.safetensors.index.json."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         files = sorted({folder / f for f in read_json(index).get("weight_map", {}).values()})
@@ -102,12 +117,15 @@ def weight_files(folder: Path) -> dict:
 
 
 def read_tensors(files: dict, expected: dict, dtype, device) -> dict:
-    """Read the tensors named in `expected` {name: shape} out of `files` {name: file}. Exits on the first misfit."""
+    """Read the tensors named in `expected` {name: shape} out of `files` {name: file}. Exits on the
+    first misfit."""
     folder = next(iter(files.values())).parent if files else "the checkpoint"
     for name in expected.keys() - files.keys():
         raise SystemExit(f"error: {folder}: tensor {name} is missing")
     for name in files.keys() - expected.keys():
-        raise SystemExit(f"error: {folder}: unexpected tensor {name}; config.json describes a different model")
+        raise SystemExit(
+            f"error: {folder}: unexpected tensor {name}; config.json describes a different model"
+        )
     tensors = {}
     for file in sorted(set(files.values())):
         with safe_open(file, framework="pt") as f:
@@ -115,7 +133,10 @@ def read_tensors(files: dict, expected: dict, dtype, device) -> dict:
                 if name not in files:
                     continue
                 if (shape := tuple(f.get_slice(name).get_shape())) != expected[name]:
-                    raise SystemExit(f"error: {file}: {name} has shape {shape}, config.json asks for {expected[name]}")
+                    raise SystemExit(
+                        f"error: {file}: {name} has shape {shape}, config.json asks for "
+                        f"{expected[name]}"
+                    )
                 tensors[name] = f.get_tensor(name).to(device=device, dtype=dtype)
     return tensors
 
@@ -127,7 +148,9 @@ def load_model(folder, device="auto", dtype="auto") -> Transformer:
     device = pick_device(device)
     with torch.device("meta"):
         model = Transformer(config)
-    prefix = {name: name if name.startswith("lm_head") else f"model.{name}" for name in model.state_dict()}
+    prefix = {
+        name: name if name.startswith("lm_head") else f"model.{name}" for name in model.state_dict()
+    }
     expected = {prefix[name]: tuple(p.shape) for name, p in model.state_dict().items()}
     files = {n: f for n, f in weight_files(folder).items() if not n.endswith("rotary_emb.inv_freq")}
     if config.tie_embeddings:  # some files store the tied matrix twice
@@ -141,8 +164,12 @@ def load_model(folder, device="auto", dtype="auto") -> Transformer:
 
 
 def save_model(model: Transformer, folder, source) -> None:
-    """Write `model` as a Hugging Face folder; the tokenizer's files are copied from folder `source`. Atomic."""
-    tensors = {n if n.startswith("lm_head") else f"model.{n}": p.contiguous() for n, p in model.state_dict().items()}
+    """Write `model` as a Hugging Face folder; the tokenizer's files are copied from folder
+    `source`. Atomic."""
+    tensors = {
+        n if n.startswith("lm_head") else f"model.{n}": p.contiguous()
+        for n, p in model.state_dict().items()
+    }
     if model.config.tie_embeddings:
         del tensors["lm_head.weight"]
     if Path(folder).exists():
@@ -153,7 +180,12 @@ def save_model(model: Transformer, folder, source) -> None:
         save_file(tensors, scratch / "model.safetensors", metadata={"format": "pt"})
         config = {**model.config.hf, "torch_dtype": str(model.dtype).removeprefix("torch.")}
         (scratch / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
-        for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
+        for name in (
+            "tokenizer.json",
+            "tokenizer_config.json",
+            "chat_template.jinja",
+            "generation_config.json",
+        ):
             if (Path(source) / name).is_file():
                 shutil.copy(Path(source) / name, scratch / name)
 

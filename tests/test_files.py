@@ -7,7 +7,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from common import open_run, read_json, read_jsonl, sub_seed, write_atomic, write_json, write_jsonl
+from lm.files import read_json, read_jsonl, sub_seed, write_atomic, write_json, write_jsonl
+from lm.runs import open_run
 
 
 def test_round_trips(tmp_path):
@@ -34,7 +35,9 @@ def test_a_full_disk_while_writing_tensors(tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
     try:
         with pytest.raises(SystemExit, match=r"cannot write .*x\.safetensors"):
-            write_atomic(tmp_path / "x.safetensors", lambda p: save_file({"x": torch.zeros(10_000)}, p))
+            write_atomic(
+                tmp_path / "x.safetensors", lambda p: save_file({"x": torch.zeros(10_000)}, p)
+            )
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert not list(tmp_path.iterdir())

@@ -1,0 +1,89 @@
+"""What the scripts' command lines share: one kind of parser, the model's flags and loading, the
+heads of result files."""
+
+import argparse
+import shlex
+import sys
+
+import torch
+
+from lm.checkpoint import load_model
+from lm.kernels import swap_in
+from lm.tokenizer import Tokenizer
+from model import Transformer
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """The docstring as written, and every option with its default."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Refuses in one line, and takes no abbreviations: a flag that is added later would change what
+    they mean."""
+
+    def __init__(self, **options):
+        super().__init__(**{"formatter_class": HelpFormatter, "allow_abbrev": False} | options)
+
+    def error(self, message):
+        self.exit(2, f"error: {message} (see {self.prog} -h)\n")
+
+
+def at_least(low):
+    """An argparse type: a number of low's type that is not below it."""
+
+    def convert(text: str):
+        value = type(low)(text)  # argparse turns a ValueError into its own message
+        if not low <= value < float("inf"):
+            raise argparse.ArgumentTypeError(f"{text} is not a number from {low} up")
+        return value
+
+    convert.__name__ = type(low).__name__
+    return convert
+
+
+def refuse_unused(parser: argparse.ArgumentParser, args, names, why: str) -> None:
+    """One clear line if any of the settings `names` was given, which have no effect `why`."""
+    for name in names:
+        if getattr(args, name) != parser.get_default(name):
+            parser.error(f"--{name.replace('_', '-')} has no effect {why}")
+
+
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("model").add_argument
+    add("--model", default="checkpoints/smollm2-135m-instruct", help="Hugging Face folder")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
+    add(
+        "--dtype",
+        default="auto",
+        choices=["auto", "float32", "bfloat16"],
+        help="of the base weights",
+    )
+    add("--seed", type=at_least(0), default=0, help="same seed, same output")
+    backends = ["off", "inductor", "cudagraphs"]
+    about = "of the inner update; cudagraphs needs CUDA, but no Triton"
+    add("--compile", default="off", choices=backends, help=about)
+
+
+def load(args) -> tuple[Transformer, Tokenizer]:
+    """The model and its tokenizer, as args say. Exits if --compile cannot work on the model's
+    device."""
+    model = load_model(args.model, args.device, args.dtype)
+    swap_in(model)
+    if args.compile == "cudagraphs" and model.device.type != "cuda":
+        raise SystemExit(
+            f"error: --compile cudagraphs needs a CUDA device, the model is on {model.device.type}"
+        )
+    if args.compile != "off":
+        model.compile_blocks(args.compile)
+        try:
+            torch.compile(torch.sin, backend=args.compile)(torch.ones(8, device=model.device))
+        except Exception as e:
+            reason = str(e).strip().splitlines()[0]
+            raise SystemExit(f"error: --compile {args.compile} does not work here: {reason}") from e
+    return model, Tokenizer(args.model)
+
+
+def result_head(args, model: Transformer) -> dict:
+    """What every result file starts with."""
+    command = shlex.join(["python", *sys.argv])
+    return {"command": command, "seed": args.seed, "model": args.model, "dtype": str(model.dtype)}

@@ -1,0 +1,103 @@
+"""Long work: a progress line, and a log of results with which a killed run goes on where it was."""
+
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+from lm.files import read_jsonl, write_jsonl
+
+
+class Progress:
+    """A status line, "update 12/64  loss 1.204  tok/s 580  eta 0:41": rewritten in place at a
+    terminal, else every 10 s."""
+
+    def __init__(self, label: str, total: int):
+        self.label, self.total, self.done, self.fields, self.n_tokens = label, total, 0, {}, 0
+        self.tty = sys.stdout.isatty()
+        self.start = self.last = time.perf_counter()  # last: when `done` last grew
+        self.shown = 0.0 if self.tty else self.start
+
+    def step(self, n: int = 1, **fields) -> None:
+        """Count `n` more done (0: still at the same). `fields` are shown from now on, floats to
+        three decimals."""
+        self.done += n
+        self.fields |= fields
+        now, last = time.perf_counter(), n > 0 and self.done >= self.total
+        self.last = now if n else self.last
+        if not last and now - self.shown < (0.2 if self.tty else 10.0):
+            return
+        self.shown, seconds = now, now - self.start
+        each = (self.last - self.start) / self.done if self.done else None
+        eta = (
+            None
+            if each is None
+            else max(0, round(each * (self.total - self.done) - (now - self.last)))
+        )
+        parts = [f"{self.label} {self.done}/{self.total}"]
+        parts += [
+            f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in self.fields.items()
+        ]
+        parts.append(
+            f"{seconds:.1f} s"
+            if last
+            else "eta ..."
+            if eta is None
+            else f"eta {eta // 60}:{eta % 60:02d}"
+        )
+        line = "  ".join(parts)
+        print(
+            f"\r{line:<110}" if self.tty else line,
+            end="\n" if last or not self.tty else "",
+            flush=True,
+        )
+
+    def tokens(self, n: int, **fields) -> None:
+        """Count `n` more tokens, shown per second since the start; nothing more is done."""
+        self.n_tokens += n
+        self.step(0, **fields, tok_s=round(self.n_tokens / (time.perf_counter() - self.start)))
+
+
+class Log:
+    """Results of candidates in a JSON-lines file, each with its candidate's name under "n". What
+    stands there is not computed again:
+
+        for group in log.remaining(groups, "quiz"):
+            log.add(group, [the result of each candidate in the group])
+        log[candidate]
+    """
+
+    def __init__(self, path, score, known=()):
+        """score(result) is a number; its mean is shown while the work runs. `known`: other such
+        files, only to be read."""
+        self.path, self.score = Path(path), score
+        self.known = {r["n"]: r for file in known for r in read_jsonl(file)}
+        self.done = {r["n"]: r for r in read_jsonl(path)} if self.path.is_file() else {}
+        self.progress = None
+
+    def __contains__(self, candidate) -> bool:
+        return candidate.name in self.done or candidate.name in self.known
+
+    def __getitem__(self, candidate) -> dict:
+        return (self.done if candidate.name in self.done else self.known)[candidate.name]
+
+    def remaining(self, groups: list[list], label: str):
+        """The groups of candidates that are not all there yet, one by one, with a progress line."""
+        names = sorted(c.name for group in groups for c in group)
+        self.progress = Progress(label, len(names))
+        for group in groups:
+            if not all(c.name in self.done for c in group):
+                yield group
+                # Written in one order, whatever was done first, so that a resumed run's file is the
+                # same.
+                write_jsonl(self.path, [self.done[name] for name in names if name in self.done])
+            shown = float(np.mean([self.score(r) for r in self.done.values()]))
+            self.progress.step(len(group), accuracy=shown)
+
+    def add(self, group: list, results: list[dict]) -> None:
+        self.done |= {c.name: {"n": c.name, **r} for c, r in zip(group, results, strict=True)}
+
+    def tick(self, tokens: int, loss: float) -> None:
+        """For an inner update: show the loss and the tokens per second."""
+        self.progress.tokens(tokens, loss=loss)

@@ -1,0 +1,326 @@
+"""What a self-edit on a passage earns: what is trained on, what is asked, and who gets the credit.
+
+    passage + notes -> passage_examples()   what the inner update trains on
+    adapters -> quiz_candidates()           the quiz, under each candidate's adapter: the reward
+             -> credit()                    of each part: what the questions about its sentence earn
+             -> select()                    which parts are imitated: weight 1 (ReST-EM), others 0
+             -> to_imitate()                (prompt, text) pairs for the outer update
+
+--reward proxy trains and asks nothing: notes that are questions earn how closely they ask what the
+quiz asks, closest_question(). (arc.py has what a self-edit on a puzzle earns; selection is the
+same.)
+
+Top to bottom: candidates, quizzing them, the proxy, credit, selection.
+"""
+
+import math
+import re
+from dataclasses import dataclass
+
+import numpy as np
+
+from data.qa import Passage, Question
+from data.text import sentences
+from inner import Outcome, SFTConfig, inner_update
+from lm.log import Log
+from lm.packing import Example
+from lm.tokenizer import Tokenizer
+from lora import Adapters, LoRAConfig
+from quiz import ask, mean_scores, normalize, quiz_items, quiz_prompt, score_answer
+from selfedit import QA_PAIR, SelfEdit
+
+# -----------------------------------------------------------------------------
+# candidates
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """What one adapter of a population is trained on, and quizzed about."""
+
+    name: int | str  # in the log of results
+    subject: object  # a Passage, or an ARC task
+    examples: list[Example]
+    config: SFTConfig
+
+    @property
+    def tokens(self) -> int:
+        return sum(len(e.ids) for e in self.examples)
+
+
+def passage_examples(tok: Tokenizer, title: str, texts: list[str]) -> list[Example]:
+    """One training sequence for each text, each with an end-of-text token.
+
+    A passage or a note is "{title}\\n{text}", every token counted. A question with its answer
+    (styles ...-qa and questions) is the chat in which the quiz would ask it; the answer and its end
+    are counted:
+        "Question: Who cast it?\\nAnswer: Hessa Lorn"  ->
+            user: Topic: {title} ... Who cast it? ...    assistant: Hessa Lorn
+    """
+    examples = []
+    for text in texts:
+        pair = QA_PAIR.fullmatch(text)
+        prompt = quiz_prompt(tok, title, pair[1]) if pair else []
+        # The end is counted, so that the model learns to stop (and pads there are none).
+        reply = [*tok.encode(pair[2] if pair else f"{title}\n{text}"), tok.end_ids[0]]
+        examples.append(Example.reply(prompt, reply))
+    return examples
+
+
+def passage_candidate(
+    tok: Tokenizer, name: int, passage: Passage, notes, config: SFTConfig, title: str = ""
+) -> Candidate:
+    """The passage, then its notes; these under another `title` if they are about something else."""
+    examples = passage_examples(tok, passage.title, [passage.text])
+    examples += passage_examples(tok, title or passage.title, list(notes))
+    return Candidate(name, passage, examples, config)
+
+
+def unrelated(passages, notes: list) -> tuple[list, list]:
+    """For each passage the next one's notes, and the title that they stand under; for the last
+    passage the first one's."""
+    return notes[1:] + notes[:1], [p.title for p in passages[1:] + passages[:1]]
+
+
+def pooled(notes: list[tuple]) -> tuple:
+    """The notes of several self-edits, each once: [("a", "b"), ("b", "c")] -> ("a", "b", "c")."""
+    return tuple(dict.fromkeys(note for own in notes for note in own))
+
+
+def even_groups(items: list, size: int) -> list[list]:
+    """Items in order, in groups of even size, at most `size`: 10 items, size 8: two groups of 5,
+    since a group of 2 would not fill the machine."""
+    n = math.ceil(len(items) / size)
+    groups, rest = [], list(items)
+    for left in range(n, 0, -1):
+        first = math.ceil(len(rest) / left)
+        groups.append(rest[:first])
+        rest = rest[first:]
+    return groups
+
+
+def populations(candidates: list[Candidate], size: int) -> list[list[Candidate]]:
+    """Even groups of at most `size` that train side by side, like lengths together."""
+    return even_groups(sorted(candidates, key=lambda c: (c.tokens, c.name)), size)
+
+
+# -----------------------------------------------------------------------------
+# the quiz of a population
+
+
+def quiz_candidates(
+    model, tok, candidates: list[Candidate], adapters: Adapters, outcomes: list[Outcome]
+) -> list[dict]:
+    """Ask each candidate, under its adapter, the quiz of its passage, which it does not see.
+
+    Returns for each {"steps", "tokens", "loss", "diverged", "answers": scores per question}. One
+    that diverged scores zero, and a log-probability of -100.
+    """
+    quizzes = [quiz_items(tok, c.subject, owner) for owner, c in enumerate(candidates)]
+    scores = iter(ask(model, tok, [item for items in quizzes for item in items], adapters))
+    results = []
+    for items, outcome in zip(quizzes, outcomes):
+        answers = [next(scores) for _ in items]
+        diverged = outcome.diverged or not all(math.isfinite(a["logprob"]) for a in answers)
+        if diverged:
+            nothing = {"accuracy": 0.0, "em": 0.0, "f1": 0.0, "logprob": -100.0}
+            answers = [a | nothing for a in answers]
+        results.append(outcome.record() | {"diverged": diverged, "answers": answers})
+    return results
+
+
+def accuracy_of(result: dict) -> float:
+    return mean_scores(result["answers"])["accuracy"]
+
+
+def update_and_quiz(
+    model, tok, groups: list, lora: LoRAConfig, seed: int, log: Log, quiz, label: str
+) -> None:
+    """An inner update, then the quiz, of every population that `log` does not have yet.
+
+    quiz(model, tok, candidates, adapters, outcomes) gives a result for each: quiz_candidates(), or
+    on ARC Puzzles.quiz(). The ladders run this; train_outer.py has the same five lines in its loop.
+    """
+    for group in log.remaining(groups, label):
+        adapters = Adapters.init(model, lora, len(group), seed)
+        examples, configs = [c.examples for c in group], [c.config for c in group]
+        outcomes = inner_update(model, adapters, examples, configs, seed, log.tick)
+        log.add(group, quiz(model, tok, group, adapters, outcomes))
+
+
+# -----------------------------------------------------------------------------
+# the proxy
+
+ASKING = set("what which when where whose whom does many much question answer".split())
+
+
+def words(text: str) -> set:
+    """Those that count: four letters or more, or a digit. "In 1742 she cast the bell." ->
+    {"1742", "cast", "bell"}."""
+    found = re.findall(r"\w+", text.lower())
+    return {w for w in found if len(w) >= 4 or any(map(str.isdigit, w))} - ASKING
+
+
+def closest_question(question: Question, pairs: list, title: str = "") -> float:
+    """From 0 to 1, how closely some (question, answer) of the notes asks for what a quiz question
+    asks for: F1 of the words that count, without the passage's title, which any question may
+    repeat. A pair whose answer has no accepted answer in it, or whose question has one, asks for
+    something else: 0; so does any if the quiz question has no other words.
+
+    "Who cast the bell?" (Hessa Lorn): ("Who cast it?", "Hessa Lorn did.") gives 2 * 1 / (1 + 2),
+    for "cast" of "cast bell", and under the title "Vantor Bell" 1; ("What did Hessa Lorn cast?",
+    "Hessa Lorn cast the bell.") gives 0.
+    """
+    given, best = words(title), 0.0
+    goal = words(question.question) - given
+    for asked, answer in pairs:
+        told = [score_answer(text, question.answers)["accuracy"] for text in (asked, answer)]
+        if told == [0.0, 1.0]:
+            own = words(asked) - given
+            best = max(best, 2 * len(own & goal) / max(1, len(own) + len(goal)))
+    return best
+
+
+def proxy_scores(passage: Passage, notes) -> list[float]:
+    """closest_question() for each question of the passage's quiz; a note that is no question asks
+    nothing."""
+    pairs = [m.groups() for note in notes if (m := QA_PAIR.fullmatch(note))]
+    return [closest_question(q, pairs, passage.title) for q in passage.questions]
+
+
+def score_by_proxy(edits: list[SelfEdit], passages: dict) -> None:
+    """--reward proxy: fill in rewards and credits, of parts and single notes, without study."""
+    for e in edits:
+        passage, texts = passages[e.passage], sentences(passages[e.passage].text)
+        scores = proxy_scores(passage, e.notes)
+        e.reward = float(np.mean(scores))
+        e.score = {"proxy": e.reward}
+        pairs = [(m[1], m[0], m[2]) for note in e.notes if (m := QA_PAIR.fullmatch(note))]
+        for part, text, part_credit in zip(e.parts, texts, by_sentence(passage, scores)):
+            part.credit = part_credit
+            for question, note, answer in pairs:
+                if answer == text:
+                    part.note_credits[question] = proxy_scores(passage, [note])
+
+
+# -----------------------------------------------------------------------------
+# credit
+
+
+def sentence_about(question: Question, texts: list[str]) -> int:
+    """Which sentence a question is about: the one with its answer, and of several the one with most
+    of its words.
+
+    "Who cast it?" (Hessa Lorn) of ["A bell was cast.", "Hessa Lorn cast it."]: 1.
+    """
+    told = [score_answer(t, question.answers)["accuracy"] for t in texts]
+    has, asked = [normalize(t).split() for t in texts], normalize(question.question).split()
+    return max(range(len(texts)), key=lambda k: (told[k], sum(w in has[k] for w in asked)))
+
+
+def by_sentence(passage: Passage, values: list[float]) -> list:
+    """values of the quiz's questions -> for each sentence, the mean over the questions about it;
+    None if there are none."""
+    texts = sentences(passage.text)
+    of_each = [[] for _ in texts]
+    for question, value in zip(passage.questions, values):
+        of_each[sentence_about(question, texts)].append(value)
+    return [float(np.mean(v)) if v else None for v in of_each]
+
+
+def credit(e: SelfEdit, passage: Passage, result: dict, reward: str) -> None:
+    """Fill in what the quiz says of a self-edit: its scores and reward, and the credit of each
+    part: the mean over the questions about its sentence. A self-edit of one part earns the whole
+    reward."""
+    e.score = mean_scores(result["answers"])
+    e.steps, e.loss = result["steps"], result["loss"]
+    e.flaw = "diverged" if result["diverged"] else e.flaw
+    e.reward = e.score[reward]
+    credits = [e.reward]
+    if len(e.parts) > 1:
+        credits = by_sentence(passage, [a[reward] for a in result["answers"]])
+    for part, value in zip(e.parts, credits, strict=True):
+        part.credit = value
+
+
+# -----------------------------------------------------------------------------
+# selection: what is imitated
+
+WHY = {  # kept? -> why
+    "parts": ("no sound part is the best", "some parts are the best"),
+    "best": ("not the best", "best"),
+    "improving": ("no better than without it", "better than without it"),
+    "notes": ("no note among the best", "some notes are among the best"),
+}
+
+
+def select(edits: list[SelfEdit], alone: dict, rule: str, keep: int) -> None:
+    """Mark which self-edits, or parts of them, are imitated, and say why or why not. A part without
+    notes, or with a note that copies the worked example, is never imitated.
+
+    best        each passage's best self-edit
+    improving   all that earn more than `alone`, {passage id: reward of the passage alone} (the
+                paper)
+    parts       of two self-edits with credits [1, 0, None] and [0, 0, None], the first one's first
+                part: it earned most, and more than that part earns on average, over all self-edits
+                that did not diverge
+    notes       the parts that have some of best_notes()
+    """
+    for passage in dict.fromkeys(e.passage for e in edits):
+        group = [e for e in edits if e.passage == passage]
+        sound = [e for e in group if not e.flaw]
+        best = max(sound, key=lambda e: (e.reward, e.score.get("logprob", 0.0)), default=None)
+        for e in group:
+            wins = {"best": e is best, "improving": e.reward > alone.get(passage, math.inf)}
+            for part in e.parts:
+                part.kept = bool(part.target) and not e.flaw and wins.get(rule, True)
+        for k in range(len(group[0].parts)):
+            if rule == "parts":
+                keep_best_part(group, k)
+            if rule == "notes":
+                chosen = best_notes(group, k, keep)
+                for e in group:
+                    e.parts[k].kept &= any(q in chosen for q in e.parts[k].note_credits)
+        for e in group:
+            e.why = e.flaw or WHY[rule][e.kept]
+
+
+def keep_best_part(group: list[SelfEdit], k: int) -> None:
+    """Of the parts k of one passage's self-edits: keep the best if it earned more than the mean."""
+    earned = [e.parts[k].credit for e in group if e.flaw != "diverged"]
+    earned = [c for c in earned if c is not None]
+    mean = float(np.mean(earned)) if earned else math.inf
+    top = max((e.parts[k].credit for e in group if e.parts[k].kept and earned), default=-math.inf)
+    for e in group:
+        e.parts[k].kept &= top > mean + 1e-9 and e.parts[k].credit == top
+
+
+def best_notes(group: list[SelfEdit], k: int, keep: int) -> list[str]:
+    """Of the parts k of one passage's self-edits: the `keep` notes that ask most closely what some
+    quiz question asks, best first, of those that ask more closely than these notes do on average.
+
+    note_credits {"Who cast it?": [0.7, 0], "Who rang it?": [0.5, 0.6], "What is it?": [0, 0.2]},
+    closeness to each of two quiz questions: the first and the second.
+    """
+    earned = {}
+    for e in group:
+        if e.parts[k].target:
+            earned |= {note: max(closeness) for note, closeness in e.parts[k].note_credits.items()}
+    mean = float(np.mean(list(earned.values()) or [0.0]))
+    better = [note for note in earned if earned[note] > mean + 1e-9]
+    return sorted(better, key=earned.get, reverse=True)[:keep]
+
+
+def to_imitate(prompts: dict, edits: list[SelfEdit], rule: str, keep: int) -> list[tuple]:
+    """(prompt, text) of what is kept: parts as they are, or with the rule "notes" the best notes of
+    all that a prompt gave."""
+    if rule != "notes":
+        pairs = []
+        for e in edits:
+            pairs += zip(prompts[e.passage], e.parts, strict=True)
+        return [(prompt, part.target) for prompt, part in pairs if part.kept]
+    pairs = []
+    for passage in dict.fromkeys(e.passage for e in edits):
+        group = [e for e in edits if e.passage == passage]
+        for k, prompt in enumerate(prompts[passage]):
+            pairs.append((prompt, "\n".join(best_notes(group, k, keep))))
+    return [(prompt, text) for prompt, text in pairs if text]

@@ -1,0 +1,113 @@
+"""The house: which rooms there are, that imports only go down, and how the code reads."""
+
+import ast
+import re
+import sys
+
+import pytest
+from conftest import ROOT
+
+# From the ground up. A file imports files that stand before it, and none behind it.
+FLOORS = [
+    "model.py lora.py",
+    "lm/files.py lm/log.py lm/runs.py lm/intervals.py lm/tokenizer.py lm/packing.py lm/kernels.py",
+    "lm/checkpoint.py lm/adapters.py lm/flags.py",
+    "data/text.py data/qa.py data/arc.py data/prepare.py",
+    "seal.py",
+    "inner.py sampler.py selfedit.py quiz.py reward.py arc.py",
+    "train_outer.py eval_qa.py eval_arc.py learn.py report.py",
+    "experiments/rewards.py experiments/proxy.py experiments/recipes.py experiments/notes.py",
+    "experiments/warm.py experiments/figures.py experiments/walkthrough.py",
+    "bench/baselines.py bench/scaling.py bench/speed.py",
+]
+ORDER = " ".join(FLOORS).split()
+SCRIPTS = {"train_outer", "eval_qa", "eval_arc", "learn", "report", "seal"}
+
+
+def sources():
+    return sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("*.py")) + sorted(
+        str(p.relative_to(ROOT))
+        for folder in ("lm", "data", "experiments", "bench")
+        for p in (ROOT / folder).glob("*.py")
+    )
+
+
+def imported(path: str) -> set:
+    """The project's files that a file imports, and the names of the packages that it imports."""
+    files, packages = set(), set()
+    for node in ast.walk(ast.parse((ROOT / path).read_text())):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [node.module] + [f"{node.module}.{alias.name}" for alias in node.names]
+        for name in names:
+            file = name.replace(".", "/") + ".py"
+            if file in ORDER:
+                files.add(file)
+            else:
+                packages.add(name.split(".")[0])
+    return files, packages
+
+
+def test_these_are_the_rooms():
+    assert sorted(ORDER) == sorted(sources())
+    top = [path for path in ORDER if "/" not in path]
+    assert len(top) <= 14
+    assert {"model.py", "lora.py", "selfedit.py", "train_outer.py", "eval_arc.py"} <= set(top)
+
+
+@pytest.mark.parametrize("path", sources())
+def test_imports_go_down(path):
+    files, packages = imported(path)
+    above = [f for f in files if ORDER.index(f) >= ORDER.index(path) and f != path]
+    assert not above, f"{path} imports {above}, which stands above it"
+    scripts = {f.removesuffix(".py") for f in files} & SCRIPTS
+    assert not scripts, f"{path} imports the script {scripts}"
+    own = {"lm", "data", "experiments", "bench", *(p.removesuffix(".py") for p in ORDER)}
+    allowed = {"torch", "numpy", "tiktoken", "safetensors", *own, *sys.stdlib_module_names}
+    allowed |= {"matplotlib"} if path == "experiments/figures.py" else set()
+    allowed |= {"transformers", "peft"} if path == "bench/baselines.py" else set()
+    allowed |= {"gguf"} if path == "data/prepare.py" else set()
+    assert packages <= allowed
+
+
+def test_the_model_is_a_textbooks():
+    source = (ROOT / "model.py").read_text()
+    assert "autograd.Function" not in source and "mkldnn" not in source
+    kernels = [p for p in sources() if "swap_in" in (ROOT / p).read_text()]
+    assert kernels == ["lm/flags.py", "lm/kernels.py"]  # one call
+
+
+COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
+
+
+@pytest.mark.parametrize("path", sources())
+def test_no_comprehension_in_a_comprehension(path):
+    for node in ast.walk(ast.parse((ROOT / path).read_text())):
+        if isinstance(node, COMPREHENSIONS):
+            inside = [n for n in ast.walk(node) if isinstance(n, COMPREHENSIONS) and n is not node]
+            assert not inside, f"{path}:{node.lineno}"
+
+
+def lines_of(*paths) -> int:
+    return sum(len((ROOT / path).read_text().splitlines()) for path in paths)
+
+
+def test_a_step_is_read_in_an_evening():
+    """From the loop to the gradient: the lesson's four files, the engine's seven."""
+    assert lines_of("seal.py", "model.py", "lora.py") <= 800
+    engine = "train_outer.py reward.py inner.py lm/packing.py lora.py model.py"
+    assert lines_of(*engine.split()) <= 1600
+
+
+def test_columns():
+    for path in [*sources(), *(f"tests/{p.name}" for p in (ROOT / "tests").glob("*.py"))]:
+        for n, line in enumerate((ROOT / path).read_text().splitlines(), 1):
+            assert len(line) <= 100, f"{path}:{n}"
+
+
+def test_nothing_is_pickled_or_evaluated():
+    for path in sources():
+        source = (ROOT / path).read_text()
+        assert not re.search(r"torch\.load\(|import pickle|(?<![\w.])eval\(|(?<![\w.])exec\(", source)
