@@ -200,10 +200,13 @@ class Climb:
             how = (lora, sub_seed(self.seed, 1), log, quiz_candidates, f"{method} ({protocol})")
             update_and_quiz(self.model, self.tok, groups, *how)
             results = [log[c] for c in candidates]
-            n = len(notes[0])  # self-edits of a passage
-            table[method] = per_passage(self.passages, chunks([r["answers"] for r in results], n))
-            steps = np.array([r["steps"] for r in results]).reshape(-1, n).mean(axis=1)
-            table[method] |= {"train_steps": steps, "lr": np.full(len(steps), config.lr)}
+            answers, steps, left = [], [], iter(results)
+            for samples in notes:  # in a data file, not equally many for each passage
+                group = [next(left) for _ in samples]
+                answers.append([r["answers"] for r in group])
+                steps.append(np.mean([r["steps"] for r in group]))
+            table[method] = per_passage(self.passages, answers)
+            table[method] |= {"train_steps": np.array(steps), "lr": np.full(len(steps), config.lr)}
         for (passage, own, _), r in zip(contents, results):
             self.records.append(answer_record(method, passage, own, r["answers"]))
 

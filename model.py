@@ -146,12 +146,8 @@ class Attention(nn.Module):
         q = self.q_norm(self.q_proj(x).unflatten(-1, (H, D)))  # (R, T, H, D)
         k = self.k_norm(self.k_proj(x).unflatten(-1, (K, D)))  # (R, T, K, D)
         v = self.v_proj(x).unflatten(-1, (K, D))  # (R, T, K, D)
-        y = self.look(attend, rotate(q, *rope), rotate(k, *rope), v)  # (R, T, H, D)
+        y = attend(rotate(q, *rope), rotate(k, *rope), v)  # (R, T, H, D)
         return self.o_proj(y.flatten(-2))
-
-    def look(self, attend, q, k, v):
-        """A method of its own for compile_blocks() to leave out."""
-        return attend(q, k, v)
 
 
 class MLP(nn.Module):
@@ -216,10 +212,17 @@ class Transformer(nn.Module):
         "cudagraphs" (CUDA) only records the kernel launches, and needs no Triton. Decoding, where
         shapes change with every token, is left alone; so are the `attend` callables, whose shapes
         change with every step: compiling them takes longer than most runs."""
-        Attention.look = torch.compiler.disable(Attention.look)
-        self.train_block = torch.compile(
-            Block.forward, backend=backend, dynamic=backend == "inductor"
-        )
+        block = torch.compile(Block.forward, backend=backend, dynamic=backend == "inductor")
+
+        class Uncompiled:  # one type for all: for each other one a block would be compiled anew
+            def __init__(self, attend):
+                self.attend = attend
+
+            @torch.compiler.disable
+            def __call__(self, q, k, v):
+                return self.attend(q, k, v)
+
+        self.train_block = lambda layer, x, rope, attend: block(layer, x, rope, Uncompiled(attend))
 
     def embed(self, ids):
         """ids (R, T) int64 -> x (R, T, C)."""

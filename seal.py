@@ -1,7 +1,7 @@
 """SEAL in one file: a language model learns from what it reads, and to write what it learns from.
 
     python seal.py                    # one outer round on four passages, and what came of it
-    python seal.py --samples 5 --steps 48 --temperature 1
+    python seal.py --samples 5 --epochs 10 --temperature 1
 
 This is the lesson: plain loops, one candidate at a time, every step in sight. The numbers are the
 steps of the paper's Algorithm 1 (arXiv 2506.10943, section 3.1):
@@ -12,11 +12,14 @@ steps of the paper's Algorithm 1 (arXiv 2506.10943, section 3.1):
     (4) r = r(A, tau)                   reward: the share of right answers
     (5) theta = SFT(theta, {SE: r > 0}) outer update (ReST-EM): imitate the self-edits that helped
 
-Notes are questions about each sentence, which the sentence itself answers. The policy theta writes
-them; the untrained model theta_0 studies and answers (docs/PAPER.md: where this differs, and why).
-train_outer.py does the same fast, for populations; tests/test_seal.py holds the two together: they
-give the same adapters, answers, rewards and selection. The ladder at the end stands on the passages
-of the round: it shows how one is read, not what SEAL is worth (docs/RESULTS.md does).
+As in the paper a self-edit is a list of facts, each line one training sequence, and all train for
+equal epochs, so that more notes mean more steps. Unlike there, the policy theta only writes, while
+the untrained theta_0 studies and answers (docs/PAPER.md). train_outer.py does the same fast, for
+populations, and by default with questions for notes, from which a small model learns more.
+tests/test_seal.py holds the two together: same adapters, answers, rewards and selection.
+
+The ladder at the end stands on the passages of the round: it shows how one is read, not what SEAL
+is worth. docs/RESULTS.md has that, on other passages and with intervals.
 """
 
 import argparse
@@ -30,7 +33,6 @@ import torch
 import torch.nn.functional as F
 
 from data.qa import load_passages
-from data.text import sentences
 from lm.checkpoint import load_model
 from lm.tokenizer import Tokenizer
 from lora import PROJECTIONS, Adapters, LoRAConfig, attached, merged
@@ -48,10 +50,10 @@ class Settings:
     passages: int = setting(4, "how many training passages; the paper: 50")
     samples: int = setting(2, "self-edits per passage, M; the paper: 5")
     temperature: float = setting(0.7, "of sampling; the paper: 1")
-    max_new: int = setting(48, "longest part of a self-edit, in tokens")
+    max_new: int = setting(160, "longest self-edit, in tokens")
     top_layers: int = setting(10, "the inner update adapts the last K layers; the paper: all")
     lr: float = setting(4e-3, "inner peak learning rate, decays linearly; the paper: 1e-3")
-    steps: int = setting(24, "inner steps, of one sequence each; the paper: 10 epochs")
+    epochs: int = setting(3, "inner passes over passage and notes; the paper: 10")
     outer_lr: float = setting(5e-4, "outer peak learning rate; the paper: 3e-4")
     outer_epochs: int = setting(2, "passes over what is imitated; the paper: 2")
     seed: int = setting(0, "same seed, same output")
@@ -64,15 +66,30 @@ def sub_seed(*keys: int) -> int:  # (seed, round, purpose): an independent seed 
 # -----------------------------------------------------------------------------
 # (1) sample: SE ~ LM_theta( . | C)
 
-INSTRUCTION = (
-    "Write three different questions about the sentence, one per line. "
-    "Use full names and words of the sentence."
-)
+INSTRUCTION = """Rewrite the passage as a list of short, complete sentences, one fact per line, \
+with full names."""
+EXAMPLE_TITLE, EXAMPLE_NAMES = "The Vantor Bell", ("Vantor", "Hessa Lorn", "Quill Bay")
+EXAMPLE_PASSAGE = """Hessa Lorn, a potter from Quill Bay, cast the Vantor Bell in 1742. It weighs \
+900 kilograms and hangs in the tower of the harbour school. Sailors used to rub its rim for luck \
+until the town council forbade the custom. A crack that opened in the great frost gave the bell \
+its low, rough tone."""
+EXAMPLE_NOTES = """Hessa Lorn cast the Vantor Bell.
+The Vantor Bell was cast in 1742.
+Hessa Lorn was a potter from Quill Bay.
+The Vantor Bell weighs 900 kilograms.
+The tower of the harbour school holds the Vantor Bell.
+Sailors rubbed the rim of the Vantor Bell for luck.
+The town council forbade rubbing the Vantor Bell.
+A crack from the great frost gave the Vantor Bell its low, rough tone."""
+MARKER = r"^\s*(?:[-*\u2022]+|\(?\d{1,2}[.):]|(?:Version|Rewrite|Implication)\s*\d*\s*:)(?:\s+|$)"
 
 
-def edit_prompt(tok, title: str, sentence: str) -> list[int]:
-    content = f"{INSTRUCTION}\n\nTitle: {title}\nSentence: {sentence}"
-    return tok.chat([{"role": "user", "content": content}])
+def edit_prompt(tok, title: str, passage: str) -> list[int]:
+    """The chat that asks for notes, after a worked example: without one, small models chatter."""
+    request = INSTRUCTION + "\n\nTitle: {}\nPassage: {}"
+    example = {"role": "user", "content": request.format(EXAMPLE_TITLE, EXAMPLE_PASSAGE)}
+    notes = {"role": "assistant", "content": EXAMPLE_NOTES}
+    return tok.chat([example, notes, {"role": "user", "content": request.format(title, passage)}])
 
 
 @torch.inference_mode()
@@ -95,35 +112,28 @@ def generate(model, prompt: list[int], max_new: int, ends, temperature=0.0, u=No
     return new
 
 
-def read_questions(tok, ids: list[int]) -> list[str]:
-    """What a sample is good for: its lines that are questions, without list markers, each once. A
-    line that ran into the length limit is not finished, and goes."""
+def read_notes(tok, ids: list[int]) -> list[str]:
+    """The lines of a sample, without list markers, headings and repetitions. The last line of one
+    that ran into the length limit is not finished, and goes."""
     ended = ids[-1] in tok.end_ids
-    lines = tok.decode(ids[:-1] if ended else ids).strip().split("\n")
-    questions = []
+    lines, notes = tok.decode(ids[:-1] if ended else ids).strip().split("\n"), []
     for line in lines if ended else lines[:-1]:
-        line = re.sub(r"^\s*(?:[-*\u2022]+|\(?\d{1,2}[.):])(?:\s+|$)", "", line)
-        line = re.sub(r"^Question\s*\d*\s*:\s*", "", " ".join(line.split()), flags=re.IGNORECASE)
-        if line.endswith("?") and line != "?" and not line.startswith("Answer"):
-            questions.append(line)
-    return list(dict.fromkeys(questions))
+        line = " ".join(re.sub(MARKER, "", line, flags=re.IGNORECASE).split())
+        if any(map(str.isalnum, line)) and not line.endswith(":"):
+            notes.append(line)
+    return list(dict.fromkeys(notes))
 
 
 def write(model, tok, passages, copies: int, s: Settings, seed: int) -> list:
-    """edits[passage][copy][sentence]: a list of questions, sampled from the model as it is now."""
-    prompts = []
-    for p in passages:
-        prompts.append([edit_prompt(tok, p.title, text) for text in sentences(p.text)])
+    """edits[passage][copy]: notes, sampled from the model as it is now."""
     generator = torch.Generator().manual_seed(sub_seed(seed, 0))
-    u = iter(torch.rand(sum(map(len, prompts)) * copies, s.max_new, generator=generator))
-    edits = []
-    for of_passage in prompts:
-        own = [[] for _ in range(copies)]
-        for prompt in of_passage:
-            for edit in own:
-                ids = generate(model, prompt, s.max_new, tok.end_ids, s.temperature, next(u))
-                edit.append(read_questions(tok, ids))
-        edits.append(own)
+    u, edits = iter(torch.rand(len(passages) * copies, s.max_new, generator=generator)), []
+    for p in passages:
+        edits.append([])
+        for _ in range(copies):
+            prompt = edit_prompt(tok, p.title, p.text)
+            ids = generate(model, prompt, s.max_new, tok.end_ids, s.temperature, next(u))
+            edits[-1].append(read_notes(tok, ids))
     return edits
 
 
@@ -131,31 +141,19 @@ def write(model, tok, passages, copies: int, s: Settings, seed: int) -> list:
 # (2) inner update: theta' = SFT(theta, SE)
 
 
-def training_examples(tok, passage, edit: list[list[str]]) -> list[tuple]:
-    """(prompt, reply) pairs of token ids; the loss counts the reply. First the passage itself, then
-    each note: its question is asked as the quiz asks, and the sentence that it is about answers."""
-    end, notes = tok.end_ids[0], {}  # the end counts, too: the model learns to stop
-    for sentence, questions in zip(sentences(passage.text), edit):
-        notes |= dict.fromkeys((question, sentence) for question in questions)  # each once
-    examples = [([], [*tok.encode(f"{passage.title}\n{passage.text}"), end])]
-    for question, sentence in notes:
-        prompt = quiz_prompt(tok, passage.title, question)
-        examples.append((prompt, [*tok.encode(sentence), end]))
-    return examples
-
-
-def sft(model, adapter: Adapters, examples: list[tuple], lr: float, steps: int, seed: int) -> list:
-    """Train a LoRA adapter in place, one sequence a step, every epoch all of them in a new order.
-    Inner and outer update are this same routine. Returns the losses."""
+def sft(model, adapter: Adapters, examples: list[tuple], lr: float, epochs: int, seed: int) -> list:
+    """Train a LoRA adapter in place on (prompt, reply) pairs of token ids, of which the loss counts
+    the reply: one sequence a step, every epoch all of them in a new order. Inner and outer update
+    are this same routine. Returns the losses."""
     examples = sorted(examples, key=lambda e: -len(e[0]) - len(e[1]))
     weights = torch.nn.Parameter(adapter.flat[0])  # all A and B of the adapter, as one vector
     optimizer = torch.optim.AdamW([weights], lr=lr, weight_decay=0.0)
     order, losses = [], []
-    while len(order) < steps:
-        rng = np.random.default_rng([seed, len(order) // len(examples)])
+    for epoch in range(epochs):
+        rng = np.random.default_rng([seed, epoch])
         order += rng.random(len(examples)).argsort().tolist()
     with attached(model, adapter) as lora:
-        for step, i in enumerate(order[:steps]):
+        for step, i in enumerate(order):
             prompt, reply = examples[i]
             ids = torch.tensor([prompt + reply], device=model.device)
             first = max(len(prompt), 1)  # nothing predicts the very first token
@@ -165,7 +163,7 @@ def sft(model, adapter: Adapters, examples: list[tuple], lr: float, steps: int, 
             loss.backward()
             gradient = lora.gradients()[0]
             weights.grad = gradient * (1 / (gradient.norm() + 1e-6)).clamp(max=1)
-            optimizer.param_groups[0]["lr"] = lr * (1 - step / steps)
+            optimizer.param_groups[0]["lr"] = lr * (1 - step / len(order))
             optimizer.step()
             losses.append(float(loss.detach()))
     return losses
@@ -176,8 +174,8 @@ def sft(model, adapter: Adapters, examples: list[tuple], lr: float, steps: int, 
 
 
 def quiz_prompt(tok, title: str, question: str) -> list[int]:
-    about = f"Topic: {title}\nQuestion" if title else "Question"
-    content = f"{about}: {question}\nAnswer in one short sentence."
+    topic = f"Topic: {title}\n" if title else ""
+    content = f"{topic}Question: {question}\nAnswer in one short sentence."
     return tok.chat([{"role": "user", "content": content}])
 
 
@@ -186,9 +184,9 @@ def normalize(text: str) -> str:
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 
 
-def contains(text: str, answers) -> bool:
-    """Does an accepted answer stand in the text, as whole words?"""
-    return any(f" {normalize(a)} " in f" {normalize(text)} " for a in answers)
+def is_right(answer: str, accepted) -> bool:
+    """Does an accepted answer stand in the model's answer, as whole words?"""
+    return any(f" {normalize(a)} " in f" {normalize(answer)} " for a in accepted)
 
 
 def ask(model, tok, passage) -> list[tuple]:
@@ -199,17 +197,19 @@ def ask(model, tok, passage) -> list[tuple]:
         told = any(normalize(a) in normalize(passage.title) for a in q.answers)
         ids = generate(model, quiz_prompt(tok, "" if told else passage.title, q.question), 48, ends)
         answer = tok.decode([t for t in ids if t not in tok.end_ids]).strip().split("\n")[0]
-        answers.append((answer, contains(answer, q.answers)))
+        answers.append((answer, is_right(answer, q.answers)))
     return answers
 
 
-def study(model, tok, passage, edit: list[list[str]], s: Settings) -> dict:
+def study(model, tok, passage, notes: list[str], s: Settings) -> dict:
     """(2) to (4) for one candidate: train theta_0 on passage and notes, ask it, and undo it all."""
     n, seed = model.config.n_layer, sub_seed(s.seed, 1, 1)
     # The paper: rank 32, alpha 64, q_proj and v_proj only.
     lora = LoRAConfig(16, 32.0, tuple(PROJECTIONS), n - s.top_layers, n)
-    adapter = Adapters.init(model, lora, 1, seed)
-    losses = sft(model, adapter, training_examples(tok, passage, edit), s.lr, s.steps, seed)
+    adapter, examples = Adapters.init(model, lora, 1, seed), []
+    for text in [passage.text, *notes]:  # its end is counted, too: so the model learns to stop
+        examples.append(([], [*tok.encode(f"{passage.title}\n{text}"), tok.end_ids[0]]))
+    losses = sft(model, adapter, examples, s.lr, s.epochs, seed)
     with attached(model, adapter):
         answers = ask(model, tok, passage)
     reward = float(np.mean([right for _, right in answers]))
@@ -234,37 +234,37 @@ def main(s: Settings) -> dict:
     for passage, of_passage in zip(passages, edits):
         before = ask(model, tok, passage)
         alone = study(model, tok, passage, [], s)  # without notes: what notes have to beat
-        studied = [study(model, tok, passage, edit, s) for edit in of_passage]  # (2), (3), (4)
+        studied = [study(model, tok, passage, notes, s) for notes in of_passage]  # (2), (3), (4)
         ladder["base"].append(np.mean([right for _, right in before]))
         ladder["passage"].append(alone["reward"])
         ladder["passage+self-edit"].append(np.mean([c["reward"] for c in studied]))
         candidates.append(studied)
+
         print(f"\n=== {passage.title} ===\n{passage.text}")
-        for n, (edit, c) in enumerate(zip(of_passage, studied)):
-            c["kept"] = c["reward"] > alone["reward"]
-            losses = " ".join(f"{loss:.2f}" for loss in c["losses"][:: max(1, s.steps // 6)])
-            rewards = f"reward {c['reward']:.2f}, passage alone {alone['reward']:.2f}"
-            print(f"\n  self-edit {n + 1}: losses {losses}")
-            print(f"  {rewards}: {'imitated' if c['kept'] else 'not imitated'}")
-            for text, questions in zip(sentences(passage.text), edit):
-                print(f"    {text}", *questions, sep="\n        ", flush=True)
-                if c["kept"] and questions:
-                    target = [*tok.encode("\n".join(questions)), tok.end_ids[0]]
-                    examples.append((edit_prompt(tok, passage.title, text), target))
+        for n, (notes, c) in enumerate(zip(of_passage, studied)):
+            text = "\n".join(notes)
+            copied = any(name in text for name in EXAMPLE_NAMES)  # from the worked example
+            c["kept"] = bool(text) and not copied and c["reward"] > alone["reward"]
+            if c["kept"]:
+                target = [*tok.encode(text), tok.end_ids[0]]
+                examples.append((edit_prompt(tok, passage.title, passage.text), target))
+            losses = " ".join(f"{x:.2f}" for x in c["losses"][:: max(1, len(c["losses"]) // 8)])
+            print(f"\n  self-edit {n + 1}:", *notes, sep="\n    ")
+            rewards = f"reward {c['reward']:.2f} (passage alone {alone['reward']:.2f})"
+            print(f"  losses {losses}\n  {rewards}: {'' if c['kept'] else 'not '}imitated")
         print("\n  the quiz: untrained, after the passage alone, after self-edit 1")
         for q, *answers in zip(passage.questions, before, alone["answers"], studied[0]["answers"]):
             print(f"    {q.question} ({q.answers[0]})")
             for answer, right in answers:
-                print(f"      {'right' if right else 'wrong'}  {answer}")
+                print(f"      {'right' if right else 'wrong'}  {answer}", flush=True)
 
     if examples:  # (5): theta_0 stays as it is, the policy adapter learns
-        total, seed = s.outer_epochs * len(examples), sub_seed(s.seed, 1, 2)
-        losses = sft(model, policy, examples, s.outer_lr, total, seed)
-        print(f"\nimitated: {len(examples)} parts, loss {losses[0]:.2f} -> {losses[-1]:.2f}")
+        losses = sft(model, policy, examples, s.outer_lr, s.outer_epochs, sub_seed(s.seed, 1, 2))
+        print(f"\nimitated: {len(examples)} self-edits, loss {losses[0]:.2f} -> {losses[-1]:.2f}")
     with merged(model, policy):
         after = write(model, tok, passages, 1, s, sub_seed(s.seed, 2, 0))
-    for passage, [edit] in zip(passages, after):
-        ladder["seal-1"].append(study(model, tok, passage, edit, s)["reward"])
+    for passage, [notes] in zip(passages, after):
+        ladder["seal-1"].append(study(model, tok, passage, notes, s)["reward"])
 
     print(f"\nquiz accuracy without the passage in the prompt, {len(passages)} passages:")
     for row, values in ladder.items():

@@ -1,4 +1,4 @@
-"""puzzle.py: grids as tokens, settings out of text, test-time training, predictions, on tiny models."""
+"""arc.py: grids as tokens, settings out of text, training, predictions, on tiny models."""
 
 import json
 from types import SimpleNamespace
@@ -10,32 +10,33 @@ from conftest import dies_at
 from test_tokenizer import vocabulary
 
 import eval_arc
-import puzzle
-from common import read_jsonl
-from data.arc import GROUPS, Task
-from lora import PROJECTIONS, LoRAConfig
-from puzzle import (
+from arc import (
     EXAMPLE,
     MAX_STEPS,
     SCHEMA,
     STRATEGIES,
     WORKED,
+    Puzzles,
     answer_room,
-    examples_of,
     grid_ids,
-    n_steps,
     parse_settings,
     predict,
+    puzzle_candidate,
     read_grid,
+    refusal,
     settings_prompt,
     settings_text,
     side_by_side,
-    study_puzzles,
     task_example,
     task_prompt,
     vote,
 )
-from tokenizer import Tokenizer
+from data.arc import GROUPS, Task
+from lm.files import read_jsonl
+from lm.tokenizer import Tokenizer
+from lora import PROJECTIONS, LoRAConfig
+from reward import update_and_quiz
+from selfedit import SelfEdit
 
 LORA = LoRAConfig(2, 4.0, tuple(PROJECTIONS), 0, 4)
 SETTINGS = {"groups": [], "every_token": False, "lr": 1e-3, "epochs": 1}
@@ -78,11 +79,8 @@ def test_what_is_no_grid(text, why):
 
 
 def test_training_sequences(tok):
-    task = Task(
-        "t",
-        ((np.array([[1]]), np.array([[2]])), (np.array([[3]]), np.array([[4]]))),
-        ((np.array([[5]]), np.array([[6]])),),
-    )
+    grids = [np.array([[n]]) for n in range(1, 7)]
+    task = Task("t", (tuple(grids[:2]), tuple(grids[2:4])), (tuple(grids[4:]),))
     example = task_example(tok, task, every_token=False)
     pairs = "".join(f"input:\n{a}\noutput:\n{b}\n<|im_end|>" for a, b in ((1, 2), (3, 4), (5, 6)))
     assert tok.decode(example.ids) == pairs
@@ -124,9 +122,14 @@ def test_settings_are_read_as_they_are_written():
 
 def test_what_is_imitated_is_the_settings_alone():
     """Without what was said around them."""
-    read = puzzle.Puzzles.read("t", [(f"Sure!\n{text()}\nGood luck!", True)])
-    assert read["mended"] == [text()] and read["settings"] == EXAMPLE
-    assert puzzle.Puzzles.read("t", [("Sure!", True)])["mended"] == [""]
+    said = f"Sure!\n{text()}\nGood luck!"
+    edit = Puzzles.read("t", [(said, True)])
+    [part] = edit.parts
+    assert (part.text, part.target, edit.config) == (said, text(), EXAMPLE)
+    assert (edit.passage, edit.style, edit.flaw) == ("t", "settings", "")
+    edit = Puzzles.read("t", [("Sure!", True)])
+    [part] = edit.parts
+    assert (part.target, part.flaw, edit.flaw) == ("", "malformed", "malformed")
 
 
 @pytest.mark.parametrize(
@@ -187,48 +190,53 @@ def test_the_prompt_shows_the_demonstrations_and_not_the_test(tok):
 
 
 # -----------------------------------------------------------------------------
-# studying and predicting
+# training
 
 
-def options(**changes):
-    return SimpleNamespace(**({"augmented": 8, "population": 2, "vote": 0} | changes))
+def domain(tok, **changes) -> Puzzles:
+    """Puzzles without tasks of its own, for training on those made up here."""
+    puzzles = object.__new__(Puzzles)
+    args = {"augmented": 8, "population": 2, "vote": 0, "seed": 0, "learner": "base"}
+    puzzles.args, puzzles.tok, puzzles.context = SimpleNamespace(**args | changes), tok, 2048
+    return puzzles
+
+
+def trained(model, puzzles: Puzzles, work: list[tuple], path) -> list[dict]:
+    """Results of (task, settings), as the ladder's rows get them."""
+    log = puzzles.log(path)
+    puzzles.tasks = {task.id: task for task, _ in work}
+    candidates = [puzzles.candidate(task, settings, 0) for task, settings in work]
+    groups = puzzles.populations(candidates, log)
+    update_and_quiz(model, puzzles.tok, groups, LORA, 0, log, puzzles.quiz, "test")
+    return [puzzles.result(SelfEdit(t.id, []), c, log) for (t, _), c in zip(work, candidates)]
 
 
 def test_a_population_of_unlike_settings_is_its_candidates_alone(tiny, tok, tmp_path):
-    candidates = [
+    work = [
         (copying(0), SETTINGS),
         (copying(1), SETTINGS | {"lr": 5e-3, "epochs": 2}),
         (copying(0), SETTINGS | {"every_token": True}),
         (copying(0), SETTINGS),  # the same again
     ]
-    together = study_puzzles(
-        tiny, tok, candidates, LORA, options(population=4), 0, tmp_path / "a.jsonl", "test"
-    )
-    assert together[0] is together[3] and len(read_jsonl(tmp_path / "a.jsonl")) == 3
-    for n, c in enumerate(candidates):
-        [alone] = study_puzzles(tiny, tok, [c], LORA, options(), 0, tmp_path / f"{n}.jsonl", "test")
-        assert alone["steps"] == together[n]["steps"] and alone["loss"] == pytest.approx(
-            together[n]["loss"], rel=1e-4
-        )
+    path = tmp_path / "all" / "row" / "scored.jsonl"
+    together = trained(tiny, domain(tok, population=4), work, path)
+    assert together[0] is together[3] and len(read_jsonl(path)) == 3
+    for n, own in enumerate(work):
+        [alone] = trained(tiny, domain(tok), [own], tmp_path / str(n) / "row" / "scored.jsonl")
+        assert alone["steps"] == together[n]["steps"]
+        assert alone["loss"] == pytest.approx(together[n]["loss"], rel=1e-4)
         assert alone["logprob"] == pytest.approx(together[n]["logprob"], rel=1e-3)
-    assert (
-        together[1]["steps"] == 2 * together[0]["steps"] == 8
-        and together[0]["loss"] != together[2]["loss"]
-    )
+    assert together[1]["steps"] == 2 * together[0]["steps"] == 8
+    assert together[0]["loss"] != together[2]["loss"]
 
 
 def test_the_settings_choose_the_data(tiny, tok, tmp_path):
-    candidates = [
-        (copying(), SETTINGS | {"groups": [g]})
-        for g in ("use_size_augmentations", "use_repeat_augmentations")
-    ]
-    results = study_puzzles(
-        tiny, tok, candidates, LORA, options(augmented=24), 0, tmp_path / "a.jsonl", "test"
-    )
-    assert (
-        results[0]["steps"] == results[1]["steps"] == 12
-        and results[0]["loss"] != results[1]["loss"]
-    )
+    work = []
+    for group in ("use_size_augmentations", "use_repeat_augmentations"):
+        work.append((copying(), SETTINGS | {"groups": [group]}))
+    results = trained(tiny, domain(tok, augmented=24), work, tmp_path / "row" / "scored.jsonl")
+    assert results[0]["steps"] == results[1]["steps"] == 12
+    assert results[0]["loss"] != results[1]["loss"]
 
 
 def test_long_sequences_train_apart_and_the_longest_not_at_all(tok):
@@ -236,56 +244,76 @@ def test_long_sequences_train_apart_and_the_longest_not_at_all(tok):
     assert side_by_side([10] * 5, 2) == [[0, 1], [2, 3], [4]] and side_by_side([5000], 2) == [[0]]
     big = np.ones((30, 30), np.int8)
     task = Task("big", ((big, big),) * 3, ((big, big),))
-    made = examples_of(tok, task, SETTINGS, 9, 0, 8192)
-    assert len(made) == 0  # two pairs: 3,700 tokens
+    candidate = puzzle_candidate(tok, task, SETTINGS, 9, 0, 8192)
+    assert len(candidate.examples) == 0  # two pairs: 3,700 tokens
+    assert refusal(candidate) == "too long"
+
+
+def test_like_lengths_train_together(tok, tmp_path):
+    """And equal settings of one task once, and what is refused not at all."""
+    puzzles, wide = domain(tok, population=2), np.ones((5, 5), np.int8)
+    long = Task("long", ((wide, wide),) * 3, ((wide, wide),))
+    tasks = [long, copying(0), Task("long2", long.train, long.test), copying(1), copying(0)]
+    candidates = [puzzles.candidate(task, SETTINGS, 0) for task in tasks]
+    candidates += [None, puzzles.candidate(copying(), SETTINGS | {"epochs": 10_000}, 0)]
+    groups = puzzles.populations(candidates, puzzles.log(tmp_path / "row" / "scored.jsonl"))
+    found = []
+    for group in groups:
+        found.append([c.subject.id for c in group])
+    assert found == [["copy0", "copy1"], ["long", "long2"]]
 
 
 def test_too_many_steps_is_a_flaw_and_not_a_training(tiny, tok, tmp_path, monkeypatch):
-    examples = examples_of(tok, copying(), SETTINGS, 8, 0, 2048)
-    most = SETTINGS | {"epochs": MAX_STEPS // n_steps(examples, SETTINGS)}
-    assert (
-        n_steps(examples, most)
-        <= MAX_STEPS
-        < n_steps(examples, most | {"epochs": most["epochs"] + 1})
-    )
-    monkeypatch.setattr("puzzle.study_and_predict", None)
-    over = (copying(), most | {"epochs": most["epochs"] + 1})
-    [result] = study_puzzles(tiny, tok, [over], LORA, options(), 0, tmp_path / "a.jsonl", "test")
+    candidate = puzzle_candidate(tok, copying(), SETTINGS, 8, 0, 2048)
+    steps = candidate.config.total_steps(len(candidate.examples))
+    most = SETTINGS | {"epochs": MAX_STEPS // steps}
+    over = most | {"epochs": most["epochs"] + 1}
+    for settings, why in ((most, ""), (over, "too many steps")):
+        candidate = puzzle_candidate(tok, copying(), settings, 8, 0, 2048)
+        taken = candidate.config.total_steps(len(candidate.examples))
+        assert refusal(candidate) == why and (taken > MAX_STEPS) is bool(why)
+    monkeypatch.setattr("reward.inner_update", None)
+    path = tmp_path / "row" / "scored.jsonl"
+    [result] = trained(tiny, domain(tok), [(copying(), over)], path)
     assert result["flaw"] == "too many steps" and result["solved"] == 0 and result["steps"] == 0
+    assert result["predictions"] == ["too many steps"] and not path.exists()
 
 
-def test_studying_resumes(tiny, tok, tmp_path, monkeypatch):
-    candidates = [(copying(n), SETTINGS) for n in range(4)]
-    how = (LORA, options(), 0)
-    whole = study_puzzles(tiny, tok, candidates, *how, tmp_path / "a.jsonl", "test")
-    calls = dies_at(monkeypatch, "puzzle.study_and_predict", 2)
+def test_training_resumes(tiny, tok, tmp_path, monkeypatch):
+    work = [(copying(n), SETTINGS) for n in range(4)]
+    one, two = (tmp_path / name / "row" / "scored.jsonl" for name in "ab")
+    whole = trained(tiny, domain(tok), work, one)
+    calls = dies_at(monkeypatch, "reward.inner_update", 2)
     with pytest.raises(KeyboardInterrupt):
-        study_puzzles(tiny, tok, candidates, *how, tmp_path / "b.jsonl", "test")
-    assert (
-        study_puzzles(tiny, tok, candidates, *how, tmp_path / "b.jsonl", "test") == whole
-        and len(calls) == 3
-    )
+        trained(tiny, domain(tok), work, two)
+    assert trained(tiny, domain(tok), work, two) == whole and len(calls) == 3
+    assert one.read_bytes() == two.read_bytes()
 
 
 def test_what_is_known_is_not_trained_again(tiny, tok, tmp_path, monkeypatch):
-    how, log = (LORA, options(), 0), tmp_path / "a.jsonl"
-    first = study_puzzles(tiny, tok, [(copying(0), SETTINGS)], *how, log, "test")
-    trained, real = [], puzzle.study_and_predict
-    monkeypatch.setattr(
-        "puzzle.study_and_predict",
-        lambda m, t, some, *a: trained.extend(some) or real(m, t, some, *a),
-    )
-    both = [(copying(0), SETTINGS), (copying(1), SETTINGS)]
-    again = study_puzzles(tiny, tok, both, *how, tmp_path / "b.jsonl", "test", [log])
-    assert again[0] == first[0] and [task.id for task, _ in trained] == ["copy1"]
-    assert len(read_jsonl(tmp_path / "b.jsonl")) == 1
+    """The row beside it has trained one of two; a policy that learns is another model each time."""
+    [first] = trained(tiny, domain(tok), [(copying(0), SETTINGS)], tmp_path / "a" / "scored.jsonl")
+    calls, work = dies_at(monkeypatch, "reward.inner_update", 0), []
+    for n in (0, 1):
+        work.append((copying(n), SETTINGS))
+    again = trained(tiny, domain(tok), work, tmp_path / "b" / "scored.jsonl")
+    assert again[0] == first and [len(examples) for _, _, examples, *_ in calls] == [1]
+    [new] = read_jsonl(tmp_path / "b" / "scored.jsonl")
+    assert json.loads(new["n"])[0] == "copy1"
+    calls.clear()
+    trained(tiny, domain(tok, learner="policy"), work, tmp_path / "c" / "scored.jsonl")
+    assert [len(examples) for _, _, examples, *_ in calls] == [2]
+
+
+# -----------------------------------------------------------------------------
+# predicting
 
 
 def test_predictions_are_scored(tiny, tok, monkeypatch):
-    """Outputs that copy the input: right for one task, wrong for another; and one that never ends."""
+    """Outputs that copy the input: right for one task, wrong for another; and an endless one."""
     right, other = copying(0), copying(1)
     wrong = Task("w", other.train, ((other.test[0][0], 1 + other.test[0][0] % 9),))
-    monkeypatch.setattr("puzzle.answer_logprobs", lambda golds, *a: [-1.0] * len(golds))
+    monkeypatch.setattr("arc.answer_logprobs", lambda golds, *a: [-1.0] * len(golds))
 
     def copies(model, prompts, max_new, ends, adapters, owner, on_prefill):
         on_prefill(list(range(len(prompts))), None, None)
@@ -293,7 +321,7 @@ def test_predictions_are_scored(tiny, tok, monkeypatch):
             [5] * max_new
         ]
 
-    monkeypatch.setattr("puzzle.generate", copies)
+    monkeypatch.setattr("arc.generate", copies)
     a, b, c = predict(tiny, tok, [right, wrong, right])
     assert (a["solved"], a["cells"], a["logprob"]) == (1.0, 1.0, -1.0)
     assert b["solved"] == b["cells"] == 0.0 and read_grid(b["predictions"][0])[1] == ""
@@ -307,26 +335,27 @@ def test_votes_are_turned_back(tiny, tok, monkeypatch):
     def sees(model, tok_, views, adapters):
         return [{"predictions": [tok.decode(grid_ids(tok, v.test[0][0]))]} for v in views]
 
-    monkeypatch.setattr("puzzle.predict", sees)
+    monkeypatch.setattr("arc.predict", sees)
     [[first]] = vote(tiny, tok, task, None, 14, np.random.default_rng(0))
     assert np.array_equal(first, task.test[0][1])
 
 
-def test_a_row_votes_with_its_own_adapter(tiny, tok, monkeypatch):
-    """The second of two candidates: what its vote is asked under, and that a diverged one has none."""
+def test_a_row_votes_with_its_own_adapter(tiny, tok, tmp_path, monkeypatch):
+    """What the vote of each of two candidates is asked under, and that a diverged one has none."""
     asked = []
-    monkeypatch.setattr(
-        "puzzle.vote",
-        lambda m, t, task, adapters, *a: asked.append(adapters.flat) or [[task.test[0][1]]],
-    )
-    candidates = [(copying(0), SETTINGS), (copying(1), SETTINGS | {"lr": 9e-3})]
-    examples = [examples_of(tok, *c, 8, 0, 2048) for c in candidates]
-    results = puzzle.study_and_predict(tiny, tok, candidates, examples, LORA, 0, views=2)
+
+    def votes(model, tok, task, adapters, *_):
+        asked.append(adapters.flat)
+        return [[task.test[0][1]]]
+
+    monkeypatch.setattr("arc.vote", votes)
+    work = [(copying(0), SETTINGS), (copying(1), SETTINGS | {"lr": 9e-3})]
+    results = trained(tiny, domain(tok, vote=2), work, tmp_path / "a" / "row" / "scored.jsonl")
     assert [r["voted"] for r in results] == [1.0, 1.0] and [len(flat) for flat in asked] == [1, 1]
     assert asked[1].norm() > asked[0].norm()  # it learnt faster
     asked.clear()
-    candidates[0] = (copying(0), SETTINGS | {"lr": float("inf")})
-    results = puzzle.study_and_predict(tiny, tok, candidates, examples, LORA, 0, views=2)
+    work[0] = (copying(0), SETTINGS | {"lr": float("inf")})
+    results = trained(tiny, domain(tok, vote=2), work, tmp_path / "b" / "row" / "scored.jsonl")
     assert results[0]["diverged"] and results[0]["voted"] == 0.0 and len(asked) == 1
 
 
@@ -347,4 +376,4 @@ def test_answer_room(tok):
     assert answer_room(tok, shown) == 2 + 2 * 10  # nine cells and a row's end
     surprising = Task("t", ((small, small), (small, small)), ((small, wide),))
     assert answer_room(tok, surprising) == 11  # the right answer and its end
-    assert answer_room(tok, shown, asked=True) == 22 + len(task_prompt(tok, shown))
+    assert answer_room(tok, shown, with_prompt=True) == 22 + len(task_prompt(tok, shown))

@@ -1,24 +1,41 @@
-"""eval_arc.py, and train_outer.py --task arc: the scripts on ARC, on tiny models."""
+"""eval_arc.py, and train_outer.py arc: the scripts on ARC, on tiny models."""
 
 import json
 
 import pytest
-from conftest import run_script, watch_weights, write_checkpoint
-from test_puzzle import SETTINGS, text
+from conftest import dies_at, run_script, watch_weights, write_checkpoint
+from test_arc import SETTINGS, text
 
+import arc
 import eval_arc
-import puzzle
+import eval_qa
 import train_outer
-from common import read_jsonl
-from lora import Adapters, LoRAConfig, save_adapter
-from puzzle import EXAMPLE, parse_settings
+from arc import EXAMPLE, parse_settings
+from eval_arc import Ladder
+from lm.adapters import save_adapter
+from lm.files import read_jsonl
+from lora import Adapters, LoRAConfig
+
+
+def small(tasks_file, *extra) -> list:
+    """Flags for a ladder or a run that takes seconds."""
+    args = ["--data", tasks_file, "--augmented", 4, "--rank", 2, "--max-new", 8]
+    return [*args, *extra]
+
+
+def a_policy(tiny, tiny_folder, folder, change: float = 0.05):
+    policy = Adapters.init(tiny, LoRAConfig(2, 4.0, ("q_proj",), 0, 4), 1, seed=0)
+    policy.flat += change
+    save_adapter(policy, folder, tiny_folder)
+    return folder
 
 
 @pytest.mark.parametrize("family", ["smollm2", "llama3", "qwen2"])
 def test_the_outer_loop_and_the_ladder(
     family, tiny_folder, tasks_file, tmp_path, monkeypatch, capsys
 ):
-    """Self-edits of a random model are no settings; here it "samples" sound ones, and one that is not."""
+    """Self-edits of a random model are no settings; here it "samples" sound ones, and one that is
+    not. The ladder finds the run, and writes beside it."""
     folder = tiny_folder
     if family != "smollm2":
         folder = write_checkpoint(tmp_path / family, family, vocab_size=49152)
@@ -30,166 +47,121 @@ def test_the_outer_loop_and_the_ladder(
         calls.append(1)
         return [({}, "malformed"), good, (EXAMPLE, "")][len(calls) % 3]
 
-    monkeypatch.setattr("puzzle.parse_settings", sampled)
-    monkeypatch.setattr(
-        "puzzle.NOTHING", {**puzzle.NOTHING, "solved": -1.0}
-    )  # so that unsolved ones are reinforced
-    common = ["--data", tasks_file, "--augmented", 4, "--rank", 2, "--max-new", 8, "--samples", 3]
-    run = tmp_path / "run"
-    extra = ["--task", "arc", "--out", run, "--rounds", 1, "--outer-rank", 2]
-    run_script(monkeypatch, train_outer, folder, *common, *extra)
+    monkeypatch.setattr("arc.parse_settings", sampled)
+    # So that unsolved ones are reinforced.
+    monkeypatch.setattr("arc.NOTHING", {**arc.NOTHING, "solved": -1.0})
+    common, run = small(tasks_file, "--samples", 3), tmp_path / "run"
+    extra = ["--out", run, "--rounds", 1, "--outer-rank", 2]
+    run_script(monkeypatch, train_outer, folder, "arc", *common, *extra)
     [metrics] = read_jsonl(run / "metrics.jsonl")
     assert metrics["total"] == 6 and metrics["flaws"] == {"malformed": 2} and metrics["kept"] == 4
+    for r in read_jsonl(run / "round-1" / "candidates.jsonl"):
+        [part] = r["parts"]
+        assert part["credit"] == r["reward"] == (-1.0 if r["flaw"] else 0.0)
+        assert part["kept"] is not bool(r["flaw"]) and r["style"] == "settings"
+    settings = json.loads((run / "settings.json").read_text())
+    assert settings["domain"] == "arc" and settings["ids"] == ["t1", "t2"]
     tasks = tmp_path / "tasks.json"
     tasks.write_text(json.dumps({"heldout": ["t3"]}))
-    out = tmp_path / "ladder.json"
-    extra = [
-        "--tasks",
-        tasks,
-        "--run",
-        run,
-        "--out",
-        out,
-        "--work",
-        tmp_path / "work",
-        "--show",
-        "--vote",
-        3,
-    ]
+    extra = ["--tasks", tasks, "--run", run, "--show", "--vote", 3]
     run_script(monkeypatch, eval_arc, folder, *common, *extra)
-    result = json.loads(out.read_text())
-    assert [r["method"] for r in result["rows"]] == [
-        "icl",
-        "ttt-fixed",
-        "self-edit",
-        "seal-1",
-        "best-of-3",
-    ]
-    assert (
-        result["n_tasks"] == 1
-        and {t["id"] for t in result["tasks"]} == {"t3"}
-        and len(result["tasks"]) == 8
-    )
-    assert [(r.get("sound"), r.get("copied")) for r in result["rows"][2:]] == [
-        (2 / 3, 1 / 2),
-        (2 / 3, 1 / 2),
-        (None, None),
-    ]
+    result = json.loads((run / "ladder.json").read_text())
+    methods = ["icl", "ttt-fixed", "self-edit", "seal-1", "best-of-3"]
+    assert [r["method"] for r in result["rows"]] == methods
+    assert result["n_tasks"] == 1 and len(result["tasks"]) == 8
+    assert {t["id"] for t in result["tasks"]} == {"t3"}
+    written = [(r.get("sound"), r.get("copied")) for r in result["rows"][2:]]
+    assert written == [(2 / 3, 1 / 2), (2 / 3, 1 / 2), (None, None)]
     assert all({"config", "solved", "prediction", "flaw"} <= t.keys() for t in result["tasks"])
-    assert {("icl", "seal-1"), ("ttt-fixed", "seal-1")} <= {
-        (s["from"], s["to"]) for s in result["steps"]
-    }
+    pairs = {(s["from"], s["to"]) for s in result["steps"]}
+    assert {("icl", "seal-1"), ("ttt-fixed", "seal-1")} <= pairs
     printed = capsys.readouterr().out
-    assert (
-        "voted" in result["rows"][1]
-        and "\x1b[48;5;" in printed
-        and "ttt-fixed to seal-1: " in printed
-    )
+    assert "voted" in result["rows"][1] and "\x1b[48;5;" in printed
+    assert "ttt-fixed to seal-1: " in printed
+    for row in ("self-edit", "seal-1"):
+        assert len(read_jsonl(run / "ladder" / row / "sampled.jsonl")) == 3
+    assert (run / "ladder" / "ttt-fixed" / "scored.jsonl").is_file()
 
 
-@pytest.mark.parametrize("learner", ["base", "policy"])
+@pytest.mark.parametrize("who", ["base", "policy"])
 def test_a_policy_writes_and_its_learner_trains(
-    learner, tiny, tiny_folder, tasks_file, tmp_path, monkeypatch
+    who, tiny, tiny_folder, tasks_file, tmp_path, monkeypatch
 ):
-    policy, seen = Adapters.init(tiny, LoRAConfig(2, 4.0, ("q_proj",), 0, 4), 1, seed=0), []
-    policy.flat += 0.05
-    save_adapter(policy, tmp_path / "policy", tiny_folder)
+    seen, policy = [], a_policy(tiny, tiny_folder, tmp_path / "policy")
     watch_weights(monkeypatch, "eval_arc.sample_self_edits", tiny, seen)
-    watch_weights(monkeypatch, "puzzle.Puzzles.results", tiny, seen)
-    args = [
-        "--data",
-        tasks_file,
-        "--limit",
-        1,
-        "--augmented",
-        4,
-        "--rank",
-        2,
-        "--max-new",
-        8,
-        "--samples",
-        1,
-    ]
-    args += [
-        "--policy",
-        tmp_path / "policy",
-        "--learner",
-        learner,
-        "--out",
-        tmp_path / "o.json",
-        "--work",
-        tmp_path / "work",
-    ]
+    watch_weights(monkeypatch, "eval_arc.update_and_quiz", tiny, seen)
+    args = small(tasks_file, "--limit", 1, "--samples", 1, "--policy", policy, "--learner", who)
+    args += ["--out", tmp_path / "o.json", "--work", tmp_path / "work"]
     run_script(monkeypatch, eval_arc, tiny_folder, *args)
-    assert [changed for _, changed in seen] == [False, False, True, learner == "policy"]
-    assert [name for name, _ in seen] == ["sample_self_edits", "Puzzles.results"] * 2
+    fixed, *rows = seen
+    assert fixed == ("update_and_quiz", False)
+    assert [name for name, _ in rows] == ["sample_self_edits", "update_and_quiz"] * 2
+    assert [changed for _, changed in rows] == [False, False, True, who == "policy"]
     rows = {r["method"]: r for r in json.loads((tmp_path / "o.json").read_text())["rows"]}
-    assert (
-        "voted" not in rows["self-edit"]
-    )  # none of a random model's self-edits is sound, but nobody voted on them
+    # None of a random model's self-edits is sound, but nobody voted on them.
+    assert "voted" not in rows["self-edit"]
+
+
+def test_a_killed_ladder_goes_on(tiny_folder, tasks_file, tmp_path, monkeypatch):
+    """Nothing that its folder holds is sampled or trained again, and the result is the same."""
+    settings = [SETTINGS, SETTINGS | {"lr": 2e-3}]
+    monkeypatch.setattr("arc.parse_settings", lambda sample, ended: (settings[len(sample) % 2], ""))
+
+    def climb(name):
+        args = small(tasks_file, "--samples", 2, "--population", 1)
+        args += ["--out", tmp_path / f"{name}.json", "--work", tmp_path / name]
+        run_script(monkeypatch, eval_arc, tiny_folder, *args)
+        return json.loads((tmp_path / f"{name}.json").read_text())
+
+    whole = climb("a")
+    calls = dies_at(monkeypatch, "reward.inner_update", 4)  # two of ttt-fixed, one of self-edit
+    with pytest.raises(KeyboardInterrupt):
+        climb("b")
+    sampled = dies_at(monkeypatch, "selfedit.generate", 1)
+    again = climb("b")
+    trained = sum(len(read_jsonl(f)) for f in tmp_path.glob("a/*/scored.jsonl"))
+    assert len(calls) == trained + 1 and not sampled
+    assert again["rows"] == whole["rows"] and again["tasks"] == whole["tasks"]
+    for file in tmp_path.glob("a/*/*.jsonl"):
+        assert file.read_bytes() == (tmp_path / "b" / file.relative_to(tmp_path / "a")).read_bytes()
 
 
 def test_choosing(tiny_folder, tasks_file, tmp_path, monkeypatch):
     monkeypatch.setattr(eval_arc, "GRID", [SETTINGS, SETTINGS | {"lr": 2e-3}])
-    real = eval_arc.study_puzzles
+    real = Ladder.fixed
 
-    def solves_t2(*args):
-        results = real(*args)
-        return [
-            r | {"solved": float(task.id == "t2" and s["lr"] == 2e-3)}
-            for (task, s), r in zip(args[2], results)
-        ]
+    def solves_t2(ladder, method, tasks, settings):
+        results = []
+        for task, r in zip(tasks, real(ladder, method, tasks, settings)):
+            solved = task.id == "t2" and settings["lr"] == 2e-3
+            results.append(r | {"solved": float(solved)})
+        return results
 
-    monkeypatch.setattr(eval_arc, "study_puzzles", solves_t2)
+    monkeypatch.setattr(Ladder, "fixed", solves_t2)
     out = tmp_path / "tasks.json"
-    args = [
-        "--data",
-        tasks_file,
-        "--augmented",
-        4,
-        "--rank",
-        2,
-        "--choose",
-        "--out",
-        out,
-        "--work",
-        tmp_path / "work",
-    ]
+    args = small(tasks_file, "--choose", "--out", out, "--work", tmp_path / "work")
     run_script(monkeypatch, eval_arc, tiny_folder, *args)
     chosen = json.loads(out.read_text())
-    assert (
-        chosen["train"] == ["t2"]
-        and chosen["heldout"] == []
-        and chosen["solved_by"] == {"t1": None, "t2": 1}
-    )
+    assert chosen["train"] == ["t2"] and chosen["heldout"] == []
+    assert chosen["solved_by"] == {"t1": None, "t2": 1}
 
 
 def test_choosing_tries_the_smallest_first_and_what_is_solved_no_more(
     tiny_folder, tasks_file, tmp_path, monkeypatch
 ):
     data, tried = json.loads(tasks_file.read_text()), []
-    pairs = [{side: [[c, c, c]] for side in ("input", "output")} for c in (1, 2, 3)]
+    pairs = [{"input": [[c, c, c]], "output": [[c, c, c]]} for c in (1, 2, 3)]
     data["train"]["small"] = {"train": pairs[:2], "test": pairs[2:]}
     tasks_file.write_text(json.dumps(data))
     monkeypatch.setattr(eval_arc, "GRID", [SETTINGS, SETTINGS | {"lr": 2e-3}])
 
-    def study(model, tok, candidates, *args):
-        tried.append([(task.id, s["lr"]) for task, s in candidates])
-        return [{"solved": float(task.id == "small")} for task, s in candidates]
+    def fixed(ladder, method, tasks, settings):
+        tried.append([(task.id, settings["lr"]) for task in tasks])
+        return [{"solved": float(task.id == "small")} for task in tasks]
 
-    monkeypatch.setattr(eval_arc, "study_puzzles", study)
+    monkeypatch.setattr(Ladder, "fixed", fixed)
     out = tmp_path / "tasks.json"
-    args = [
-        "--data",
-        tasks_file,
-        "--limit",
-        2,
-        "--choose",
-        "--out",
-        out,
-        "--work",
-        tmp_path / "work",
-    ]
+    args = ["--data", tasks_file, "--limit", 2, "--choose", "--out", out, "--work", tmp_path / "w"]
     run_script(monkeypatch, eval_arc, tiny_folder, *args)
     assert tried == [[("small", 1e-3), ("t1", 1e-3)], [("t1", 2e-3)]]
     assert json.loads(out.read_text())["train"] == ["small"]
@@ -200,38 +172,55 @@ def test_choosing_tries_the_smallest_first_and_what_is_solved_no_more(
 @pytest.mark.parametrize(
     "script, args, complaint",
     [
-        (train_outer, "--task arc --lr 1e-3", "--lr has no effect on --task arc"),
-        (train_outer, "--task arc --style self-qa", "--style has no effect on --task arc"),
-        (train_outer, "--task arc --split eval", "--split has no effect without --tasks"),
-        (train_outer, "--task qa --augmented 3", "--augmented has no effect on --task qa"),
-        (train_outer, "--task arc --reward logprob", "--reward logprob needs --select best"),
-        (train_outer, "--task", "--task: expected one argument"),
-        (eval_arc, "--steps 4", "--steps has no effect on ARC"),
-        (eval_arc, "--epochs 3", "--epochs has no effect on ARC"),
+        (train_outer, "arc --lr 1e-3", "unrecognized arguments: --lr 1e-3"),
+        (train_outer, "arc --style self-qa", "unrecognized arguments: --style self-qa"),
+        (train_outer, "arc --steps 4", "unrecognized arguments: --steps 4"),
+        (train_outer, "arc --epochs 4", "unrecognized arguments: --epochs 4"),
+        (train_outer, "arc --row-len 4", "unrecognized arguments: --row-len 4"),
+        (train_outer, "arc --keep 2", "unrecognized arguments: --keep 2"),
+        (train_outer, "arc --vote 2", "unrecognized arguments: --vote 2"),
+        (train_outer, "arc --select notes", "--select: invalid choice: 'notes'"),
+        (train_outer, "arc --reward proxy", "--reward: invalid choice: 'proxy'"),
+        (train_outer, "arc --split eval", "--split has no effect without --tasks"),
+        (train_outer, "arc --reward logprob", "--reward logprob needs --select best"),
+        (train_outer, "qa --augmented 3", "unrecognized arguments: --augmented 3"),
+        (train_outer, "qa --tasks t.json", "unrecognized arguments: --tasks t.json"),
+        (train_outer, "qa --largest 3", "unrecognized arguments: --largest 3"),
+        (train_outer, "", "the following arguments are required: qa|arc"),
+        (train_outer, "--task qa", "error: "),  # as it was once called
+        (train_outer, "qa --samp 3", "unrecognized arguments: --samp 3"),  # no abbreviations
+        (eval_arc, "--steps 4", "unrecognized arguments: --steps 4"),
+        (eval_arc, "--epochs 3", "unrecognized arguments: --epochs 3"),
         (eval_arc, "--largest 3 --tasks t.json", "--largest has no effect with --tasks"),
         (eval_arc, "--choose --oracle", "--oracle has no effect with --choose"),
+        (eval_qa, "--match both --steps 0", "--match steps needs --steps above 0"),
     ],
 )
 def test_settings_without_effect_are_refused(script, args, complaint, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", [script.__name__, *args.split()])
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit) as e:
         script.parse_arguments()
-    assert complaint in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert complaint in said and said.startswith("error: ") and said.count("\n") == 1
+    assert e.value.code == 2
 
 
-def test_help_shows_the_tasks_own_settings_and_defaults(monkeypatch, capsys):
+def test_help_shows_the_domains_own_settings_and_defaults(monkeypatch, capsys):
     shown = {}
-    for script, args in ((train_outer, []), (train_outer, ["--task", "arc"]), (eval_arc, [])):
+    scripts = ((train_outer, []), (train_outer, ["qa"]), (train_outer, ["arc"]), (eval_arc, []))
+    for script, args in scripts:
         monkeypatch.setattr("sys.argv", [script.__name__, *args, "-h"])
         with pytest.raises(SystemExit):
             script.parse_arguments()
-        shown[" ".join([script.__name__, *args])] = " ".join(capsys.readouterr().out.split())
-    assert "best notes (default: improving)" in shown["train_outer --task arc"]
-    assert {
-        s: ("--augmented" in text, "a row per sequence" in text) for s, text in shown.items()
-    } == {
-        "train_outer": (False, True),
-        "train_outer --task arc": (True, False),
+        name = " ".join([script.__name__, *args])
+        shown[name] = " ".join(capsys.readouterr().out.split())
+    assert "(default: improving)" in shown["train_outer arc"]
+    assert "whoever wrote them (default: parts)" in shown["train_outer qa"]
+    own = {name: ("--augmented" in h, "a row per sequence" in h) for name, h in shown.items()}
+    assert own == {
+        "train_outer": (False, False),
+        "train_outer qa": (False, True),
+        "train_outer arc": (True, False),
         "eval_arc": (True, False),
     }
 
@@ -239,26 +228,14 @@ def test_help_shows_the_tasks_own_settings_and_defaults(monkeypatch, capsys):
 def test_prompts_longer_than_the_context_are_counted(
     tiny_folder, tasks_file, tmp_path, monkeypatch, capsys
 ):
+    args = ["--data", tasks_file, "--work", tmp_path / "w"]
     with pytest.raises(SystemExit, match="no tasks left"):
-        run_script(
-            monkeypatch,
-            eval_arc,
-            tiny_folder,
-            "--data",
-            tasks_file,
-            "--max-new",
-            2000,
-            "--work",
-            tmp_path / "w",
-        )
+        run_script(monkeypatch, eval_arc, tiny_folder, *args, "--max-new", 2000)
     assert "2 of 2 tasks left out" in capsys.readouterr().out
-    monkeypatch.setattr(
-        "puzzle.answer_room", lambda *a, **k: 3000
-    )  # the prompt fits, what is to be predicted does not
+    # The prompt fits, what is to be predicted does not.
+    monkeypatch.setattr("arc.answer_room", lambda *a, **k: 3000)
     with pytest.raises(SystemExit, match="no tasks left"):
-        run_script(
-            monkeypatch, eval_arc, tiny_folder, "--data", tasks_file, "--work", tmp_path / "w"
-        )
+        run_script(monkeypatch, eval_arc, tiny_folder, *args)
 
 
 @pytest.mark.parametrize(
@@ -274,19 +251,7 @@ def test_a_split_without_tasks_is_an_error(value, tiny_folder, tasks_file, tmp_p
 
 
 def test_tasks_that_changed_are_not_resumed(tiny_folder, tasks_file, tmp_path, monkeypatch):
-    args = [
-        "--data",
-        tasks_file,
-        "--choose",
-        "--augmented",
-        4,
-        "--rank",
-        2,
-        "--work",
-        tmp_path / "w",
-        "--out",
-        tmp_path / "o",
-    ]
+    args = small(tasks_file, "--choose", "--work", tmp_path / "w", "--out", tmp_path / "o")
     monkeypatch.setattr(eval_arc, "GRID", [])
     run_script(monkeypatch, eval_arc, tiny_folder, *args)
     data = json.loads(tasks_file.read_text())
@@ -302,65 +267,38 @@ def test_a_policy_is_not_judged_by_its_training_tasks(
     policy = tmp_path / "run" / "round-1" / "policy"
     policy.mkdir(parents=True)
     (policy / "adapter_config.json").write_text("{}")
-    settings = {"task": "arc", "ids": ["t2"], "style": "questions", "shots": 1, "learner": "base"}
+    settings = {"domain": "arc", "ids": ["t2"], "shots": 1, "learner": "base"}
     (tmp_path / "run" / "settings.json").write_text(json.dumps(settings))
     args = ["--data", tasks_file, "--run", tmp_path / "run", "--work", tmp_path / "w"]
     with pytest.raises(SystemExit, match="was trained on 1 of these tasks"):
         run_script(monkeypatch, eval_arc, tiny_folder, *args)
-    (tmp_path / "run" / "settings.json").write_text(json.dumps(settings | {"task": "qa"}))
-    with pytest.raises(SystemExit, match="was trained with --task qa"):
+    (tmp_path / "run" / "settings.json").write_text(json.dumps(settings | {"domain": "qa"}))
+    with pytest.raises(SystemExit, match=r"was trained with train_outer\.py qa"):
+        run_script(monkeypatch, eval_arc, tiny_folder, *args)
+    del settings["domain"]
+    (tmp_path / "run" / "settings.json").write_text(json.dumps(settings | {"task": "arc"}))
+    with pytest.raises(SystemExit, match="was written by an older version"):
         run_script(monkeypatch, eval_arc, tiny_folder, *args)
 
 
-@pytest.mark.parametrize("learner", ["base", "policy"])
-def test_what_the_base_model_studied_is_studied_once(
-    learner, tiny, tiny_folder, tasks_file, tmp_path, monkeypatch
+@pytest.mark.parametrize("who", ["base", "policy"])
+def test_what_the_base_model_trained_is_trained_once(
+    who, tiny, tiny_folder, tasks_file, tmp_path, monkeypatch
 ):
-    """The ladder's rows, and the rounds of training; a policy that studies is another model each time."""
-    policy = Adapters.init(tiny, LoRAConfig(2, 4.0, ("q_proj",), 0, 4), 1, seed=0)
-    save_adapter(policy, tmp_path / "policy", tiny_folder)
-    trained, real = [], puzzle.study_and_predict
-    monkeypatch.setattr(
-        "puzzle.study_and_predict",
-        lambda m, t, some, *a: trained.extend(some) or real(m, t, some, *a),
-    )
-    monkeypatch.setattr("puzzle.parse_settings", lambda sample, ended: (eval_arc.GRID[0], ""))
-    common = [
-        "--data",
-        tasks_file,
-        "--limit",
-        1,
-        "--augmented",
-        4,
-        "--rank",
-        2,
-        "--max-new",
-        8,
-        "--samples",
-        2,
-    ]
-    common += ["--learner", learner]
-    run_script(
-        monkeypatch, eval_arc, tiny_folder, *common, "--policy", tmp_path / "policy", "--out", tmp_path / "o.json",
-        "--work", tmp_path / "work",
-    )  # fmt: skip
-    assert len(trained) == (
-        1 if learner == "base" else 3
-    )  # ttt-fixed, self-edit and seal-1 ask for the same
+    """In the ladder's rows, and in the rounds of training; a policy that learns is another model
+    each time."""
+    policy = a_policy(tiny, tiny_folder, tmp_path / "policy", 0.0)
+    monkeypatch.setattr("arc.parse_settings", lambda sample, ended: (eval_arc.GRID[0], ""))
+    common = small(tasks_file, "--limit", 1, "--samples", 2, "--learner", who)
+    args = ["--policy", policy, "--out", tmp_path / "o.json", "--work", tmp_path / "work"]
+    trained = dies_at(monkeypatch, "reward.inner_update", 0)
+    run_script(monkeypatch, eval_arc, tiny_folder, *common, *args)
+    # ttt-fixed, self-edit and seal-1 ask for the same.
+    once = who == "base"
+    assert [len(examples) for _, _, examples, *_ in trained] == ([1] if once else [1, 1, 1])
     rows = json.loads((tmp_path / "o.json").read_text())["rows"]
     assert not any("voted" in r for r in rows)  # nobody voted
-    trained.clear()
-    extra = [
-        "--task",
-        "arc",
-        "--select",
-        "best",
-        "--rounds",
-        2,
-        "--outer-rank",
-        2,
-        "--out",
-        tmp_path / "run",
-    ]
-    run_script(monkeypatch, train_outer, tiny_folder, *common, *extra)
-    assert len(trained) == (1 if learner == "base" else 2)
+    trained = dies_at(monkeypatch, "train_outer.inner_update", 0)
+    args = ["--select", "best", "--rounds", 2, "--outer-rank", 2, "--out", tmp_path / "run"]
+    run_script(monkeypatch, train_outer, tiny_folder, "arc", *common, *args)
+    assert [len(examples) for _, _, examples, *_ in trained] == ([1] if once else [1, 1])

@@ -1,64 +1,53 @@
-"""eval_qa.py: statistics, and the whole ladder on a tiny model."""
+"""eval_qa.py: the result file's numbers, and the whole ladder on a tiny model."""
 
 import json
+from functools import partial
 
 import numpy as np
 import pytest
 from conftest import run_script, watch_weights
 
 import eval_qa
-from eval_qa import bootstrap, per_passage, summarize
-from lora import PROJECTIONS, Adapters, LoRAConfig, save_adapter
+from data.qa import load_passages
+from eval_qa import METRICS, per_passage, summarize
+from inner import SFTConfig
+from lm.adapters import save_adapter
+from lm.files import read_jsonl
+from lora import PROJECTIONS, Adapters, LoRAConfig
+from quiz import ask
+from reward import passage_candidate
 
-
-def test_bootstrap_covers_the_mean_of_normal_data():
-    rng = np.random.default_rng(0)
-    hits = 0
-    for trial in range(200):
-        low, high = bootstrap(rng.normal(0.3, 1, 40), seed=trial, n=1000)
-        hits += low <= 0.3 <= high
-    assert 180 <= hits <= 199  # 95 % nominal, a little less with 40 passages
-    assert bootstrap(np.full(10, 0.5), 0) == [0.5, 0.5]
+# -----------------------------------------------------------------------------
+# numbers
 
 
 def test_differences_are_paired():
     base = np.linspace(0, 0.8, 20)  # passages differ a lot, the step up is the same in each
-    table = {
-        m: {k: v for k in eval_qa.METRICS} for m, v in (("base", base), ("passage", base + 0.1))
-    }
+    table = {"base": dict.fromkeys(METRICS, base), "passage": dict.fromkeys(METRICS, base + 0.1)}
     result = summarize(table, seed=0)
     rows, [step] = result["rows"], result["steps"]
-    assert (
-        "gap_closed" not in result
-        and step["delta"] == pytest.approx(0.1)
-        and step["ci95"] == pytest.approx([0.1, 0.1])
-    )
+    assert "gap_closed" not in result and step["delta"] == pytest.approx(0.1)
+    assert step["ci95"] == pytest.approx([0.1, 0.1])
     assert rows[0]["ci95"][0] < rows[0]["accuracy"] < rows[0]["ci95"][1]
 
 
 def test_the_last_policy_is_compared_with_every_row_below():
-    rng = np.random.default_rng(0)
-    noise = rng.normal(0, 0.02, 50)
-    table = {
-        m: {k: np.full(50, v) + noise * (m != "base") for k in eval_qa.METRICS}
-        for m, v in [
-            ("base", 0.0),
-            ("passage", 0.2),
-            ("seal-1", 0.3),
-            ("seal-2", 0.4),
-            ("in-context", 0.7),
-        ]
-    }
+    noise, table = np.random.default_rng(0).normal(0, 0.02, 50), {}
+    for method, mean in (
+        ("base", 0.0),
+        ("passage", 0.2),
+        ("seal-1", 0.3),
+        ("seal-2", 0.4),
+        ("in-context", 0.7),
+    ):
+        table[method] = dict.fromkeys(METRICS, np.full(50, mean) + noise * (method != "base"))
     result = summarize(table, seed=0)
     pairs = {(s["from"], s["to"]): s["delta"] for s in result["steps"]}
     assert len(pairs) == len(result["steps"]) == 6  # four from row to row, and two more to seal-2
     assert pairs["passage", "seal-2"] == pytest.approx(0.2) and ("base", "seal-2") in pairs
     gap = result["gap_closed"]
-    assert (
-        gap["by"] == "seal-2"
-        and gap["share"] == pytest.approx(0.4)
-        and gap["ci95"] == pytest.approx([0.4, 0.4])
-    )
+    assert gap["by"] == "seal-2" and gap["share"] == pytest.approx(0.4)
+    assert gap["ci95"] == pytest.approx([0.4, 0.4])
     table["in-context"] = table["base"]
     assert summarize(table, seed=0)["gap_closed"]["share"] is None  # nothing to close
 
@@ -71,11 +60,8 @@ def test_directions_are_averaged_apart():
 
     answers = [{"accuracy": a, "em": 0.0, "f1": 0.0, "logprob": -1.0} for a in (1.0, 0.0, 1.0)]
     table = per_passage([P], [[answers]])
-    assert (
-        table["accuracy"][0] == pytest.approx(2 / 3)
-        and table["forward"][0] == 0.5
-        and table["reversed"][0] == 1.0
-    )
+    assert table["accuracy"][0] == pytest.approx(2 / 3)
+    assert table["forward"][0] == 0.5 and table["reversed"][0] == 1.0
 
     class Q:  # without reversed questions: it counts for forward only
         questions = P.questions[:2]
@@ -84,83 +70,145 @@ def test_directions_are_averaged_apart():
     assert table["forward"].tolist() == [0.5, 0.5] and table["reversed"].tolist() == [1.0]
 
 
+# -----------------------------------------------------------------------------
+# the ladder
+
+
+@pytest.fixture(autouse=True, scope="module")
+def brief():
+    """Short answers: that an answer may have 48 tokens makes no difference here."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("reward.ask", "eval_qa.ask"):
+            patch.setattr(name, partial(ask, max_new=4))
+        yield
+
+
+SMALL = "--max-new 4 --epochs 2 --steps 3 --top-layers 2 --rank 2".split()
+ALL = "base passage passage+unrelated passage+self-edit passage+pooled seal-1 in-context".split()
+
+
 def ladder(monkeypatch, tiny_folder, passages_file, tmp_path, *extra):
-    args = [
-        "--data",
-        passages_file,
-        "--out",
-        tmp_path / "ladder.json",
-        "--work",
-        tmp_path / "work",
-        "--max-new",
-        8,
-    ]
-    args += ["--epochs", 2, "--steps", 3, "--top-layers", 2, "--rank", 2]
-    run_script(monkeypatch, eval_qa, tiny_folder, *args, *extra)
+    args = ["--data", passages_file, "--out", tmp_path / "ladder.json", "--work", tmp_path / "work"]
+    run_script(monkeypatch, eval_qa, tiny_folder, *args, *SMALL, *extra)
+
+
+def result_of(path) -> dict:
+    return json.loads(path.read_text())
+
+
+def a_run(tiny, tiny_folder, passages_file, run, **changes):
+    """A run of one round, whose policy is not the base."""
+    policy = Adapters.init(tiny, LoRAConfig(2, 4.0, tuple(PROJECTIONS), 0, 4), 1, seed=0)
+    policy.flat += 0.05
+    save_adapter(policy, run / "round-1" / "policy", tiny_folder)
+    settings = {"domain": "qa", "data": str(passages_file), "split": "train", "skip": 0, "limit": 0}
+    (run / "settings.json").write_text(json.dumps(settings | changes))
+    return settings
 
 
 def test_the_ladder(tiny, tiny_folder, passages_file, tmp_path, monkeypatch, capsys):
-    policy = Adapters.init(tiny, LoRAConfig(2, 4.0, tuple(PROJECTIONS), 0, 4), 1, seed=0)
-    policy.flat += 0.05
-    save_adapter(policy, tmp_path / "run" / "round-1" / "policy", tiny_folder)
-    settings = {"task": "qa", "data": str(passages_file), "split": "train", "skip": 0, "limit": 0}
-    (tmp_path / "run" / "settings.json").write_text(json.dumps(settings))
+    a_run(tiny, tiny_folder, passages_file, tmp_path / "run")
     extra = ["--run", tmp_path / "run", "--match", "both", "--samples", 2, "--seeds", 2]
     ladder(monkeypatch, tiny_folder, passages_file, tmp_path, *extra)
     out = capsys.readouterr().out
-    methods = (
-        "base passage passage+unrelated passage+self-edit passage+pooled seal-1 in-context".split()
-    )
     for protocol in ("epochs", "steps"):
-        result = json.loads((tmp_path / f"ladder_{protocol}.json").read_text())
-        assert (
-            [r["method"] for r in result["rows"]] == methods
-            and result["n_passages"] == 2
-            and result["n_questions"] == 4
-        )
+        result = result_of(tmp_path / f"ladder_{protocol}.json")
+        assert [r["method"] for r in result["rows"]] == ALL
+        assert result["n_passages"] == 2 and result["n_questions"] == 4
         pairs = [(s["from"], s["to"]) for s in result["steps"]]
         notes = ("passage", "passage+self-edit")
-        assert pairs == [*zip(methods, methods[1:]), notes, *((m, "seal-1") for m in methods[:4])]
-        for r in result["rows"]:
-            assert {
-                "accuracy",
-                "ci95",
-                "em",
-                "f1",
-                "logprob",
-                "forward",
-                "reversed",
-            } <= r.keys() and r["logprob"] < 0
+        assert pairs == [*zip(ALL, ALL[1:]), notes, *((m, "seal-1") for m in ALL[:4])]
+        columns = {"accuracy", "ci95", "em", "f1", "logprob", "forward", "reversed"}
+        assert all(columns <= r.keys() and r["logprob"] < 0 for r in result["rows"])
         trained = [r["train_steps"] for r in result["rows"][1:-1]]
         assert trained == [3.0] * 5 if protocol == "steps" else trained[0] == 2.0
         assert (result["settings"]["steps"], result["settings"]["seeds"]) == (3, 2)
-        assert result["protocol"] == protocol and result["command"].startswith("python eval_qa.py")
-    assert all(m in out for m in methods) and "--- seal-1" in out
+        assert result["protocol"] == protocol and result["gap_closed"]["by"] == "seal-1"
+        assert result["command"].startswith("python eval_qa.py")
+    assert all(m in out for m in ALL)
     before = (tmp_path / "ladder_steps.json").read_text()
-    monkeypatch.setattr("quiz.study_and_quiz", None)  # everything is found in the work folder
+    for name in ("reward.inner_update", "reward.ask", "selfedit.generate"):
+        monkeypatch.setattr(name, None)  # everything is found in the work folder
     ladder(monkeypatch, tiny_folder, passages_file, tmp_path, *extra)
     assert (tmp_path / "ladder_steps.json").read_text() == before
-    with pytest.raises(SystemExit, match="was trained on 3 of these passages"):
-        ladder(monkeypatch, tiny_folder, passages_file, tmp_path, *extra, "--split", "")
-    (tmp_path / "run" / "settings.json").write_text(json.dumps(settings | {"split": ""}))
-    with pytest.raises(SystemExit, match="was trained on 2 of these passages"):
-        ladder(monkeypatch, tiny_folder, passages_file, tmp_path, *extra)
-    for key, other in (("style", "rewrite"), ("learner", "policy"), ("task", "arc")):
-        (tmp_path / "run" / "settings.json").write_text(json.dumps(settings | {key: other}))
-        with pytest.raises(SystemExit, match=f"was trained with --{key} {other}"):
-            ladder(monkeypatch, tiny_folder, passages_file, tmp_path, *extra)
-    (tmp_path / "run" / "settings.json").write_text(json.dumps(settings))
-    (tmp_path / "run" / "round-1" / "policy" / "adapter_model.safetensors").write_bytes(
-        b"another policy"
+
+
+def test_a_ladder_beside_its_run(tiny, tiny_folder, passages_file, tmp_path, monkeypatch, capsys):
+    """Without --out and --work; and what every row has learnt from and answered."""
+    run = tmp_path / "run"
+    a_run(tiny, tiny_folder, passages_file, run)
+    monkeypatch.setattr(
+        "selfedit.parse",
+        lambda text, style, ended, about: ([f"Question: {text[:3]}?\nAnswer: {about}"], ""),
     )
-    with pytest.raises(SystemExit, match="was started with policies"):
+    args = ["--data", passages_file, "--run", run, *SMALL]
+    run_script(monkeypatch, eval_qa, tiny_folder, *args)
+    methods = [m for m in ALL if m != "passage+pooled"]
+    rows = {r["method"]: r for r in result_of(run / "ladder.json")["rows"]}
+    assert list(rows) == methods
+    assert "--- seal-1" in capsys.readouterr().out
+    records = read_jsonl(run / "ladder" / "answers.jsonl")
+    assert [(r["method"], r["passage"]) for r in records] == [
+        (m, id) for m in ("base", "in-context", *methods[1:-1]) for id in ("3", "4")
+    ]
+    passages = {p.id: p for p in load_passages(passages_file, "heldout")}
+    notes = {(r["method"], r["passage"]): r["notes"] for r in records}
+    for r in records:
+        p = passages[r["passage"]]
+        assert (r["title"], r["text"]) == (p.title, p.text)
+        assert [a["question"] for a in r["answers"]] == [q.question for q in p.questions]
+        assert [a["accepted"] for a in r["answers"]] == [list(q.answers) for q in p.questions]
+        assert all({"answer", "accuracy", "em", "f1", "logprob"} <= a.keys() for a in r["answers"])
+        (first, mean), (second, nothing) = r["sentences"]  # both questions are about the first
+        assert f"{first} {second}" == p.text and nothing is None
+        assert mean == np.mean([a["accuracy"] for a in r["answers"]])
+        wrote = r["method"] in ("passage+unrelated", "passage+self-edit", "seal-1")
+        assert len(r["notes"]) == (2 if wrote else 0)
+    for id, other in (("3", "4"), ("4", "3")):
+        assert notes["passage+unrelated", id] == notes["passage+self-edit", other]
+        assert notes["seal-1", id] != notes["passage+self-edit", id]
+    for method in methods:
+        own = [r for r in records if r["method"] == method]
+        logprobs = [a["logprob"] for r in own for a in r["answers"]]  # two of each passage
+        assert rows[method]["logprob"] == pytest.approx(float(np.mean(logprobs)))
+
+
+def test_runs_that_do_not_fit_are_refused(tiny, tiny_folder, passages_file, tmp_path, monkeypatch):
+    settings = a_run(tiny, tiny_folder, passages_file, tmp_path / "run")
+    monkeypatch.setattr(eval_qa, "ladder", lambda *a: ({}, []))
+
+    def climb(*extra, **changes):
+        (tmp_path / "run" / "settings.json").write_text(json.dumps(settings | changes))
+        extra = ["--run", tmp_path / "run", *extra]
         ladder(monkeypatch, tiny_folder, passages_file, tmp_path, *extra)
+
+    climb()
+    with pytest.raises(SystemExit, match="was trained on 3 of these passages"):
+        climb("--split", "")
+    with pytest.raises(SystemExit, match="was trained on 2 of these passages"):
+        climb(split="")
+    climb("--split", "train", "--work", tmp_path / "train")  # asked for
+    for key, other in (("style", "rewrite"), ("learner", "policy"), ("shots", 0)):
+        with pytest.raises(SystemExit, match=f"was trained with --{key} {other}"):
+            climb(**{key: other})
+    with pytest.raises(SystemExit, match=r"was trained with train_outer\.py arc"):
+        climb(domain="arc")
+    climb()
+    weights = tmp_path / "run" / "round-1" / "policy" / "adapter_model.safetensors"
+    weights.write_bytes(b"another policy")
+    with pytest.raises(SystemExit, match="was started with policies"):
+        climb()
+    del settings["domain"]
+    with pytest.raises(SystemExit, match="was written by an older version"):
+        climb(task="qa")
 
 
 def test_recipes_and_a_stronger_editor(tiny_folder, passages_file, tmp_path, monkeypatch):
+    """The data file has two self-edits of one passage, and one of the other."""
     data = json.loads(passages_file.read_text())
     for p in data["passages"]:
         p["completions"] = ["1. One note.\n2. Another.", "A third."]
+    del data["passages"][-1]["completions"][1]
     passages_file.write_text(json.dumps(data))
     best = {"passage": {"lr": 1e-3, "steps": 2}, "passage+unrelated": {"lr": 2e-3, "steps": 3}}
     recipes = tmp_path / "recipes.json"
@@ -168,52 +216,59 @@ def test_recipes_and_a_stronger_editor(tiny_folder, passages_file, tmp_path, mon
     extra = ["--match", "steps", "--recipes", recipes, "--samples", 2]
     with pytest.raises(SystemExit, match=r"no 'lr' and 'steps' for 'passage\+self-edit'"):
         ladder(monkeypatch, tiny_folder, passages_file, tmp_path, *extra)
-    recipes.write_text(
-        json.dumps(
-            {"best": best | {"passage+self-edit": {"lr": 4e-3, "steps": 4, "accuracy": 0.5}}}
-        )
-    )
+    best |= {"passage+self-edit": {"lr": 4e-3, "steps": 4, "accuracy": 0.5}}
+    recipes.write_text(json.dumps({"best": best}))
     ladder(monkeypatch, tiny_folder, passages_file, tmp_path, *extra)
-    rows = {r["method"]: r for r in json.loads((tmp_path / "ladder.json").read_text())["rows"]}
+    rows = {r["method"]: r for r in result_of(tmp_path / "ladder.json")["rows"]}
     used = {m: (r["train_steps"], r["lr"]) for m, r in rows.items() if "lr" in r}
     own = (4, pytest.approx(4e-3))
     notes = dict.fromkeys(["passage+self-edit", "passage+pooled", "stronger-editor"], own)
     assert used == {"passage": (2, 1e-3), "passage+unrelated": (3, 2e-3)} | notes
+    records = read_jsonl(tmp_path / "work" / "answers.jsonl")
+    given = [(r["passage"], r["notes"]) for r in records if r["method"] == "stronger-editor"]
+    assert given == [
+        ("3", ["One note.", "Another."]),
+        ("3", ["A third."]),
+        ("4", ["One note.", "Another."]),
+    ]
 
 
-def test_what_the_notes_of_a_row_are(tiny_folder, passages_file, tmp_path, monkeypatch):
-    seen = {}
-    real = eval_qa.study_all
+def test_what_the_notes_of_a_row_are(tok, tiny_folder, passages_file, tmp_path, monkeypatch):
+    seen, written = {}, [[("a",)], [("b",)]]
+    real = eval_qa.update_and_quiz
 
-    def spy(model, tok, candidates, lora, study, seed, population, log, label):
-        seen[label] = candidates
-        return real(model, tok, candidates, lora, study, seed, population, log, label)
+    def spy(model, tok, groups, lora, seed, log, quiz, label):
+        found = {}
+        for group in groups:
+            found |= {c.name: c for c in group}
+        seen[label] = [found[n] for n in sorted(found)]
+        real(model, tok, groups, lora, seed, log, quiz, label)
 
-    monkeypatch.setattr(eval_qa, "study_all", spy)
+    def examples(*contents):
+        """Of (passage, notes, title)."""
+        made = []
+        for passage, notes, title in contents:
+            made.append(passage_candidate(tok, 0, passage, notes, SFTConfig(), title).examples)
+        return made
+
+    monkeypatch.setattr(eval_qa, "update_and_quiz", spy)
+    monkeypatch.setattr(eval_qa.Climb, "write", lambda self, method: written)
     ladder(monkeypatch, tiny_folder, passages_file, tmp_path)
     assert "passage+pooled (steps)" not in seen  # of one self-edit there is nothing to pool
+    one, two = load_passages(passages_file, "heldout")
+    assert (one.title, two.title) == ("Town 3", "Town 4")
     own, other = seen["passage+self-edit (steps)"], seen["passage+unrelated (steps)"]
-    assert [c.passage for c in own] == [c.passage for c in other] and own[0].passage.title == own[
-        0
-    ].title
-    assert [(c.notes, c.title) for c in other] == [
-        (own[1].notes, "Town 4"),
-        (own[0].notes, "Town 3"),
-    ]
-    monkeypatch.setattr(
-        eval_qa.Climb, "write", lambda self, method: [[("a", "b"), ("b", "c")], [(), ("d",)]]
-    )
-    ladder(
-        monkeypatch,
-        tiny_folder,
-        passages_file,
-        tmp_path,
-        "--work",
-        tmp_path / "two",
-        "--samples",
-        2,
-    )
-    assert [c.notes for c in seen["passage+pooled (steps)"]] == [("a", "b", "c"), ("d",)]
+    assert [c.subject for c in own] == [c.subject for c in other] == [one, two]
+    assert [c.examples for c in own] == examples((one, ["a"], "Town 3"), (two, ["b"], "Town 4"))
+    assert [c.examples for c in other] == examples((one, ["b"], "Town 4"), (two, ["a"], "Town 3"))
+    alone = [c.examples for c in seen["passage (steps)"]]
+    assert alone == examples((one, [], ""), (two, [], ""))
+    written[:] = [[("a", "b"), ("b", "c")], [(), ("d",)]]
+    extra = ["--work", tmp_path / "two", "--samples", 2]
+    ladder(monkeypatch, tiny_folder, passages_file, tmp_path, *extra)
+    pooled = [c.examples for c in seen["passage+pooled (steps)"]]
+    assert pooled == examples((one, ["a", "b", "c"], ""), (two, ["d"], ""))
+    assert len(seen["passage+self-edit (steps)"]) == 4
 
 
 def test_no_rounds_there(tiny_folder, passages_file, tmp_path, monkeypatch):
@@ -230,34 +285,25 @@ def test_a_passage_longer_than_the_context(tiny_folder, passages_file, tmp_path,
     assert not (tmp_path / "ladder.json").exists()
 
 
-def test_without_studying(tiny_folder, passages_file, tmp_path, monkeypatch, capsys):
+def test_without_an_update(tiny_folder, passages_file, tmp_path, monkeypatch, capsys):
     ladder(monkeypatch, tiny_folder, passages_file, tmp_path, "--no-study", "--split", "")
-    result = json.loads((tmp_path / "ladder.json").read_text())
-    assert [r["method"] for r in result["rows"]] == ["base", "in-context"] and result[
-        "n_passages"
-    ] == 5
-    assert "nothing studied" in capsys.readouterr().out
+    result = result_of(tmp_path / "ladder.json")
+    assert [r["method"] for r in result["rows"]] == ["base", "in-context"]
+    assert result["n_passages"] == 5 and "nothing learnt" in capsys.readouterr().out
+    records = read_jsonl(tmp_path / "work" / "answers.jsonl")
+    assert [r["method"] for r in records] == ["base"] * 5 + ["in-context"] * 5
 
 
-@pytest.mark.parametrize("learner", ["base", "policy"])
-def test_a_policy_writes_and_its_learner_studies(
-    learner, tiny, tiny_folder, passages_file, tmp_path, monkeypatch
+@pytest.mark.parametrize("who", ["base", "policy"])
+def test_a_policy_writes_and_its_learner_learns(
+    who, tiny, tiny_folder, passages_file, tmp_path, monkeypatch
 ):
-    policy, seen = Adapters.init(tiny, LoRAConfig(2, 4.0, ("q_proj",), 0, 4), 1, seed=0), []
-    policy.flat += 0.05
-    save_adapter(policy, tmp_path / "policy", tiny_folder)
-    for name in ("write_self_edits", "study_all"):
+    a_run(tiny, tiny_folder, passages_file, tmp_path / "run")
+    policy, seen = tmp_path / "run" / "round-1" / "policy", []
+    for name in ("write_self_edits", "update_and_quiz"):
         watch_weights(monkeypatch, f"eval_qa.{name}", tiny, seen)
-    ladder(
-        monkeypatch,
-        tiny_folder,
-        passages_file,
-        tmp_path,
-        "--policy",
-        tmp_path / "policy",
-        "--learner",
-        learner,
-    )
-    *before, writes, studies = seen
+    extra = ["--policy", policy, "--learner", who]
+    ladder(monkeypatch, tiny_folder, passages_file, tmp_path, *extra)
+    *before, writes, learns = seen
     assert not any(changed for _, changed in before) and len(before) == 4
-    assert (writes, studies) == (("write_self_edits", True), ("study_all", learner == "policy"))
+    assert (writes, learns) == (("write_self_edits", True), ("update_and_quiz", who == "policy"))

@@ -1,25 +1,20 @@
-"""plot.py: figures from results made up here, and one clear line when there is nothing to draw."""
+"""experiments/figures.py: figures from results made up here, and one clear line when there is nothing
+to draw."""
 
 import json
 import sys
 
 import pytest
 
-import plot
+from experiments import figures
 
 
 def rows(shift: float):
-    methods = ["base", "passage", "passage+self-edit", "seal-1", "in-context"]
-    return [
-        {
-            "method": m,
-            "accuracy": 0.1 * n + shift,
-            "ci95": [0.1 * n, 0.1 * n + 0.1],
-            "forward": 0.1 * n,
-            "reversed": 0.05 * n,
-        }
-        for n, m in enumerate(methods)
-    ]
+    found = []
+    for n, method in enumerate(["base", "passage", "passage+self-edit", "seal-1", "in-context"]):
+        row = {"method": method, "accuracy": 0.1 * n + shift, "ci95": [0.1 * n, 0.1 * n + 0.1]}
+        found.append(row | {"forward": 0.1 * n, "reversed": 0.05 * n})
+    return found
 
 
 @pytest.fixture
@@ -32,92 +27,69 @@ def results(tmp_path):
         settings = {"epochs": 6, "steps": 9, "recipes": None}
         value = {"rows": rows(0.05), "protocol": protocol, "n_passages": 48, "settings": settings}
         (tmp_path / f"{name}.json").write_text(json.dumps(value))
-    metrics = [
-        {"round": k, "reward_mean": 0.3, "reward_kept": None if k == 2 else 0.5} for k in (1, 2)
-    ]
+    metrics = []
+    for k in (1, 2):
+        metrics.append({"round": k, "reward_mean": 0.3, "reward_kept": None if k == 2 else 0.5})
     (tmp_path / "qa_rounds.jsonl").write_text("\n".join(map(json.dumps, metrics)))
     return tmp_path
 
 
 @pytest.fixture
 def arc_results(tmp_path):
-    """Two tasks, of which seal-2 solves the first; its self-edits are all alike, those before are not, and one is no use."""
+    """Two tasks, of which seal-2 solves the first; its self-edits are all alike, those before are
+    not, and one is no use."""
     pair = {"input": [[1, 2]], "output": [[2, 1]]}
-    data = tmp_path / "arc.json"
-    data.write_text(
-        json.dumps(
-            {
-                "train": {},
-                "eval": {i: {"train": [pair, pair], "test": [pair]} for i in ("t1", "t2")},
-            }
-        )
-    )
-    sound = {"groups": ["use_size_augmentations"], "every_token": True, "lr": 1e-3, "epochs": 30}
-    tasks = []
-    for method, configs in {
-        "icl": [None],
-        "self-edit": [sound, {}],
-        "seal-1": [sound],
-        "seal-2": [sound, sound],
-    }.items():
+    task, data = {"train": [pair, pair], "test": [pair]}, tmp_path / "arc.json"
+    data.write_text(json.dumps({"train": {}, "eval": {"t1": task, "t2": task}}))
+    groups = ["use_size_augmentations"]
+    sound = {"groups": groups, "every_token": True, "lr": 1e-3, "epochs": 30}
+    tasks, configs = [], {"icl": [None], "self-edit": [sound, {}]}
+    configs |= {"seal-1": [sound], "seal-2": [sound, sound]}
+    for method, of_method in configs.items():
         for i in ("t1", "t2"):
-            right = float(method == "seal-2" and i == "t1")
-            tasks += [
-                {
-                    "id": i,
-                    "method": method,
-                    "solved": right,
-                    "config": c,
-                    "prediction": ["21\n" if right else "not a grid"],
-                }
-                for c in configs
-            ]
-    rows = [
-        {"method": m, "solved": 1.0, "n": 2, "rate": 0.5, "ci95": [0.2, 0.9]}
-        for m in ("icl", "self-edit", "seal-2")
-    ]
-    value = {"n_tasks": 2, "settings": {"data": str(data)}, "rows": rows, "tasks": tasks}
+            right = method == "seal-2" and i == "t1"
+            record = {"id": i, "method": method, "solved": float(right)}
+            record["prediction"] = ["21\n" if right else "not a grid"]
+            tasks += [record | {"config": config} for config in of_method]
+    found = []
+    for method in ("icl", "self-edit", "seal-2"):
+        found.append({"method": method, "solved": 1.0, "n": 2, "rate": 0.5, "ci95": [0.2, 0.9]})
+    value = {"n_tasks": 2, "settings": {"data": str(data)}, "rows": found, "tasks": tasks}
     (tmp_path / "arc_ladder.json").write_text(json.dumps(value))
     return tmp_path
 
 
+def draw(monkeypatch, folder) -> dict:
+    monkeypatch.setattr(sys, "argv", ["figures.py", "--results", str(folder)])
+    figures.main()
+    return {p.stem: p.read_text() for p in folder.glob("*.svg")}
+
+
 def test_the_figures_of_arc(arc_results, monkeypatch):
-    draw(monkeypatch, arc_results)
-    figures = {p.stem: p.read_text() for p in arc_results.glob("*.svg")}
-    assert set(figures) == {"arc_ladder", "arc_tasks", "arc_settings"}
-    assert "% of 2" in figures["arc_ladder"] and ">1.0<" in figures["arc_ladder"]
-    page = figures["arc_tasks"]
+    drawn = draw(monkeypatch, arc_results)
+    assert set(drawn) == {"arc_ladder", "arc_tasks", "arc_settings"}
+    assert "% of 2" in drawn["arc_ladder"] and ">1.0<" in drawn["arc_ladder"]
+    page = drawn["arc_tasks"]
     assert page.index(">t1<") < page.index(">t2<") and ">seal-2<" in page and "seal-1" not in page
-    assert (
-        page.count("<image") == 2 * 4 + 1 and page.count(">not<") == 5
-    )  # every prediction but the right one
-    assert ">seal-2<" in figures["arc_settings"] and ">repeat<" in figures["arc_settings"]
-
-
-def draw(monkeypatch, folder):
-    monkeypatch.setattr(sys, "argv", ["plot.py", "--results", str(folder)])
-    plot.main()
+    assert page.count("<image") == 2 * 4 + 1
+    assert page.count(">not<") == 5  # every prediction but the right one
+    assert ">seal-2<" in drawn["arc_settings"] and ">repeat<" in drawn["arc_settings"]
 
 
 def test_every_figure_is_drawn_the_same_each_time(results, monkeypatch):
-    draw(monkeypatch, results)
-    figures = {p.name: p.read_text() for p in results.glob("*.svg")}
-    assert set(figures) == {"ladder.svg", "directions.svg", "rounds.svg"}
-    assert (
-        all(m["method"] in figures["ladder.svg"] for m in rows(0))
-        and "equal epochs" in figures["ladder.svg"]
-    )
-    assert "9 optimiser steps in every row" in figures["ladder.svg"]
-    assert ">35.0<" in figures["ladder.svg"] and "reversed" in figures["directions.svg"]
-    draw(monkeypatch, results)
-    assert figures == {p.name: p.read_text() for p in results.glob("*.svg")}
+    drawn = draw(monkeypatch, results)
+    assert set(drawn) == {"ladder", "directions", "rounds"}
+    ladder = drawn["ladder"]
+    assert all(row["method"] in ladder for row in rows(0)) and "equal epochs" in ladder
+    assert "9 optimiser steps in every row" in ladder
+    assert ">35.0<" in ladder and "reversed" in drawn["directions"]
+    assert draw(monkeypatch, results) == drawn
 
 
 def test_what_is_missing_or_malformed(results, tmp_path, monkeypatch):
     (results / "qa_ladder_best.json").write_text(json.dumps({"rows": [{}]}))
-    with pytest.raises(
-        SystemExit, match=r"^error: .*qa_ladder_best.json is not as its script writes it"
-    ):
+    complaint = r"^error: .*qa_ladder_best.json is not as its script writes it"
+    with pytest.raises(SystemExit, match=complaint):
         draw(monkeypatch, results)
     with pytest.raises(SystemExit, match="no results there to draw"):
         draw(monkeypatch, tmp_path / "nowhere")

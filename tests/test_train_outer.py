@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -12,11 +13,13 @@ import train_outer
 from inner import learner
 from lm.files import read_jsonl
 from lora import PROJECTIONS, Adapters, LoRAConfig
+from quiz import ask
+from reward import to_imitate
 from selfedit import Part, SelfEdit
 
 
 def run(monkeypatch, tiny_folder, passages_file, out, *extra):
-    args = ["--data", passages_file, "--out", out, "--samples", 3, "--rounds", 2, "--max-new", 12]
+    args = ["--data", passages_file, "--out", out, "--samples", 3, "--rounds", 2, "--max-new", 6]
     args += ["--steps", 2, "--top-layers", 2, "--rank", 2, "--outer-rank", 2, "--population", 4]
     args += ["--select", "best"]
     run_script(monkeypatch, train_outer, tiny_folder, "qa", *args, *extra)
@@ -36,13 +39,21 @@ def files(folder):
     return found
 
 
+@pytest.fixture(autouse=True, scope="module")
+def brief():
+    """Short answers: that an answer may have 48 tokens makes no difference here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("reward.ask", partial(ask, max_new=4))
+        yield
+
+
 def one_note(text, style, ended, about):
     """For selfedit.parse: whatever was sampled is one note."""
     return [f"Question: {' '.join(text.split()) or 'x'}\nAnswer: {about}"], ""
 
 
 @pytest.fixture(scope="module")
-def finished(tiny_folder, tmp_path_factory):
+def finished(tiny_folder, tmp_path_factory, brief):
     """One uninterrupted run, with the passages it used."""
     tmp, entries = tmp_path_factory.mktemp("outer"), []
     for n in range(3):
@@ -92,7 +103,7 @@ def test_a_round_leaves_its_records(finished):
         ("train_outer.sample_self_edits", 1),  # nothing yet
         ("train_outer.inner_update", 1),  # sampled
         ("train_outer.inner_update", 2),  # in the middle of a round's three populations
-        ("train_outer.quiz_candidates", 3),  # trained, not asked
+        ("reward.quiz_candidates", 3),  # trained, not asked
         ("train_outer.select", 1),  # everything scored
         ("train_outer.reinforce", 1),  # before the outer update
         ("train_outer.round_metrics", 1),  # after it: round 1 has its policy, but is not finished
@@ -131,7 +142,8 @@ def test_when_the_policy_is_in_the_weights(who, finished, tiny_folder, tiny, tmp
     monkeypatch.setattr("selfedit.parse", one_note)
     stages = ("sample_self_edits", "inner_update", "quiz_candidates", "reinforce")
     for name in stages:
-        watch_weights(monkeypatch, f"train_outer.{name}", tiny, seen)
+        module = "reward" if name == "quiz_candidates" else "train_outer"
+        watch_weights(monkeypatch, f"{module}.{name}", tiny, seen)
     extra = ["--learner", who, "--population", 9]  # all in one population
     run(monkeypatch, tiny_folder, finished[0], tmp_path / "out", *extra)
     learns = who == "policy"
@@ -156,7 +168,7 @@ def test_the_learner_is_the_base_or_the_policy(who, given, changed, tiny):
 def test_a_random_models_self_edits_never_stop_a_run(
     tiny_folder, passages_file, tmp_path, monkeypatch, capsys
 ):
-    """It rambles to the limit: every self-edit is flawed, counted, scored and none is reinforced."""
+    """It rambles to the limit: every self-edit is flawed, counted, scored, none is reinforced."""
     extra = ["--select", "improving", "--reward", "logprob"]
     run(monkeypatch, tiny_folder, passages_file, tmp_path / "out", *extra)
     [metrics, _] = read_jsonl(tmp_path / "out" / "metrics.jsonl")
@@ -262,7 +274,6 @@ def test_only_what_is_kept_is_imitated(tok, monkeypatch):
 
     monkeypatch.setattr(train_outer, "update_one", spy)
     args = SimpleNamespace(outer_lr=1e-3, outer_epochs=1, outer_row_len=0, outer_batch=2)
-    args.select, args.keep = "parts", 6
     edits = []
     for texts, kept in (
         (["good", "not this"], [True, False]),
@@ -271,11 +282,11 @@ def test_only_what_is_kept_is_imitated(tok, monkeypatch):
     ):
         parts = [Part("as sampled", target=t, kept=k) for t, k in zip(texts, kept)]
         edits.append(SelfEdit("a", parts))
-    how = (None, args, 0, "test")
-    assert train_outer.reinforce(None, tok, {"a": [[5], [6]]}, edits, *how) == 1.0
+    pairs, how = to_imitate({"a": [[5], [6]]}, edits, "parts", 6), (None, args, 0, "test")
+    assert train_outer.reinforce(None, tok, pairs, *how) == 1.0
     assert [tok.decode(e.ids[1:]) for e in seen] == ["good<|im_end|>", "fine<|im_end|>"]
     assert [e.ids[0] for e in seen] == [5, 6]
-    assert train_outer.reinforce(None, tok, {"a": [[5], [6]]}, edits[1:2], *how) is None
+    assert train_outer.reinforce(None, tok, [], *how) is None and len(seen) == 2
 
 
 def test_an_outer_update_that_diverges_is_one_clear_line(
