@@ -102,12 +102,10 @@ MAX_LR, MAX_EPOCHS, MAX_STEPS, BATCH = 1e-2, 100, 375, 2  # the last two are the
 
 INSTRUCTION = (
     "A model is to learn the rule of a puzzle from the examples below. Decide how it should be "
-    "trained. Which data: basic "
-    "augmentations (rotations, flips, shifts, mirrors), size augmentations (larger cells), chain "
-    "augmentations (a rotation "
-    "or flip, then larger), repeat augmentations (tiling). Which tokens the loss counts, the "
-    "learning rate and the number "
-    "of epochs. Reply with one JSON object and nothing else."
+    "trained. Which data: basic augmentations (rotations, flips, shifts, mirrors), size "
+    "augmentations (larger cells), chain augmentations (a rotation or flip, then larger), repeat "
+    "augmentations (tiling). Which tokens the loss counts, the learning rate and the number of "
+    "epochs. Reply with one JSON object and nothing else."
 )
 EXAMPLE = {"groups": ["use_basic_augmentations"], "every_token": False, "lr": 1e-3, "epochs": 2}
 WORKED = [  # what the prompt shows: tiny puzzles, and settings from all over the range

@@ -1,11 +1,11 @@
 """The inner update: train a population of adapters, each on its own examples, side by side.
 
-    theta_i = SFT(theta, SE_i)    for all candidates i of a population (arXiv 2506.10943, section 3.1)
+    theta_i = SFT(theta, SE_i)    for all candidates i of a population (arXiv 2506.10943, 3.1)
 
 Four things make it fast, and none changes what a candidate learns:
     packing        short sequences share a row (lm/packing.py), so little is padded
     one prompt     sequences that begin with the same prompt read it once
-    lower layers   when only the top layers adapt, what the frozen ones make of a row is computed once
+    lower layers   when only the top layers adapt, the frozen ones run once for each row
     labels only    the large output projection runs only where a token is predicted, in chunks
 
 The optimiser is torch's AdamW with one parameter group per candidate: own learning rate, own step
@@ -23,16 +23,7 @@ import torch.nn as nn
 
 from lm.flags import at_least
 from lm.log import Progress
-from lm.packing import (
-    Example,
-    Row,
-    arrange,
-    attend_to,
-    make_row,
-    n_tokens,
-    ragged_or_even,
-    row_tokens,
-)
+from lm.packing import Example, Row, arrange, attend_to, make_row, n_tokens, ragged_or_even
 from lora import PROJECTIONS, Adapters, LoRAConfig, attached, merged
 from model import Transformer
 
@@ -49,9 +40,7 @@ class SFTConfig:
     steps: int = 0  # if above 0: exactly so many, whatever the number of rows, instead of `epochs`
     clip: float = 1.0  # largest gradient norm, per candidate
     schedule: str = "linear"  # or "cosine", "constant": decay from lr to 0
-    row_len: int = (
-        256  # tokens per packed row; 0 puts each sequence in its own row (the paper's way)
-    )
+    row_len: int = 256  # tokens per packed row; 0: each sequence has its own (the paper's way)
     batch: int = 1  # rows per step
 
     def lr_at(self, step: int, total: int) -> float:
@@ -80,31 +69,18 @@ class Outcome:
         return self.losses[-1] if self.losses else None
 
     def record(self) -> dict:
-        return {
-            "steps": self.steps,
-            "tokens": self.tokens,
-            "loss": self.loss,
-            "diverged": self.diverged,
-        }
+        taken = {"steps": self.steps, "tokens": self.tokens}
+        return taken | {"loss": self.loss, "diverged": self.diverged}
 
 
 def add_lora_flags(parser, population: bool = True) -> None:
     add = parser.add_argument_group("inner update: LoRA").add_argument
     add("--rank", type=at_least(1), default=16, help="LoRA rank; the paper: 32")
     add("--alpha", type=at_least(0.0), default=32.0, help="LoRA alpha; the paper: 64")
-    add(
-        "--targets",
-        nargs="+",
-        default=list(PROJECTIONS),
-        choices=PROJECTIONS,
-        help="the paper: q_proj v_proj",
-    )
-    add(
-        "--top-layers",
-        type=at_least(0),
-        default=10,
-        help="adapt the last K layers; 0 or the paper: all",
-    )
+    options = {"choices": PROJECTIONS, "help": "the paper: q_proj v_proj"}
+    add("--targets", nargs="+", default=list(PROJECTIONS), **options)
+    about = "adapt the last K layers; 0 or the paper: all"
+    add("--top-layers", type=at_least(0), default=10, help=about)
     if population:
         about = "candidates that train side by side; the paper: 1"
         add("--population", type=at_least(1), default=8, help=about)
@@ -112,18 +88,10 @@ def add_lora_flags(parser, population: bool = True) -> None:
 
 def add_sft_flags(parser) -> None:
     add = parser.add_argument_group("inner update: AdamW").add_argument
-    add(
-        "--lr",
-        type=at_least(0.0),
-        default=SFTConfig.lr,
-        help="peak learning rate, decays linearly; the paper: 1e-3",
-    )
-    add(
-        "--steps",
-        type=at_least(0),
-        default=16,
-        help="optimiser steps; 0 or the paper: as many as --epochs make",
-    )
+    about = "peak learning rate, decays linearly; the paper: 1e-3"
+    add("--lr", type=at_least(0.0), default=SFTConfig.lr, help=about)
+    about = "optimiser steps; 0 or the paper: as many as --epochs make"
+    add("--steps", type=at_least(0), default=16, help=about)
     about = "passes over the rows with --steps 0; the paper: 10"
     add("--epochs", type=at_least(1), default=SFTConfig.epochs, help=about)
     about = "tokens per packed row; 0 or the paper: a row per sequence"
@@ -135,9 +103,8 @@ def lora_config(args, model: Transformer) -> LoRAConfig:
     n = model.config.n_layer
     if args.top_layers > n:
         raise SystemExit(f"error: --top-layers {args.top_layers}: the model has {n} layers")
-    return LoRAConfig(
-        args.rank, args.alpha, tuple(args.targets), n - args.top_layers if args.top_layers else 0, n
-    )
+    start = n - args.top_layers if args.top_layers else 0
+    return LoRAConfig(args.rank, args.alpha, tuple(args.targets), start, n)
 
 
 def sft_config(args) -> SFTConfig:
@@ -160,25 +127,15 @@ def learner(model: Transformer, policy: Adapters | None, args):
 
 
 @torch.no_grad()
-def with_lower_states(
-    model: Transformer, rows: list[Row], stop: int, tokens: int = 2048
-) -> list[Row]:
+def with_lower_states(model: Transformer, rows: list[Row], stop: int, tokens: int = 2048) -> list:
     """The rows, on the model's device, with x after layers 0 .. stop-1. Equal rows are computed
-    once; `tokens` bounds one batch. Exits with one line if a sequence is longer than the model's
-    context.
+    once; `tokens` bounds one batch. Exits with one line if one is longer than the model's context.
     """
     longest = max((int(row.pos.max()) + 1 for row in rows), default=0)
     if longest > model.config.max_seq_len:
         limit = f"the model's context of {model.config.max_seq_len}"
         raise SystemExit(f"error: a training sequence of {longest} tokens is longer than {limit}")
-    keys, moved = [row.key for row in rows], []
-    for row in rows:
-        tensors = {
-            name: value.to(model.device)
-            for name, value in vars(row).items()
-            if torch.is_tensor(value)
-        }
-        moved.append(replace(row, **tensors))
+    keys, moved = [row.key for row in rows], [row.to(model.device) for row in rows]
     states, batch = {}, {}
     for key, row in sorted(dict(zip(keys, moved)).items(), key=lambda item: len(item[1].ids)):
         if batch and (len(batch) + 1) * len(row.ids) > tokens:
@@ -198,16 +155,17 @@ def lower_batch(model: Transformer, batch: dict, stop: int) -> dict:
     return dict(zip(batch, x[0].split([len(row.ids) for row in rows])))
 
 
-def lay_rows(
-    model: Transformer, examples: list[list[Example]], configs: list[SFTConfig], start: int
-) -> list[list[Row]]:
-    """Each candidate's rows, longest first, with what the layers below `start` make of them."""
+def laid_out(examples: list[Example], row_len: int) -> list[Row]:
+    """The examples as rows, longest first."""
     rows = []
-    for own, config in zip(examples, configs):
-        laid = []
-        for members, prefix in arrange(own, config.row_len):
-            laid.append(make_row([own[i] for i in members], prefix))
-        rows.append(laid)
+    for members, prefix in arrange(examples, row_len):
+        rows.append(make_row([examples[i] for i in members], prefix))
+    return rows
+
+
+def lay_rows(model, examples: list[list], configs: list[SFTConfig], start: int) -> list[list[Row]]:
+    """Each candidate's rows, with what the layers below `start` make of them."""
+    rows = [laid_out(own, config.row_len) for own, config in zip(examples, configs)]
     ready = with_lower_states(model, [row for own in rows for row in own], start)
     ends = np.cumsum([len(own) for own in rows]).tolist()
     return [ready[end - len(own) : end] for own, end in zip(rows, ends)]
@@ -244,9 +202,8 @@ def backward_through_head(model: Transformer, x, target, weight, chunk: int = 25
         p = logits.detach()
         torch.softmax(p, -1, out=p)  # in place, in float32 inside
         hit = (torch.arange(len(t), device=x.device), t)
-        loss.copy_(
-            -p[hit].float().clamp(min=1e-38).log()
-        )  # at most 87.5, not infinite: it has not diverged
+        # At most 87.5 and not infinite: a token held for impossible is no divergence.
+        loss.copy_(-p[hit].float().clamp(min=1e-38).log())
         p[hit] = 0
         p[hit] = -p.sum(-1)  # p - 1, without the rounding of a p close to 1
         g.copy_(torch.autograd.grad(logits, h, p)[0])
@@ -288,15 +245,9 @@ def train_step(model: Transformer, lora: attached, active: list[int], taken: lis
 
 
 def inner_update(
-    model,
-    adapters: Adapters,
-    examples: list[list[Example]],
-    configs: list[SFTConfig],
-    seed: int,
-    tick=None,
-):
-    """Train adapters.flat[i] on examples[i] as configs[i] says, all together; returns an Outcome
-    per candidate.
+    model, adapters: Adapters, examples: list[list], configs: list[SFTConfig], seed: int, tick=None
+) -> list[Outcome]:
+    """Train adapters.flat[i] on examples[i] (of type Example) as configs[i] says, all together.
 
     The base weights stay as they are. A candidate whose loss or gradient is not finite stops there,
     flagged `diverged`, and the others do not notice. `tick(tokens, mean loss)` is called after
@@ -306,9 +257,7 @@ def inner_update(
     rows = lay_rows(model, examples, configs, adapters.config.start)
     plans = [plan_steps(len(own), config, seed) for own, config in zip(rows, configs)]
     outcomes = [Outcome() for _ in configs]
-    params = [
-        nn.Parameter(row) for row in adapters.flat
-    ]  # views: the optimiser writes into adapters.flat
+    params = [nn.Parameter(row) for row in adapters.flat]  # views: AdamW writes into `flat`
     groups = [{"params": [p], "lr": c.lr} for p, c in zip(params, configs)]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
     with attached(model, adapters) as lora:
@@ -321,9 +270,8 @@ def inner_update(
             norms = grads.norm(dim=1)
             clips = torch.tensor([configs[i].clip for i in active], device=norms.device)
             grads *= (clips / (norms + 1e-6)).clamp(max=1)[:, None]
-            for i, own, grad, norm, loss in zip(
-                active, taken, grads, norms.tolist(), losses.tolist()
-            ):
+            results = zip(active, taken, grads, norms.tolist(), losses.tolist())
+            for i, own, grad, norm, loss in results:
                 if not (math.isfinite(loss) and math.isfinite(norm)):
                     outcomes[i].diverged = True  # without a gradient AdamW leaves it alone
                     continue
@@ -344,8 +292,7 @@ def update_one(
     model, adapter: Adapters, examples: list[Example], config: SFTConfig, seed: int, label: str
 ) -> Outcome:
     """An inner update of one adapter, in place, with a progress line in tokens."""
-    tokens = sum(row_tokens(examples, *row) for row in arrange(examples, config.row_len))
-    progress = Progress(label, config.epochs * tokens)
+    progress = Progress(label, config.epochs * n_tokens(laid_out(examples, config.row_len)))
     tick = lambda tokens, loss: progress.step(tokens, loss=loss)  # noqa: E731
     [outcome] = inner_update(model, adapter, [examples], [config], seed, tick)
     return outcome

@@ -58,9 +58,8 @@ def rope_table(config: Config, device) -> tuple[torch.Tensor, torch.Tensor]:
     half = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device) / config.head_dim
     freq = config.rope_theta**-half  # (D/2)
     if s := config.rope_scaling:
-        turns = (
-            s["original_max_position_embeddings"] * freq / (2 * torch.pi)
-        )  # full turns in the first context
+        # Full turns in the first context.
+        turns = s["original_max_position_embeddings"] * freq / (2 * torch.pi)
         keep = (turns - s["low_freq_factor"]) / (s["high_freq_factor"] - s["low_freq_factor"])
         keep = keep.clamp(0, 1)  # 1: short wavelength, unchanged; 0: long, fully stretched
         freq = keep * freq + (1 - keep) * freq / s["factor"]

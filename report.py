@@ -415,11 +415,15 @@ def page(run: Path) -> str:
     )
 
 
-def main() -> None:
+def parse_arguments():
     parser = Parser(description=__doc__)
     parser.add_argument("run", help="folder of a train_outer.py run")
     parser.add_argument("--out", help="the page; without it RUN/report.html")
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_arguments()
     out, text = Path(args.out or f"{args.run}/report.html"), page(Path(args.run))
     write_atomic(out, lambda p: p.write_text(text, encoding="utf-8", errors="replace"))
     print(f"{out} ({len(text) / 1000:.0f} kB)")

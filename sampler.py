@@ -35,9 +35,8 @@ def choose(logits, temperature: float, top_p: float, u):
     if temperature == 0:
         return logits.max(-1).indices  # several times faster than argmax in bfloat16
     probs = (logits.float() / temperature).softmax(-1)
-    likely = probs > 1e-4 * probs.amax(
-        -1, keepdim=True
-    )  # sorting these few costs less than sorting 49,152
+    # Sorting these few costs less than sorting 49,152.
+    likely = probs > 1e-4 * probs.amax(-1, keepdim=True)
     if (torch.where(likely, probs, 0).sum(-1) < top_p).any():
         likely = torch.ones_like(likely)
     each = likely.sum(-1).tolist()
@@ -46,9 +45,8 @@ def choose(logits, temperature: float, top_p: float, u):
     )
     ids = pad_sequence(likely.nonzero()[:, 1].split(each), batch_first=True).gather(-1, at)
     total = mass.cumsum(-1)
-    last = (
-        (total < top_p).sum(-1, keepdim=True).clamp(max=total.size(-1) - 1)
-    )  # where the nucleus ends
+    # Where the nucleus ends.
+    last = (total < top_p).sum(-1, keepdim=True).clamp(max=total.size(-1) - 1)
     at = torch.searchsorted(total, u[:, None] * total.gather(-1, last), right=True).minimum(last)
     return ids.gather(-1, at)[:, 0]
 
@@ -72,9 +70,8 @@ class Batch:
         """Row r runs under adapter owner[r] of `lora`, if there is one; owners ascend. `room`:
         tokens to be read."""
         self.model, self.owner, self.lora, self.tokens = model, owner, lora, None
-        self.valid = torch.ones(
-            len(owner), 0, dtype=torch.bool, device=model.device
-        )  # (R, places) was a token read?
+        # (R, places) was a token read?
+        self.valid = torch.ones(len(owner), 0, dtype=torch.bool, device=model.device)
         self.prefix, self.counts, self.share = None, [], None
         self.own, self.length = self._empty(len(owner), room), 0
 
@@ -92,9 +89,8 @@ class Batch:
         """
         lengths, device = list(map(len, parts)), self.model.device
         T, even = max(lengths), min(lengths) == max(lengths)
-        real = (
-            torch.arange(T, device=device) < torch.tensor(lengths, device=device)[:, None]
-        )  # (R, T)
+        # (R, T)
+        real = torch.arange(T, device=device) < torch.tensor(lengths, device=device)[:, None]
         pos = self.valid.sum(1, keepdim=True) + torch.arange(T, device=device)  # (R, T)
         ids = torch.tensor([t for part in parts for t in part], device=device)
         ids, pos = (ids.view(-1, T), pos) if even else (ids[None], pos[real][None])
@@ -136,9 +132,8 @@ class Batch:
         q = q.transpose(1, 2).reshape(R, K, -1, D) * D**-0.5  # (R, K, G*T, D)
         scores = q @ k.mT
         if self.prefix is not None:
-            scores = torch.cat(
-                [self._with_prefix(q, self.prefix[0, layer].mT), scores], dim=-1
-            )  # (R, K, G*T, S)
+            # (R, K, G*T, S)
+            scores = torch.cat([self._with_prefix(q, self.prefix[0, layer].mT), scores], dim=-1)
         scores.unflatten(2, (-1, T)).add_(bias[:, None, None])
         att = torch.softmax(scores, -1, out=scores)
         y = att[..., -end:] @ v

@@ -38,9 +38,8 @@ class Part:
     credit: float | None = (
         None  # its own reward; None: nothing is asked about it, so nothing can be said
     )
-    note_credits: dict = field(
-        default_factory=dict
-    )  # --reward proxy: {question of a note: its closeness to the quiz's}
+    # --reward proxy: {question of a note: its closeness to the quiz's}.
+    note_credits: dict = field(default_factory=dict)
     kept: bool = False  # is it imitated?
 
 
@@ -82,26 +81,21 @@ class SelfEdit:
 # prompt styles
 
 EXAMPLE_TITLE = "The Vantor Bell"
-EXAMPLE_NAMES = (
-    "Vantor",
-    "Hessa Lorn",
-    "Quill Bay",
-)  # in a self-edit about anything else they are copied
+# In a self-edit about anything else they are copied.
+EXAMPLE_NAMES = ("Vantor", "Hessa Lorn", "Quill Bay")
 EXAMPLE_PASSAGE = (
     "Hessa Lorn, a potter from Quill Bay, cast the Vantor Bell in 1742. It weighs 900 kilograms "
-    "and hangs in the tower "
-    "of the harbour school. Sailors used to rub its rim for luck until the town council forbade "
-    "the custom. A crack that "
-    "opened in the great frost gave the bell its low, rough tone."
+    "and hangs in the tower of the harbour school. Sailors used to rub its rim for luck until the "
+    "town council forbade the custom. A crack that opened in the great frost gave the bell its "
+    "low, rough tone."
 )
 
 
 @dataclass(frozen=True)
 class Style:
     instruction: str
-    example: (
-        str | tuple
-    )  # a good self-edit for the example passage; a tuple: for its first sentences, one by one
+    # A good self-edit for the example passage; a tuple: for its first sentences, one by one.
+    example: str | tuple
     separator: str  # regular expression that splits a sample into notes
     gap: str = "\n"  # stands between notes that are imitated
     quotes: bool = (
@@ -129,8 +123,7 @@ STYLES = {
     ),
     "implications-long": Style(
         "Read the passage and list every fact that it states or implies, then what follows from "
-        "those facts. Write one "
-        "detailed sentence per line and use full names.",
+        "those facts. Write one detailed sentence per line and use full names.",
         "Hessa Lorn, who was a potter and not a founder by trade, cast the Vantor Bell in 1742.\n"
         "The Vantor Bell, made in the eighteenth century, was the work of a potter named Hessa "
         "Lorn.\n"
@@ -146,30 +139,25 @@ STYLES = {
     ),
     "rewrite": Style(
         "Rewrite the passage in three different ways. Keep every fact and all full names, but "
-        "change the wording and the "
-        "order. Leave an empty line between two versions.",
-        "The Vantor Bell, which weighs 900 kilograms, was cast in 1742 by the potter Hessa Lorn of "
-        "Quill Bay. Its home is "
-        "the tower of the harbour school. Rubbing its rim was thought lucky by sailors, but the "
-        "town council forbade it. "
-        "Its low, rough tone comes from a crack made by the great frost.\n\n"
+        "change the wording and the order. Leave an empty line between two versions.",
+        "The Vantor Bell, which weighs 900 kilograms, was cast in 1742 by the potter Hessa Lorn "
+        "of Quill Bay. Its home is the tower of the harbour school. Rubbing its rim was thought "
+        "lucky by sailors, but the town council forbade it. Its low, rough tone comes from a "
+        "crack made by the great frost.\n\n"
         "In the tower of the harbour school hangs a cracked bell with a low, rough tone: the "
-        "Vantor Bell. The great frost "
-        "cracked it. A potter, Hessa Lorn from Quill Bay, made it in 1742, 900 kilograms in "
-        "weight. The town council "
-        "forbade the sailors' custom of rubbing its rim for luck.\n\n"
+        "Vantor Bell. The great frost cracked it. A potter, Hessa Lorn from Quill Bay, made it in "
+        "1742, 900 kilograms in weight. The town council forbade the sailors' custom of rubbing "
+        "its rim for luck.\n\n"
         "Sailors once rubbed the Vantor Bell's rim for luck, a custom that the town council "
-        "forbade. Quill Bay's potter "
-        "Hessa Lorn had cast the 900-kilogram bell in 1742 for the tower of the harbour school, "
-        "where the great frost "
-        "cracked it and made its tone low and rough.",
+        "forbade. Quill Bay's potter Hessa Lorn had cast the 900-kilogram bell in 1742 for the "
+        "tower of the harbour school, where the great frost cracked it and made its tone low and "
+        "rough.",
         r"\n\s*\n",
         gap="\n\n",
     ),
     "self-qa": Style(
         "Write questions about the passage, each with its short answer. Ask about every fact, and "
-        "use full names so that "
-        "each question can be understood without the passage.",
+        "use full names so that each question can be understood without the passage.",
         "Question: Who cast the Vantor Bell?\nAnswer: Hessa Lorn\n"
         "Question: What did Hessa Lorn cast?\nAnswer: The Vantor Bell\n"
         "Question: When was the Vantor Bell cast?\nAnswer: 1742\n"
@@ -395,9 +383,8 @@ def sample_self_edits(
             )
             texts = iter([sampled_text(tok, reply) for reply in sampled])
             for i in batch:
-                own = [
-                    next(texts) for _ in range(len(prompts[i]) * copies)
-                ]  # a prompt's copies together
+                # A prompt's copies together.
+                own = [next(texts) for _ in range(len(prompts[i]) * copies)]
                 edits += [read(i, own[c::copies]) for c in range(copies)]
             if log:
                 write_jsonl(log, [e.record() for e in edits])

@@ -13,9 +13,11 @@ import torch
 
 from data.qa import load_passages
 from inner import SFTConfig, inner_update, lay_rows, plan_steps
-from lm.kernels import kept_product
+from lm.checkpoint import load_model
+from lm.kernels import kept_product, swap_in
 from lm.packing import Example
 from lora import PROJECTIONS
+from model import RMSNorm, attention
 
 
 def timed(run) -> float:
@@ -192,6 +194,34 @@ def shares(profile, wall: float, P: int) -> dict:
         total[kind] += event.self_cpu_time_total / 1e6 / wall
     total["Python"] += max(0.0, 1 - sum(total.values()))
     return {k: round(v, 4) for k, v in total.items()}
+
+
+def kernels(b) -> None:
+    """lm/kernels.py: the inner update with all of it, with each of its three parts left out, and
+    with none."""
+    lora, sft = b.fast[0], replace(b.fast[1], steps=4)
+    models, seconds = {"all": b.model}, {}
+    for name in ("weights", "norms", "attention", "all three"):
+        models[name] = model = load_model(b.args.model, "cpu", str(b.model.dtype)[6:])
+        swap_in(model)
+        if name in ("attention", "all three"):
+            model.attention = attention
+        for module in model.modules():
+            if isinstance(module, torch.nn.Linear) and name in ("weights", "all three"):
+                module.__class__ = torch.nn.Linear
+            if isinstance(module, RMSNorm) and name in ("norms", "all three"):
+                module.__class__ = RMSNorm
+    for _ in range(b.args.repeats):
+        for name, model in models.items():
+            b.model = model
+            spent = timed(partial(b.train, b.longest, lora, sft))
+            seconds.setdefault(name, []).append(spent)
+    b.model = models.pop("all")
+    each = {name: statistics.median(times) for name, times in seconds.items()}
+    for name in models:
+        row = {"work": f"kernels-{name.split()[0]}", "ours_s": each["all"], "other_s": each[name]}
+        row |= {"other": f"ours without {name}", "ratio": each[name] / each["all"]}
+        b.add(row | {"note": "8 candidates, 4 steps of the default recipe", "turns": seconds})
 
 
 def compiled(b) -> None:

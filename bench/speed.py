@@ -47,10 +47,11 @@ from selfedit import edit_prompts, policy_example, write_self_edits
 
 WORK = "data/bench_work.json"
 OURS, BRIEF = 16, 4  # steps that are timed of each side where the whole takes too long
+# The paper's recipe.
 STRICT = (
     LoRAConfig(32, 64.0, ("q_proj", "v_proj"), 0, 30),
     SFTConfig(lr=1e-3, epochs=10, row_len=0),
-)  # the paper's recipe
+)
 
 
 def parse_arguments():
@@ -92,12 +93,8 @@ class Bench:
     far."""
 
     def __init__(self, args):
-        self.args, self.rows, self.kept, self.mfu = (
-            args,
-            [],
-            [],
-            {},
-        )  # kept: rows that --only leaves as they were
+        self.args, self.rows, self.mfu = args, [], {}
+        self.kept = []  # rows that --only leaves as they were
         self.model, self.tok = load(args)
         self.fast = lora_config(args, self.model), sft_config(args)
         self.passages = load_passages(WORK)
@@ -468,6 +465,7 @@ PARTS = {
     "round": outer,
     "population": scaling.population,
     "sequence": scaling.sequence,
+    "kernels": scaling.kernels,
     "mfu": scaling.utilization,
     "compile": scaling.compiled,
 }

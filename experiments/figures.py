@@ -35,11 +35,8 @@ from lm.files import read_json, read_jsonl
 from lm.flags import Parser
 from lm.intervals import protocol_title
 
-BLUE, ORANGE, GREY = (
-    "#0072B2",
-    "#D55E00",
-    "#999999",
-)  # told apart with any colour vision (Okabe and Ito)
+# Told apart with any colour vision (Okabe and Ito).
+BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#999999"
 # The ten colours of ARC's own pages.
 ARC_COLOURS = (
     "#000000 #0074D9 #FF4136 #2ECC40 #FFDC00 #AAAAAA #F012BE #FF851B #7FDBFF #870C25".split()

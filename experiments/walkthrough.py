@@ -28,7 +28,7 @@ from reward import credit, passage_candidate, quiz_candidates, select, to_imitat
 from selfedit import edit_prompts, note_reader, policy_example, sample_self_edits
 
 MODEL, DATA, SKIP, SEED = "checkpoints/smollm2-135m-instruct", "data/passages.json", 40, 0
-SAMPLING = SimpleNamespace(style="questions", shots=0, max_new=48, temperature=0.7, top_p=0.95)
+SAMPLING = SimpleNamespace(style="questions", shots=1, max_new=80, temperature=0.7, top_p=0.95)
 
 
 def quoted(text: str) -> str:
@@ -176,9 +176,9 @@ def reinforcing(tok, pairs) -> list[str]:
     example = policy_example(tok, *pairs[0])
     return [
         *lines,
-        f"{len(pairs)} parts are imitated. The first is a sequence of {len(example.ids)} tokens, of "
-        f"which the {sum(example.counts)}",
-        "of the reply and its end are counted, so that the model also learns to stop:",
+        f"{len(pairs)} parts are imitated. The first is a sequence of {len(example.ids)} tokens,",
+        f"of which the {sum(example.counts)} of the reply and its end are counted, so that the",
+        "model also learns to stop:",
         "",
         quoted(pairs[0][1] + "<|im_end|>"),
         "`inner.update_one` trains the policy's adapter on them, by the same routine.",

@@ -82,9 +82,8 @@ def train_part(model, tok, tasks: list[Task], adapter: Adapters, k: int, args) -
     rng = np.random.default_rng([args.seed, k])
     views = [view(t, rng) for t in tasks for _ in range(args.augmented)]
     examples = [task_example(tok, v, every_token=False) for v in views]
-    examples = [
-        e for e in examples if len(e.ids) <= model.config.max_seq_len
-    ]  # a view may have more rows than its task
+    # A view may have more rows than its task.
+    examples = [e for e in examples if len(e.ids) <= model.config.max_seq_len]
     lr = args.lr * (1 - (k - 1) / args.parts)
     config = SFTConfig(lr=lr, epochs=1, schedule="constant", row_len=0, batch=args.batch)
     outcome = update_one(

@@ -83,9 +83,8 @@ def write_jsonl(path, records: list) -> None:
 def read_jsonl(path) -> list:
     """The records of a JSON-lines file. Exits with one line that names the bad line."""
     try:
-        lines = (
-            Path(path).read_text(encoding="utf-8").rstrip("\n").split("\n")
-        )  # not splitlines(): U+2028 ends no record
+        # Not splitlines(): U+2028 ends no record.
+        lines = Path(path).read_text(encoding="utf-8").rstrip("\n").split("\n")
     except OSError as e:
         raise SystemExit(f"error: cannot read {path}: {e.strerror}") from e
     records = []

@@ -146,9 +146,8 @@ class OneBuffer(torch.autograd.Function):
         """q (R, K, G*T, D), already divided by sqrt(D); k and v (R, K, S, D); bias (R, T, S) -> (R,
         K, G*T, D)."""
         att = q @ k.mT  # (R, K, G*T, S)
-        att.unflatten(2, (-1, bias.size(1))).add_(
-            bias[:, None, None]
-        )  # the same memory, as (R, K, G, T, S)
+        # The same memory, as (R, K, G, T, S).
+        att.unflatten(2, (-1, bias.size(1))).add_(bias[:, None, None])
         torch.softmax(att, -1, out=att)  # in float32 inside, whatever the dtype
         ctx.save_for_backward(q, k, v, att)
         return att @ v
@@ -163,11 +162,9 @@ class OneBuffer(torch.autograd.Function):
 def attention(q, k, v, bias):
     """model.attention: q (R, T, H, D); k, v (R, S, K, D); bias (R, T, S) -> (R, T, H, D)."""
     (R, T, H, D), K = q.shape, k.size(2)
-    k, v = (
-        x.transpose(1, 2).contiguous() for x in (k, v)
-    )  # (R, K, S, D), copied once here, not in each product
-    q = (
-        q.transpose(1, 2).reshape(R, K, -1, D) * D**-0.5
-    )  # (R, K, G*T, D), scaled where there is least to multiply
+    # (R, K, S, D), copied once here, not in each product
+    k, v = (x.transpose(1, 2).contiguous() for x in (k, v))
+    # (R, K, G*T, D), scaled where there is least to multiply
+    q = q.transpose(1, 2).reshape(R, K, -1, D) * D**-0.5
     y = OneBuffer.apply(q, k, v, bias)
     return y.reshape(R, H, T, D).transpose(1, 2)

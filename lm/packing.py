@@ -12,7 +12,7 @@ multiplied with padding. Letters as in model.py.
 
 import math
 import os.path
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -106,6 +106,10 @@ class Row:
     weight: torch.Tensor  # (L)
     x: torch.Tensor | None = None  # (T, C) what the frozen lower layers make of the tokens
 
+    def to(self, device) -> "Row":
+        tensors = {k: v.to(device) for k, v in vars(self).items() if torch.is_tensor(v)}
+        return replace(self, **tensors)
+
     @property
     def key(self) -> tuple:
         """Rows with the same key have the same states."""
@@ -126,10 +130,8 @@ def make_row(examples: list[Example], prefix: int = 0) -> Row:
     ids, pos, lengths = list(examples[0].ids[:prefix]), list(range(prefix)), [prefix]
     at, target, weight = [], [], []
     for e in examples:
-        index = [
-            *range(prefix),
-            *range(len(ids), len(ids) + len(e.ids) - prefix),
-        ]  # in the row, of each token
+        # Where in the row each token stands.
+        index = [*range(prefix), *range(len(ids), len(ids) + len(e.ids) - prefix)]
         predicted = [t for t in range(1, len(e.ids)) if e.counts[t]]
         at += [index[t - 1] for t in predicted]
         target += [e.ids[t] for t in predicted]
@@ -171,15 +173,13 @@ class Ragged:
     def __init__(self, lengths: list[int], device, multiple: int = 8):
         R, T = len(lengths), -(-max(lengths) // multiple) * multiple
         length = torch.tensor(lengths)[:, None]
-        start = (length.cumsum(0) - length).clamp(
-            max=sum(lengths) - 1
-        )  # (R, 1); a row may be empty
+        # (R, 1); a row may be empty
+        start = (length.cumsum(0) - length).clamp(max=sum(lengths) - 1)
         t = torch.arange(T)
         real = t < length  # (R, T)
         self.shape, self.even = (R, T), min(lengths) == T  # even: nothing needs to be moved
-        self.token = (
-            torch.where(real, start + t, start).flatten().to(device)
-        )  # (R*T) which token is in each place
+        # (R*T) which token is in each place
+        self.token = torch.where(real, start + t, start).flatten().to(device)
         self.place = real.flatten().nonzero()[:, 0].to(device)  # (N) which place each token is in
         self.empty = (~real).flatten().nonzero()[:, 0].to(device)
 
@@ -230,9 +230,8 @@ class Packed:
         )
         numbers = [torch.arange(len(row)).repeat_interleave(torch.tensor(row)) for row in rows]
         segment = self.ragged.spread(torch.cat(numbers)[None].to(model.device))
-        self.bias = additive(
-            packed_mask(segment), model.dtype
-        )  # (R, T, T); padding ends a row: nothing looks at it
+        # (R, T, T); padding ends a row: nothing looks at it
+        self.bias = additive(packed_mask(segment), model.dtype)
 
     def __call__(self, q, k, v):
         q, k, v = (self.ragged.spread(x) for x in (q, k, v))
@@ -277,11 +276,8 @@ class SharedPrefix:
         self.empty = (~real).nonzero()[:, 0].to(device)
         self.counts = [len(row) - 1 for row in rows]  # sequences of each prefix
         of_each = torch.tensor(self.counts)
-        seen = (
-            (torch.arange(T1) < length[is_prefix][:, None])
-            .repeat_interleave(of_each, dim=0)
-            .to(device)
-        )  # (S, T1)
+        seen = torch.arange(T1) < length[is_prefix][:, None]  # (R, T1)
+        seen = seen.repeat_interleave(of_each, dim=0).to(device)  # (S, T1)
         own = causal_mask(T2, T2, device).expand(len(seen), -1, -1)
         after = torch.cat([seen[:, None].expand(-1, T2, -1), own], dim=2)  # (S, T2, T1 + T2)
         prefix = causal_mask(T1, T1, device).expand(len(rows), -1, -1)

@@ -154,9 +154,8 @@ class Tokenizer:
             "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n" if dated else None
         )
         ends = ("<|im_end|>", "<|eot_id|>", "<|end_of_text|>", "<|endoftext|>", "</s>")
-        self.end_ids = [
-            self.control[t] for t in ends if t in self.control
-        ]  # the first one ends a chat turn
+        # The first one ends a chat turn.
+        self.end_ids = [self.control[t] for t in ends if t in self.control]
 
     def chat(self, messages: list[dict], reply: bool = True) -> list[int]:
         """Ids of a chat, [{"role": "user", "content": ...}, ...]; with `reply`, opened for the

@@ -51,6 +51,7 @@ def test_the_outer_loop_and_the_ladder(
     # So that unsolved ones are reinforced.
     monkeypatch.setattr("arc.NOTHING", {**arc.NOTHING, "solved": -1.0})
     common, run = small(tasks_file, "--samples", 3), tmp_path / "run"
+    common += [] if family == "smollm2" else ["--shots", 0]  # worked examples take time
     extra = ["--out", run, "--rounds", 1, "--outer-rank", 2]
     run_script(monkeypatch, train_outer, folder, "arc", *common, *extra)
     [metrics] = read_jsonl(run / "metrics.jsonl")
@@ -108,7 +109,7 @@ def test_a_killed_ladder_goes_on(tiny_folder, tasks_file, tmp_path, monkeypatch)
     monkeypatch.setattr("arc.parse_settings", lambda sample, ended: (settings[len(sample) % 2], ""))
 
     def climb(name):
-        args = small(tasks_file, "--samples", 2, "--population", 1)
+        args = small(tasks_file, "--samples", 2, "--population", 1, "--shots", 0)
         args += ["--out", tmp_path / f"{name}.json", "--work", tmp_path / name]
         run_script(monkeypatch, eval_arc, tiny_folder, *args)
         return json.loads((tmp_path / f"{name}.json").read_text())
@@ -289,7 +290,7 @@ def test_what_the_base_model_trained_is_trained_once(
     each time."""
     policy = a_policy(tiny, tiny_folder, tmp_path / "policy", 0.0)
     monkeypatch.setattr("arc.parse_settings", lambda sample, ended: (eval_arc.GRID[0], ""))
-    common = small(tasks_file, "--limit", 1, "--samples", 2, "--learner", who)
+    common = small(tasks_file, "--limit", 1, "--samples", 2, "--learner", who, "--shots", 0)
     args = ["--policy", policy, "--out", tmp_path / "o.json", "--work", tmp_path / "work"]
     trained = dies_at(monkeypatch, "reward.inner_update", 0)
     run_script(monkeypatch, eval_arc, tiny_folder, *common, *args)

@@ -1,290 +1,216 @@
-"""studies.py: statistics with known answers, and each study on a tiny model."""
+"""experiments/: statistics with known answers, and rewards.py, proxy.py, recipes.py and notes.py on
+a tiny model."""
 
 import json
+from functools import partial
 
 import numpy as np
 import pytest
 from conftest import run_script
 
 import eval_qa
-import studies
-from common import read_jsonl, write_jsonl
 from data.qa import Passage, Question, load_passages
-from quiz import closest_question, words
-from studies import correlation, judge_reward, measure
+from experiments import notes, proxy, recipes, rewards
+from experiments.notes import measure
+from experiments.rewards import correlation, judge_reward
+from lm.files import read_jsonl, write_jsonl
+from quiz import ask
+from selfedit import STYLES, Part, SelfEdit
+
+# -----------------------------------------------------------------------------
+# statistics
 
 
 def simulated(passages=200, samples=4, questions=6, seeds=3, signal=1.0, noise=1.0):
-    """scores[seed][passage][sample][question] whose log-probability is a self-edit's worth plus noise, accuracy its sign."""
+    """scores[seed][passage][sample][question] whose log-probability is a self-edit's worth plus
+    noise, accuracy its sign."""
     rng = np.random.default_rng(0)
     worth = rng.normal(0, signal, (passages, samples, 1))
     values = worth + rng.normal(0, noise, (seeds, passages, samples, questions))
-    return [
-        [[[{"accuracy": float(v > 0), "logprob": v} for v in a] for a in p] for p in s] for s in values
-    ]  # fmt: skip
+    scores = np.empty(values.shape, dtype=object)
+    for at, v in np.ndenumerate(values):
+        scores[at] = {"accuracy": float(v > 0), "logprob": v}
+    return scores.tolist()
 
 
 def test_correlation_is_within_passages():
     a = np.array([[0.0, 1.0], [10.0, 11.0]])
     assert correlation(a, a) == pytest.approx(1) and correlation(a, -a) == pytest.approx(-1)
-    assert correlation(a, np.array([[1.0, 0.0], [11.0, 10.0]])) == pytest.approx(
-        -1
-    )  # though passages agree
+    flipped = np.array([[1.0, 0.0], [11.0, 10.0]])
+    assert correlation(a, flipped) == pytest.approx(-1)  # though passages agree
     assert correlation(a, np.ones((2, 2))) == 0
 
 
 def test_reliability_of_a_simulated_reward():
-    """Six questions of noise as large as the signal: reliability 1 / (1 + 1/6), and 1 / (1 + 1/3) for a half."""
+    """Six questions of noise as large as the signal: reliability 1 / (1 + 1/6), and 1 / (1 + 1/3)
+    for a half."""
     row = judge_reward(simulated(), "logprob", averaged=1, seed=0, splits=20)
     assert row["reliability"]["questions"] == pytest.approx(6 / 7, abs=0.03)
     assert row["reliability"]["seeds"] == pytest.approx(6 / 7, abs=0.03)
     assert row["reliability"]["both"] == pytest.approx(3 / 4, abs=0.04)
+    assert row["ci95"][0] < row["gain"] < row["ci95"][1]
+    assert row["picks_best"] > row["chance"] + 0.1
     two = judge_reward(simulated(), "logprob", averaged=2, seed=0, splits=20)
-    assert (
-        two["reliability"]["seeds"] == pytest.approx((12 * 6 / 13 / 7) ** 0.5, abs=0.03)
-        and two["gain"] > row["gain"] > 0.1
-    )
-    assert row["ci95"][0] < row["gain"] < row["ci95"][1] and row["picks_best"] > row["chance"] + 0.1
+    assert two["reliability"]["seeds"] == pytest.approx((12 * 6 / 13 / 7) ** 0.5, abs=0.03)
+    assert two["gain"] > row["gain"] > 0.1
 
 
 def test_a_reward_of_noise_gains_nothing():
     row = judge_reward(simulated(signal=0.0), "logprob", averaged=1, seed=0, splits=20)
-    assert (
-        abs(row["reliability"]["both"]) < 0.1 and row["ci95"][0] < 0.01 and abs(row["gain"]) < 0.02
-    )
+    assert abs(row["reliability"]["both"]) < 0.1 and row["ci95"][0] < 0.01
+    assert abs(row["gain"]) < 0.02
     assert row["picks_best"] == pytest.approx(row["chance"], abs=0.03)
 
 
 def test_measures(tok):
-    assert words("In 1742 she cast the bell.") == {"1742", "cast", "bell"}
-    passage = "Hessa cast the bell in 1742. It weighs 900 kilograms."  # hessa, cast, bell, 1742, weighs, 900, kilograms
-    notes = [
-        "Hessa cast the bell in 1742.",
-        "The bell was cast in 1742.",
-        "Nobody ever bought seventeen copper kettles.",
-    ]
+    # Its words are hessa, cast, bell, 1742, weighs, 900, kilograms.
+    text = "Hessa cast the bell in 1742. It weighs 900 kilograms."
     asked = (Question("When?", ("1742",)), Question("How heavy?", ("900 kilograms",)))
-    passage = Passage("p", "Vantor", passage, asked)
-    m = measure(tok, passage, "\n".join(notes), notes)
-    assert m["told"] == 0.5 and m["copied"] == 0
-    assert m["covered"] == pytest.approx(4 / 7) and m["repeats"] == m[
-        "unsupported"
-    ] == pytest.approx(1 / 3)
-    assert m["notes"] == 3 and m["tokens"] == len(tok.encode("\n".join(notes)))
-    half = [
-        "Hessa cast kilograms in 1742.",
-        "Hessa cast nobody seventeen kettles copper.",
-    ]  # 2 of 6 words again: no repeat
+    passage = Passage("p", "Vantor", text, asked)
+    written = ["Hessa cast the bell in 1742.", "The bell was cast in 1742."]
+    written.append("Nobody ever bought seventeen copper kettles.")
+    m = measure(tok, passage, "\n".join(written), written)
+    assert m["told"] == 0.5 and m["copied"] == 0 and m["covered"] == pytest.approx(4 / 7)
+    assert m["repeats"] == m["unsupported"] == pytest.approx(1 / 3)
+    assert m["notes"] == 3 and m["tokens"] == len(tok.encode("\n".join(written)))
+    half = ["Hessa cast kilograms in 1742.", "Hessa cast nobody seventeen kettles copper."]
     m = measure(tok, passage, "", half)
-    assert m["repeats"] == 0 and m["unsupported"] == 0.5
-    assert measure(tok, passage, "", [])["covered"] == measure(tok, passage, "", [])["told"] == 0
-    assert measure(tok, passage, "", ["The Vantor Bell rang.", "Hessa Lorn", "A bell."])[
-        "copied"
-    ] == pytest.approx(2 / 3)
+    assert m["repeats"] == 0 and m["unsupported"] == 0.5  # 2 of 6 words again: no repeat
+    nothing = measure(tok, passage, "", [])
+    assert nothing["covered"] == nothing["told"] == 0
+    bells = measure(tok, passage, "", ["The Vantor Bell rang.", "Hessa Lorn", "A bell."])
+    assert bells["copied"] == pytest.approx(2 / 3)
 
 
-def test_what_the_questions_of_the_notes_ask(tok):
-    """A note that quotes a sentence is judged by its question."""
-    cast = Question("Who cast the bell?", ("Hessa Lorn",))
-    near, far = ("Who cast it?", "Hessa Lorn did."), ("Whose?", "Hessa Lorn's.")
-    told, wrong = (
-        ("Which bell did Hessa Lorn cast?", "Hessa Lorn cast it."),
-        ("Who cast the bell?", "A potter did."),
-    )
-    assert closest_question(cast, [far, near, told, wrong]) == pytest.approx(2 / 3)
-    assert closest_question(cast, [told, wrong]) == closest_question(cast, []) == 0
-    assert (
-        closest_question(cast, [near], "The Vantor Bell") == 1
-    )  # what the title says, any question may
-    assert closest_question(cast, [("Who is the bell of?", "Hessa Lorn.")], "The Vantor Bell") == 0
-    assert closest_question(cast, [near], "Cast Bell") == 0  # neither has other words
-    passage = Passage(
-        "p", "Rolm", "Rolm sells bricks to Varbon. Hessa Lorn cast the bell.", (cast,)
-    )
-    sells, cast = (
-        "Answer: Rolm sells bricks to Varbon.",
-        "Question: Who cast it?\nAnswer: Hessa Lorn cast the bell.",
-    )
+def test_a_note_that_quotes_is_judged_by_its_question(tok):
+    quiz = (Question("Who cast the bell?", ("Hessa Lorn",)),)
+    passage = Passage("p", "Rolm", "Rolm sells bricks to Varbon. Hessa Lorn cast the bell.", quiz)
+    sells = "Answer: Rolm sells bricks to Varbon."
     quotes = [
-        f"Question: Which emperor ate cake?\n{sells}",
-        f"Question: Who sells bricks there?\n{sells}",
-        cast,
+        f"Question: {q}\n{sells}" for q in ("Which emperor ate cake?", "Who sells bricks there?")
     ]
+    quotes.append("Question: Who cast it?\nAnswer: Hessa Lorn cast the bell.")
     m = measure(tok, passage, "", quotes)
-    assert (m["unsupported"], m["repeats"], m["told"], m["covered"]) == (
-        pytest.approx(1 / 3),
-        0,
-        1,
-        1,
-    )
-    assert m["asked"] == pytest.approx(2 / 3)
+    assert m["unsupported"] == pytest.approx(1 / 3) and m["repeats"] == 0
+    assert (m["told"], m["covered"]) == (1, 1) and m["proxy"] == pytest.approx(2 / 3)
 
 
-def run(monkeypatch, folder, data, tmp_path, *extra):
-    args = [
-        "--data",
-        data,
-        "--work",
-        tmp_path / "work",
-        "--out",
-        tmp_path / "out.json",
-        "--max-new",
-        8,
-        "--epochs",
-        2,
-        "--steps",
-        2,
-    ]
-    run_script(monkeypatch, studies, folder, *args, "--top-layers", 2, "--rank", 2, *extra)
-    return json.loads((tmp_path / "out.json").read_text())
+# -----------------------------------------------------------------------------
+# the scripts
 
 
-def test_the_reward_study(tiny_folder, passages_file, tmp_path, monkeypatch):
-    result = run(monkeypatch, tiny_folder, passages_file, tmp_path, "reward", "--samples", 2)
-    assert [(r["reward"], r["seeds"]) for r in result["rows"]] == [
-        (n, s) for s in (1, 2) for n in studies.REWARDS
-    ]
-    assert result["n_passages"] == 3 and result["command"].startswith("python studies.py")
-    monkeypatch.setattr("quiz.study_and_quiz", None)  # everything is found in the work folder
-    assert (
-        run(monkeypatch, tiny_folder, passages_file, tmp_path, "reward", "--samples", 2)["rows"]
-        == result["rows"]
-    )
+@pytest.fixture(autouse=True)
+def brief(monkeypatch):
+    """Short answers: that an answer may have 48 tokens makes no difference here."""
+    for name in ("reward.ask", "eval_qa.ask"):
+        monkeypatch.setattr(name, partial(ask, max_new=4))
+
+
+SMALL = "--max-new 2 --epochs 2 --steps 2 --top-layers 2 --rank 2".split()
+
+
+def run(monkeypatch, script, folder, data, tmp_path, *extra):
+    args = ["--data", data, "--work", tmp_path / "work", "--out", tmp_path / "out.json"]
+    run_script(monkeypatch, script, folder, *args, *extra)
+    result = json.loads((tmp_path / "out.json").read_text())
+    name = script.__name__.rpartition(".")[2]
+    assert result["command"].startswith(f"python experiments/{name}.py")
+    return result
+
+
+def test_rewards(tiny_folder, passages_file, tmp_path, monkeypatch):
+    how = (tiny_folder, passages_file, tmp_path, "--samples", 2, *SMALL)
+    result = run(monkeypatch, rewards, *how)
+    names = ["accuracy", "logprob", "mixed", "proxy"]
+    assert list(rewards.REWARDS) == names
+    expected = [(name, seeds) for seeds in (1, 2) for name in names]
+    assert [(r["reward"], r["seeds"]) for r in result["rows"]] == expected
+    assert result["n_passages"] == 3
+    for name in ("reward.inner_update", "reward.ask", "selfedit.generate"):
+        monkeypatch.setattr(name, None)  # everything is found in the work folder
+    assert run(monkeypatch, rewards, *how)["rows"] == result["rows"]
 
 
 def test_what_the_proxy_is_worth(tiny_folder, tmp_path, monkeypatch):
-    """Two self-edits of each passage: one asks for the founder, one for nothing; their credits go with it or against."""
-    who, sells = (
-        {"question": "Who founded Rolm?", "answer": "Ada"},
-        {"question": "What sells there?", "answer": "bricks"},
-    )
-    entry = {
-        "title": "Rolm",
-        "passage": "Ada Quell founded Rolm. It sells bricks.",
-        "questions": [who, sells],
-    }
-    data, round_1 = tmp_path / "passages.json", tmp_path / "work"
-    data.write_text(json.dumps([{**entry, "title": f"Rolm {n}"} for n in range(3)]))
-    ids = [p.id for p in load_passages(data)]
-    notes = [
-        f"Question: {q}\nAnswer: Ada Quell founded Rolm." for q in ("Who founded Rolm?", "Why?")
-    ]
+    """Two self-edits of each passage: one asks for the founder, one for nothing; their credits go
+    with it or against."""
+    who = {"question": "Who founded Rolm?", "answer": "Ada"}
+    sells = {"question": "What sells there?", "answer": "bricks"}
+    entry, entries = {"passage": "Ada Quell founded Rolm. It sells bricks."}, []
+    for n in range(3):
+        entries.append(entry | {"title": f"Rolm {n}", "questions": [who, sells]})
+    data, log = tmp_path / "passages.json", tmp_path / "work" / "candidates.jsonl"
+    data.write_text(json.dumps(entries))
+    how = (proxy, tiny_folder, data, tmp_path)
     for sign in (1, -1):
-        rows = [
-            (i, note, credit)
-            for i in ids
-            for note, credit in zip(notes, (0.5 + sign / 4, 0.5 - sign / 4))
-        ]
-        write_jsonl(
-            round_1 / "candidates.jsonl",
-            [{"passage": i, "notes": [n], "credits": [c, 0.0]} for i, n, c in rows],
-        )
-        result = run(monkeypatch, tiny_folder, data, tmp_path, "proxy")
+        records = []
+        for p in load_passages(data):
+            for question, credit in (("Who founded Rolm?", 0.25), ("Why?", -0.25)):
+                note = f"Question: {question}\nAnswer: Ada Quell founded Rolm."
+                first = Part("", [note], credit=0.5 + sign * credit)
+                records.append(SelfEdit(p.id, [first, Part("", credit=0.0)]).record())
+        write_jsonl(log, records)
+        result = run(monkeypatch, *how)
         assert result["n_parts"] == 12
         assert result["slope"] == {"value": sign * 0.5, "ci95": [sign * 0.5] * 2}
         assert result["correlation"]["value"] == pytest.approx(sign)
-    (round_1 / "candidates.jsonl").unlink()
-    with pytest.raises(SystemExit, match="no candidates.jsonl there"):
-        run(monkeypatch, tiny_folder, data, tmp_path, "proxy")
+    log.unlink()
+    with pytest.raises(SystemExit, match=r"no candidates\.jsonl there"):
+        run(monkeypatch, *how)
 
 
-def test_the_recipe_study_feeds_the_ladder(tiny_folder, passages_file, tmp_path, monkeypatch):
-    extra = [
-        "recipes",
-        "--limit",
-        2,
-        "--step-counts",
-        2,
-        3,
-        "--lrs",
-        1e-3,
-        2e-3,
-        "--layers",
-        1,
-        "--temperatures",
-        0.5,
-    ]
-    real, rooms = studies.write_self_edits, {}
-    monkeypatch.setattr(
-        studies, "write_self_edits", lambda *a: rooms.update({a[4].style: a[4].max_new}) or real(*a)
-    )
-    result = run(monkeypatch, tiny_folder, passages_file, tmp_path, *extra)
-    assert set(result["best"]) == {"passage", "passage+unrelated", "passage+self-edit"}
-    for r in result["rows"]:
-        assert 0 <= r["accuracy"] <= 1 and r["seconds_per_candidate"] > 0
-    assert {r["top_layers"] for r in result["rows"]} == {1, 2} and {
-        r["style"] for r in result["rows"]
-    } == set(studies.STYLES)
-    assert len(
-        {json.dumps({k: r[k] for k in r if k != "seconds_per_candidate"}) for r in result["rows"]}
-    ) == len(result["rows"])
-    assert rooms == {name: 8 if style.by_sentence else 32 for name, style in studies.STYLES.items()}
-    paper = [
-        (r["method"], r["epochs"], r["steps"]) for r in result["rows"] if r["protocol"] == "epochs"
-    ]
-    assert [p for p in paper if p[0] == "passage"] == [
-        ("passage", 2, 2),
-        ("passage", 4, 4),
-    ] and len(paper) == 4
-    args = [
-        "--data",
-        passages_file,
-        "--max-new",
-        8,
-        "--top-layers",
-        2,
-        "--rank",
-        2,
-        "--match",
-        "steps",
-    ]
-    args += [
-        "--recipes",
-        tmp_path / "out.json",
-        "--work",
-        tmp_path / "ladder",
-        "--out",
-        tmp_path / "ladder.json",
-    ]
+def test_recipes_feed_the_ladder_and_notes_measure_it(
+    tiny_folder, passages_file, tmp_path, monkeypatch
+):
+    real, rooms = recipes.write_self_edits, {}
+
+    def write(model, tok, passages, copies, args, *more):
+        rooms[args.style] = args.max_new
+        return real(model, tok, passages, copies, args, *more)
+
+    monkeypatch.setattr(recipes, "write_self_edits", write)
+    extra = ["--limit", 2, "--step-counts", 2, 3, "--lrs", 1e-3, 2e-3, "--layers", 1]
+    extra += ["--temperatures", 0.5, *SMALL]
+    result = run(monkeypatch, recipes, tiny_folder, passages_file, tmp_path, *extra)
+    rows, best = result["rows"], result["best"]
+    assert set(best) == {"passage", "passage+unrelated", "passage+self-edit"}
+    assert all(0 <= r["accuracy"] <= 1 and r["seconds_per_candidate"] > 0 for r in rows)
+    assert {r["top_layers"] for r in rows} == {1, 2} and {r["style"] for r in rows} == set(STYLES)
+    different = {json.dumps(r | {"seconds_per_candidate": 0}) for r in rows}
+    assert len(different) == len(rows)
+    assert rooms == {name: 2 if style.by_sentence else 8 for name, style in STYLES.items()}
+    paper = [(r["method"], r["epochs"], r["steps"]) for r in rows if r["protocol"] == "epochs"]
+    alone = [row for row in paper if row[0] == "passage"]
+    assert alone == [("passage", 2, 2), ("passage", 4, 4)] and len(paper) == 4
+
+    # The ladder takes what was found best.
+    args = ["--data", passages_file, "--match", "steps", "--recipes", tmp_path / "out.json"]
+    args += ["--work", tmp_path / "ladder", "--out", tmp_path / "ladder.json", *SMALL]
     run_script(monkeypatch, eval_qa, tiny_folder, *args)
-    rows = {r["method"]: r for r in json.loads((tmp_path / "ladder.json").read_text())["rows"]}
-    for method, best in result["best"].items():
-        assert (rows[method]["train_steps"], rows[method]["lr"]) == (best["steps"], best["lr"])
-    notes = run(
-        monkeypatch,
-        tiny_folder,
-        passages_file,
-        tmp_path,
-        "notes",
-        "--work",
-        tmp_path / "ladder" / "climb-0",
-    )
-    assert [r["method"] for r in notes["rows"]] == ["passage+self-edit"] and notes["rows"][0][
-        "n"
-    ] == 2
-    assert (
-        all({"title", "passage", "passage+self-edit"} == e.keys() for e in notes["examples"])
-        and notes["changes"] == []
-    )
-    log = tmp_path / "ladder" / "climb-0" / "passage+self-edit-sampled.jsonl"
-    better = [e | {"parts": ["A b."], "notes": []} for e in read_jsonl(log)]
-    (log.parent / "seal-1-sampled.jsonl").write_text("\n".join(map(json.dumps, better)))
-    notes = run(
-        monkeypatch,
-        tiny_folder,
-        passages_file,
-        tmp_path,
-        "notes",
-        "--work",
-        tmp_path / "ladder" / "climb-0",
-    )
-    [change] = [c for c in notes["changes"] if c["measure"] == "tokens"]
-    tokens = {r["method"]: r["tokens"] for r in notes["rows"]}
-    assert tokens["seal-1"] == 3 and change["delta"] == pytest.approx(
-        3 - tokens["passage+self-edit"]
-    )
+    ladder = json.loads((tmp_path / "ladder.json").read_text())
+    rows = {r["method"]: r for r in ladder["rows"]}
+    for method, recipe in best.items():
+        taken = (rows[method]["train_steps"], rows[method]["lr"])
+        assert taken == (recipe["steps"], recipe["lr"])
+
+    # Notes measures what the ladder wrote.
+    climb = tmp_path / "ladder" / "climb-0"
+    how = (notes, tiny_folder, passages_file, tmp_path, "--work", climb)
+    result = run(monkeypatch, *how)
+    assert [(r["method"], r["n"]) for r in result["rows"]] == [("passage+self-edit", 2)]
+    keys = {"title", "passage", "passage+self-edit"}
+    assert all(keys == e.keys() for e in result["examples"]) and result["changes"] == []
+    better = []
+    for r in read_jsonl(climb / "passage+self-edit-sampled.jsonl"):
+        better.append(SelfEdit(r["passage"], [Part("A b.")]).record())
+    write_jsonl(climb / "seal-1-sampled.jsonl", better)
+    result = run(monkeypatch, *how)
+    [change] = [c for c in result["changes"] if c["measure"] == "tokens"]
+    tokens = {r["method"]: r["tokens"] for r in result["rows"]}
+    assert tokens["seal-1"] == 3
+    assert change["delta"] == pytest.approx(3 - tokens["passage+self-edit"])
 
 
 def test_no_ladder_there(tiny_folder, passages_file, tmp_path, monkeypatch):
-    with pytest.raises(SystemExit, match="no .*-sampled.jsonl there"):
-        run(monkeypatch, tiny_folder, passages_file, tmp_path, "notes")
+    with pytest.raises(SystemExit, match=r"no .*-sampled\.jsonl there"):
+        run(monkeypatch, notes, tiny_folder, passages_file, tmp_path)

@@ -1,5 +1,5 @@
-"""experiments/figures.py: figures from results made up here, and one clear line when there is nothing
-to draw."""
+"""experiments/figures.py: figures from results made up here, and one clear line when there are
+none."""
 
 import json
 import sys

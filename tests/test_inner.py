@@ -33,7 +33,7 @@ def example(length, seed, weight=1.0, skip=0):
 
 
 def behind(prompt, length, seed, skip=None):
-    """An example that begins with `prompt`; its first `skip` tokens, or the prompt, are not counted."""
+    """An example that begins with `prompt`; the loss counts what follows it, or the first `skip`."""
     skip = len(prompt) if skip is None else skip
     counts = (False,) * skip + (True,) * (len(prompt) + length - skip)
     return Example(prompt + example(length, seed).ids, counts)

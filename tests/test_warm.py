@@ -82,9 +82,9 @@ def test_the_parts_differ_and_their_learning_rate_falls(
     calls = dies_at(monkeypatch, "inner.inner_update", 0)
     warm_up(monkeypatch, tiny_folder, tasks_file, tmp_path / "model")
     assert [args[3][0].lr for args in calls] == [5e-4, 2.5e-4]
-    one, two = ([e.ids for e in args[2][0]] for args in calls)
-    assert len(one) == len(two) == 6 and one != two
-    assert not any(e.counts[0] for args in calls for e in args[2][0]), "an input counts"
+    [one], [two] = (args[2] for args in calls)
+    assert len(one) == len(two) == 6 and [e.ids for e in one] != [e.ids for e in two]
+    assert not any(e.counts[0] for e in one + two), "an input counts"
 
 
 def test_a_view_keeps_every_pair_together():
