@@ -35,10 +35,8 @@ class Part:
     notes: list[str] = field(default_factory=list)  # as parsed; empty if the text is unusable
     target: str = ""  # what of it may be imitated: the text of its notes, or ""
     flaw: str = ""  # "", "empty", "malformed", "endless", "repeats" or "copied"
-    credit: float | None = (
-        None  # its own reward; None: nothing is asked about it, so nothing can be said
-    )
-    # --reward proxy: {question of a note: its closeness to the quiz's}.
+    credit: float | None = None  # its own reward; None where no question is about it
+    # --reward proxy: {question of a note: its closeness to each of the quiz's}
     note_credits: dict = field(default_factory=dict)
     kept: bool = False  # is it imitated?
 
@@ -50,9 +48,7 @@ class SelfEdit:
     passage: str  # id; of an ARC task, if that is what it is about
     parts: list[Part]
     style: str = ""
-    flaw: str = (
-        ""  # of the whole: "", that of the first part if nothing could be mended, or "diverged"
-    )
+    flaw: str = ""  # of the whole: "diverged", or the first part's if nothing could be mended
     config: dict = field(default_factory=dict)  # of the inner update, as used
     steps: int = 0
     loss: float | None = None  # of the last inner step
@@ -98,9 +94,7 @@ class Style:
     example: str | tuple
     separator: str  # regular expression that splits a sample into notes
     gap: str = "\n"  # stands between notes that are imitated
-    quotes: bool = (
-        False  # the model writes questions; each becomes a note that answers it with the sentence
-    )
+    quotes: bool = False  # the model writes questions; a note answers one with the sentence
 
     @property
     def by_sentence(self) -> bool:

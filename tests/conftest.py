@@ -23,6 +23,7 @@ from lm.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 SMOLLM2 = ROOT / "checkpoints" / "smollm2-135m-instruct"
+torch.set_num_threads(1)  # the models are tiny: more threads cost more than they bring
 swap_in = lm.kernels.swap_in  # with --plain too: tests/test_kernels.py tests it
 
 

@@ -33,7 +33,8 @@ def example(length, seed, weight=1.0, skip=0):
 
 
 def behind(prompt, length, seed, skip=None):
-    """An example that begins with `prompt`; the loss counts what follows it, or the first `skip`."""
+    """An example that begins with `prompt`. Its first `skip` tokens do not count; without `skip`,
+    those of the prompt."""
     skip = len(prompt) if skip is None else skip
     counts = (False,) * skip + (True,) * (len(prompt) + length - skip)
     return Example(prompt + example(length, seed).ids, counts)

@@ -1,5 +1,6 @@
 """lm/tokenizer.py against the `tokenizers` library and the checkpoints' own chat templates."""
 
+import functools
 import json
 import random
 
@@ -15,8 +16,8 @@ from lm.tokenizer import Tokenizer
 
 VOCAB = ROOT / "downloads" / "vocab"
 CONTROL = {
-    "llama3": ["<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"]
-    + ["<|start_header_id|>", "<|end_header_id|>"],
+    "llama3": ["<|begin_of_text|>", "<|end_of_text|>"]
+    + ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"],
     "qwen": ["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
 }
 DIGITS = {"llama3": r"\p{N}{1,3}", "qwen": r"\p{N}"}
@@ -66,11 +67,20 @@ def vocabulary(name: str, folder):
     return folder
 
 
-@pytest.fixture(scope="module", params=["smollm2", "llama3", "qwen"])
-def folder(request, tmp_path_factory):
-    if request.param == "smollm2":
-        return SMOLLM2
-    return vocabulary(request.param, tmp_path_factory.mktemp(request.param))
+@pytest.fixture(scope="module")
+def vocabularies(tmp_path_factory):
+    """name -> folder, each made once: that takes seconds."""
+
+    @functools.cache
+    def folder(name):
+        return SMOLLM2 if name == "smollm2" else vocabulary(name, tmp_path_factory.mktemp(name))
+
+    return folder
+
+
+@pytest.fixture(params=["smollm2", "llama3", "qwen"])
+def folder(request, vocabularies):
+    return vocabularies(request.param)
 
 
 def test_same_ids_as_the_tokenizers_library(folder):
@@ -143,8 +153,8 @@ CHATS = [
 
 @pytest.mark.parametrize("name", TEMPLATES)
 @pytest.mark.parametrize("reply", [True, False])
-def test_chat_equals_the_template(name, reply, tmp_path):
-    source = SMOLLM2 if name == "smollm2" else vocabulary(name.removesuffix(".2"), tmp_path)
+def test_chat_equals_the_template(name, reply, vocabularies, tmp_path):
+    source = vocabularies(name.removesuffix(".2"))
     (tmp_path / "tokenizer.json").write_bytes((source / "tokenizer.json").read_bytes())
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": TEMPLATES[name]}))
     ours, template = Tokenizer(tmp_path), jinja2.Template(TEMPLATES[name])

@@ -108,7 +108,7 @@ def test_a_round_leaves_its_records(finished):
         ("train_outer.reinforce", 1),  # before the outer update
         ("train_outer.round_metrics", 1),  # after it: round 1 has its policy, but is not finished
         ("train_outer.save_adapter", 2),  # after it, in round 2
-        ("train_outer.inner_update", 5),  # in the middle of round 2
+        ("train_outer.inner_update", 4),  # round 2: sampled
     ],
 )
 def test_killed_and_resumed_ends_the_same(
