@@ -199,7 +199,7 @@ def shares(profile, wall: float, P: int) -> dict:
 def kernels(b) -> None:
     """lm/kernels.py: the inner update with all of it, with each of its three parts left out, and
     with none."""
-    lora, sft = b.fast[0], replace(b.fast[1], steps=4)
+    lora, sft = b.fast[0], replace(b.fast[1], steps=2)
     models, seconds = {"all": b.model}, {}
     for name in ("weights", "norms", "attention", "all three"):
         models[name] = model = load_model(b.args.model, "cpu", str(b.model.dtype)[6:])
@@ -221,7 +221,7 @@ def kernels(b) -> None:
     for name in models:
         row = {"work": f"kernels-{name.split()[0]}", "ours_s": each["all"], "other_s": each[name]}
         row |= {"other": f"ours without {name}", "ratio": each[name] / each["all"]}
-        b.add(row | {"note": "8 candidates, 4 steps of the default recipe", "turns": seconds})
+        b.add(row | {"note": "8 candidates, 2 steps of the default recipe", "turns": seconds})
 
 
 def compiled(b) -> None:

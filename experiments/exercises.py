@@ -163,7 +163,9 @@ def temperature(lab: Lab) -> list[dict]:
     notes, flawed = {}, {}
     for name, edits in rows.items():
         notes[name] = [len(e.notes) for e in edits]
-        flawed[name] = [np.mean([bool(part.flaw) for part in e.parts]) for e in edits]
+        flawed[name] = []
+        for e in edits:
+            flawed[name].append(np.mean([bool(part.flaw) for part in e.parts]))
     seed = lab.args.seed
     return [measured("notes", notes, seed, ""), measured("flawed parts", flawed, seed)]
 
@@ -307,7 +309,7 @@ def advantage(lab: Lab) -> list[dict]:
                 pair = (prompt, part.target)
                 examples["advantage"].append(policy_example(lab.tok, *pair, weight))
                 examples["ReST-EM"] += [policy_example(lab.tok, *pair)] * part.kept
-    sound = [e for e in edits if any(part.target for part in e.parts)]
+    sound = [e for e in edits if not e.flaw]  # they have something to imitate
     before, kept, dropped = lab.logprobs(sound, None), {}, {}
     lora = LoRAConfig(64, 128.0, lab.lora.targets, 0, lab.model.config.n_layer)
     config = replace(lab.config, lr=5e-4, row_len=1024)
@@ -323,8 +325,10 @@ def advantage(lab: Lab) -> list[dict]:
 
 def of_passages(pairs: list[tuple]) -> list[float]:
     """The mean for each passage of pairs (passage id, value)."""
-    ids = dict.fromkeys(id for id, _ in pairs)
-    return [float(np.mean([value for own, value in pairs if own == id])) for id in ids]
+    values = {}
+    for id, value in pairs:
+        values.setdefault(id, []).append(value)
+    return list(map(float, map(np.mean, values.values())))
 
 
 EXERCISES = {

@@ -1,4 +1,4 @@
-"""common.py: what is written is whole or not there."""
+"""lm/files.py: what is written is whole or not there."""
 
 import errno
 import resource
@@ -7,8 +7,17 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lm.files import read_json, read_jsonl, sub_seed, write_atomic, write_json, write_jsonl
-from lm.runs import open_run
+from lm.files import (
+    chunks,
+    digest,
+    fingerprint,
+    read_json,
+    read_jsonl,
+    sub_seed,
+    write_atomic,
+    write_json,
+    write_jsonl,
+)
 
 
 def test_round_trips(tmp_path):
@@ -49,13 +58,18 @@ def test_bad_json_names_the_line(tmp_path):
         read_jsonl(tmp_path / "x.jsonl")
 
 
-def test_runs_are_resumed_as_what_they_were(tmp_path):
-    open_run(tmp_path / "run", {"lr": 0.1, "layers": (1, 2)})
-    open_run(tmp_path / "run", {"lr": 0.1, "layers": (1, 2)})
-    with pytest.raises(SystemExit, match="lr = 0.1, now it is 0.2"):
-        open_run(tmp_path / "run", {"lr": 0.2, "layers": (1, 2)})
-
-
 def test_sub_seeds_differ():
     assert len({sub_seed(s, k, j) for s in range(5) for k in range(5) for j in range(5)}) == 125
     assert sub_seed(1, 2) == sub_seed(1, 2)
+
+
+def test_a_few_at_a_time():
+    assert chunks([1, 2, 3, 4, 5], 2) == [[1, 2], [3, 4], [5]] and chunks([], 2) == []
+
+
+def test_a_files_digest(tmp_path):
+    (tmp_path / "x").write_bytes(b"bricks")
+    assert digest(tmp_path / "x") == fingerprint(b"bricks") != fingerprint(b"brick")
+    assert len(fingerprint(b"")) == 12
+    with pytest.raises(SystemExit, match="cannot read"):
+        digest(tmp_path / "y")

@@ -1,4 +1,4 @@
-"""lm/runs.py: rounds, and what a ladder finds in a run's folder."""
+"""lm/runs.py: settings, rounds, and what a ladder finds in a run's folder."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,14 @@ from types import SimpleNamespace
 import pytest
 
 from lm.files import read_jsonl
-from lm.runs import Rounds, find_policies, policy_digests, set_outputs
+from lm.runs import Rounds, find_policies, open_run, policy_digests, set_outputs
+
+
+def test_runs_are_resumed_as_what_they_were(tmp_path):
+    open_run(tmp_path / "run", {"lr": 0.1, "layers": (1, 2)})
+    open_run(tmp_path / "run", {"lr": 0.1, "layers": (1, 2)})
+    with pytest.raises(SystemExit, match="lr = 0.1, now it is 0.2"):
+        open_run(tmp_path / "run", {"lr": 0.2, "layers": (1, 2)})
 
 
 def work(folder, total, dies_at=None) -> list[int]:

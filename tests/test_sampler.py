@@ -6,7 +6,7 @@ import transformers
 from conftest import SMOLLM2
 
 from lora import PROJECTIONS, Adapters, LoRAConfig
-from sampler import choose, generate, prefill
+from sampler import Batch, choose, generate, prefill
 
 PROMPTS = [[7, 8, 9, 10, 11], [7, 8, 9, 3], [7, 8, 9, 20, 21, 22, 23, 24, 25]]  # share [7, 8, 9]
 
@@ -131,6 +131,41 @@ def test_a_batch_reads_what_prompts_have_in_common_once(tiny):
         whole = [torch.tensor([p + (part[n] if part else [])]) for n, p in enumerate(prompts)]
         alone = [tiny(ids)[0, -1] for ids in whole]
         torch.testing.assert_close(tiny.head(x), torch.stack(alone), atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_a_batch_forks_repeats_takes_back_and_drops_rows(tiny):
+    """Two beginnings, three rows that go on from them, two of each, and then fewer and fewer: at
+    every step each row's states are those of all that it has read, read alone."""
+    batch, texts = Batch(tiny, [0, 1], room=5), [[], []]
+
+    def read(*parts):
+        states = batch.read(list(parts)).split([len(part) for part in parts])
+        for n, (part, x) in enumerate(zip(parts, states)):
+            texts[n] = texts[n] + part
+            expected = tiny(torch.tensor([texts[n]]))[0, -len(part) :]
+            torch.testing.assert_close(tiny.head(x), expected, atol=1e-5, rtol=1e-4)
+
+    read([5, 6, 7, 8, 9], [10, 11, 12])
+    batch.fork([2, 1], room=3)
+    texts = [texts[0], texts[0], texts[1]]
+    read([13, 14, 15], [16], [17, 18])
+    batch.repeat(2)
+    texts = [texts[n // 2] for n in range(6)]
+    assert batch.owner == [0, 0, 0, 0, 1, 1] and batch.counts == [4, 2]
+    batch.extend(8)
+    before = list(texts)
+    read([19], [20, 21], [22, 23], [24], [25], [26])
+    batch.take_back(2)
+    texts = before
+    read([27], [28], [29], [30], [31], [32])
+    sizes = []
+    for kept in ([0, 3, 5], [1, 2], [1]):  # a beginning is dropped with the last row that has it
+        batch.keep(kept)
+        texts = [texts[n] for n in kept]
+        read(*[[33 + n] * (1 + n) for n in range(len(kept))])
+        sizes.append((batch.prefix.size(2), batch.own.size(2), batch.counts, batch.owner))
+    assert sizes == [(2, 3, [2, 1], [0, 0, 1]), (2, 2, [1, 1], [0, 1]), (1, 1, [1], [1])]
 
 
 def test_a_prompt_without_room_is_one_clear_line(tiny):
