@@ -192,10 +192,8 @@ class Ladder:
         with learner(self.model, policy, self.args):
             log = self.train(method, candidates)
         results = [self.puzzles.result(e, c, log) for e, c in zip(edits, candidates)]
-        sound, shown = (
-            [e.config for e in edits if not e.flaw],
-            [settings for *_, settings in WORKED],
-        )
+        sound = [e.config for e in edits if not e.flaw]
+        shown = [settings for *_, settings in WORKED]
         copied = [s for s in sound if s in shown]
         shares = {"sound": len(sound) / len(edits), "copied": len(copied) / max(1, len(sound))}
         self.written[method] = shares

@@ -193,10 +193,8 @@ class Climb:
             for n, (passage, own, title) in enumerate(contents):
                 candidates.append(passage_candidate(self.tok, n, passage, own, config, title))
             name = f"{method}-{protocol}{config.steps or config.epochs}-{config.lr:g}.jsonl"
-            log, groups = (
-                Log(self.work / name, accuracy_of),
-                populations(candidates, args.population),
-            )
+            log = Log(self.work / name, accuracy_of)
+            groups = populations(candidates, args.population)
             how = (lora, sub_seed(self.seed, 1), log, quiz_candidates, f"{method} ({protocol})")
             update_and_quiz(self.model, self.tok, groups, *how)
             results = [log[c] for c in candidates]
@@ -212,11 +210,9 @@ class Climb:
 
     def write(self, method: str) -> list[list[tuple]]:
         """Notes on every passage, args.samples times, by the model as it is now."""
-        log, n, seed = (
-            self.work / f"{method}-sampled.jsonl",
-            self.args.samples,
-            sub_seed(self.seed, 0),
-        )
+        log = self.work / f"{method}-sampled.jsonl"
+        n = self.args.samples
+        seed = sub_seed(self.seed, 0)
         how = (self.passages, n, self.args, seed, log, f"{method} sample")
         edits = write_self_edits(self.model, self.tok, *how)
         return chunks([tuple(e.notes) for e in edits], n)

@@ -294,10 +294,8 @@ def generate(
             kept = [n for n, alive in enumerate(live) if alive]
             if len(kept) <= 0.75 * len(live):  # copying the cache must pay
                 batch.keep(kept)
-                rows, tokens, live = (
-                    [rows[n] for n in kept],
-                    [tokens[n] for n in kept],
-                    [True] * len(kept),
-                )
+                rows = [rows[n] for n in kept]
+                tokens = [tokens[n] for n in kept]
+                live = [True] * len(kept)
             x = batch.read([[t] for t in tokens])
     return out

@@ -246,10 +246,8 @@ def table(rows: list[dict]) -> list[str]:
     ]
     for row in rows:
         ours, other = written(row["ours_s"]), written(row["other_s"])
-        ours, other = (
-            "~" * row.get("ours_scaled", False) + ours,
-            "~" * row.get("scaled", False) + other,
-        )
+        ours = "~" * row.get("ours_scaled", False) + ours
+        other = "~" * row.get("scaled", False) + other
         times = f"{ours} | {other} | {row['ratio']:.2f}"
         lines.append(f"| `{row['work']}` | {times} | {row['other']} | {row['note']} |")
     return lines

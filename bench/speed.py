@@ -390,10 +390,8 @@ def outer(b: Bench) -> None:
         return spent | {"reinforce": b.other_time(run, len(steps) / min(2, len(steps)))}
 
     turns = [(8 * ours(), other()) for _ in range(b.args.repeats)]
-    a, o = (
-        statistics.median(t[0] for t in turns),
-        statistics.median(sum(t[1].values()) for t in turns),
-    )
+    a = statistics.median(t[0] for t in turns)
+    o = statistics.median(sum(t[1].values()) for t in turns)
     note = (
         "16 passages x 4, --select best; timed: ours 2 passages; the other: sampling from its row, "
     )

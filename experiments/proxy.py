@@ -50,11 +50,9 @@ def compare(passages, edits: list[SelfEdit], seed: int) -> dict:
             parts += len(own)
         sums.append([xx, xy, yy])
     at = np.random.default_rng(seed).integers(0, len(sums), (10_000, len(sums)))
-    drawn, whole, result = (
-        np.array(sums)[at].sum(axis=1).T,
-        np.sum(sums, axis=0),
-        {"n_parts": parts},
-    )
+    drawn = np.array(sums)[at].sum(axis=1).T
+    whole = np.sum(sums, axis=0)
+    result = {"n_parts": parts}
     for name, f in (
         ("slope", lambda s: s[1] / s[0]),
         ("correlation", lambda s: s[1] / np.sqrt(s[0] * s[2])),

@@ -102,10 +102,8 @@ def measure(model, tok, passages, recipe: Recipe, args, work: Path) -> dict:
         own.max_new *= 4  # a passage takes more room than a sentence
     notes, titles = [()] * len(passages), [p.title for p in passages]
     if recipe.method != "passage":
-        log, seed = (
-            work / f"sampled-{recipe.style}-{recipe.temperature:g}.jsonl",
-            sub_seed(args.seed, 0),
-        )
+        log = work / f"sampled-{recipe.style}-{recipe.temperature:g}.jsonl"
+        seed = sub_seed(args.seed, 0)
         edits = write_self_edits(model, tok, passages, 1, own, seed, log, log.stem)
         notes = [tuple(e.notes) for e in edits]
     if recipe.method == "passage+unrelated":
