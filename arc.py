@@ -363,17 +363,17 @@ class Puzzles:
                 results[n]["voted"] = float(all(right))
         return results
 
-    def result(self, e: SelfEdit, c: Candidate | None, log: Log) -> dict:
+    def result(self, task: Task, c: Candidate | None, log: Log, flaw: str = "") -> dict:
         """Of one self-edit: the log's, or nothing solved and why it was not trained."""
-        flaw = refusal(c) if c else e.flaw
+        flaw = refusal(c) if c else flaw
         if not flaw:
             return log[c]
-        return NOTHING | {"flaw": flaw, "predictions": [flaw] * len(self.tasks[e.passage].test)}
+        return NOTHING | {"flaw": flaw, "predictions": [flaw] * len(task.test)}
 
     def credit(self, edits: list[SelfEdit], candidates: list, log: Log) -> dict:
         """Fill in every self-edit's scores and reward. Returns {id: reward of doing nothing}."""
         for e, c in zip(edits, candidates):
-            r = self.result(e, c, log)
+            r = self.result(self.tasks[e.passage], c, log, e.flaw)
             e.flaw = r["flaw"] or "diverged" * r["diverged"]
             e.score = {"accuracy": r["solved"], "cells": r["cells"], "logprob": r["logprob"]}
             e.steps, e.loss, e.reward = r["steps"], r["loss"], e.score[self.args.reward]

@@ -48,11 +48,12 @@ from lm.files import chunks, read_json, sub_seed, write_json
 from lm.flags import Parser, add_model_flags, at_least, load, refuse_unused, result_head
 from lm.intervals import bootstrap, paired_steps, pairs_of, written_steps
 from lm.log import Log, Progress
-from lm.runs import find_policies, open_run, policy_digests, set_outputs
+from lm.runs import add_ladder_flags, find_policies, open_run, policy_digests, set_outputs
 from lora import merged
 from reward import update_and_quiz
-from selfedit import SelfEdit, sample_self_edits
+from selfedit import sample_self_edits
 
+OUT = "results/arc_ladder.json"
 BASIC = ["use_basic_augmentations"]
 GRID = [
     {"groups": BASIC, "every_token": False, "lr": 2e-3, "epochs": 4},
@@ -70,10 +71,6 @@ def parse_arguments():
     arc.add_flags(parser)
     add = parser.add_argument_group("ladder").add_argument
     inner.add_learner_flag(parser)
-    about = "folder of a train_outer.py arc run: adds a row for the policy of each of its rounds"
-    add("--run", help=about)
-    about = "adapter folders to use as seal-1, seal-2, ..."
-    add("--policy", nargs="+", default=[], metavar="FOLDER", help=about)
     about = "also predict by majority over N views of the test"
     add("--vote", type=at_least(0), default=0, help=about)
     about = "self-edits per task, averaged; M of best-of-M"
@@ -81,15 +78,13 @@ def parse_arguments():
     add("--oracle", action="store_true", help="also try every setting of the grid on every task")
     add("--choose", action="store_true", help="no ladder: find the tasks that the grid can solve")
     add("--show", action="store_true", help="print each task with its first prediction, in colour")
-    add("--out", help="result file; without it RUN/ladder.json, or results/arc_ladder.json")
-    about = "folder for progress, to resume a killed run; without it RUN/ladder or runs/eval-NAME"
-    add("--work", help=about)
+    add_ladder_flags(parser, "arc", OUT)
     parser.set_defaults(**arc.DEFAULTS)
     args = parser.parse_args()
     data.arc.refuse_other_source(parser, args)
     climbs = ["tasks", "run", "policy", "learner", "samples", "vote", "oracle", "show"]
     refuse_unused(parser, args, climbs if args.choose else [], "with --choose")
-    return set_outputs(args, "results/arc_ladder.json")
+    return set_outputs(args, OUT)
 
 
 # -----------------------------------------------------------------------------
@@ -168,8 +163,7 @@ class Ladder:
         seed = sub_seed(self.args.seed, 1)
         candidates = [self.puzzles.candidate(t, settings, seed) for t in tasks]
         log = self.train(method, candidates)
-        edits = [SelfEdit(t.id, []) for t in tasks]
-        return [self.puzzles.result(e, c, log) for e, c in zip(edits, candidates)]
+        return [self.puzzles.result(t, c, log) for t, c in zip(tasks, candidates)]
 
     def first_to_solve(self, method: str) -> dict:
         """{task id: number of the first setting in GRID that solves it, or None}; a solved task is
@@ -191,7 +185,9 @@ class Ladder:
         candidates = self.puzzles.candidates(edits, sub_seed(self.args.seed, 1))
         with learner(self.model, policy, self.args):
             log = self.train(method, candidates)
-        results = [self.puzzles.result(e, c, log) for e, c in zip(edits, candidates)]
+        results = []
+        for e, c in zip(edits, candidates):
+            results.append(self.puzzles.result(self.puzzles.tasks[e.passage], c, log, e.flaw))
         sound = [e.config for e in edits if not e.flaw]
         shown = [settings for *_, settings in WORKED]
         copied = [s for s in sound if s in shown]

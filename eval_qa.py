@@ -42,13 +42,13 @@ import numpy as np
 
 import data.qa
 import inner
-import selfedit
-from data.qa import load_passages
+import reward
+from data.qa import counts, load_passages
 from data.text import sentences
 from inner import learner, lora_config, sft_config
 from lm.adapters import load_adapter
 from lm.files import chunks, digest, read_json, sub_seed, write_json, write_jsonl
-from lm.flags import Parser, add_model_flags, at_least, load, result_head
+from lm.flags import Parser, at_least, load, result_head
 from lm.intervals import (
     bootstrap,
     gap_closed,
@@ -58,7 +58,7 @@ from lm.intervals import (
     written_steps,
 )
 from lm.log import Log, Progress
-from lm.runs import find_policies, open_run, policy_digests, set_outputs
+from lm.runs import add_ladder_flags, find_policies, open_run, policy_digests, set_outputs
 from lora import merged
 from quiz import ask, mean_scores, quiz_items
 from reward import (
@@ -73,41 +73,32 @@ from reward import (
 )
 from selfedit import parse, write_self_edits
 
+OUT = "results/qa_ladder.json"
 METRICS = ("accuracy", "em", "f1", "logprob")
 
 
 def parse_arguments():
     parser = Parser(description=__doc__)
-    add_model_flags(parser)
+    reward.add_flags(parser)
     data.qa.add_flags(parser, "heldout")
-    selfedit.add_flags(parser)
-    selfedit.add_style_flag(parser)
-    inner.add_lora_flags(parser)
-    inner.add_sft_flags(parser)
     add = parser.add_argument_group("ladder").add_argument
-    about = "folder of a train_outer.py run: adds a row for the policy of each of its rounds"
-    add("--run", help=about)
-    about = "adapter folders to use as seal-1, seal-2, ..."
-    add("--policy", nargs="+", default=[], metavar="FOLDER", help=about)
     add("--samples", type=at_least(1), default=1, help="self-edits per passage, averaged")
     inner.add_learner_flag(parser)
     about = "climb so many times, with other self-edits and adapters, and average"
     add("--seeds", type=at_least(1), default=1, help=about)
     about = "only base and in-context: what is known, and what can be read off"
     add("--no-study", action="store_true", help=about)
-    add("--match", default="steps", choices=["epochs", "steps", "both"], help="protocol")
+    about = "protocol; with both the results are ..._epochs.json and ..._steps.json"
+    add("--match", default="steps", choices=["epochs", "steps", "both"], help=about)
     about = (
         "with --match steps: JSON of experiments/recipes.py with each row's best --lr and --steps"
     )
     add("--recipes", help=about)
-    about = "result file; with --match both: ..._epochs.json and ..._steps.json"
-    add("--out", help=about + "; without it RUN/ladder.json, or results/qa_ladder.json")
-    about = "folder for progress, to resume a killed run; without it RUN/ladder or runs/eval-NAME"
-    add("--work", help=about)
+    add_ladder_flags(parser, "qa", OUT)
     args = parser.parse_args()
     if args.match != "epochs" and not (args.steps or args.no_study):
         parser.error("--match steps needs --steps above 0")
-    return set_outputs(args, "results/qa_ladder.json")
+    return set_outputs(args, OUT)
 
 
 # -----------------------------------------------------------------------------
@@ -339,8 +330,7 @@ def main() -> None:
     work = open_run(args.work, settings)
     tables, records = ladder(model, tok, passages, policies, args, recipes, work)
     write_jsonl(work / "answers.jsonl", records)
-    head = result_head(args, model) | {"n_passages": len(passages)}
-    head["n_questions"] = sum(len(p.questions) for p in passages)
+    head = result_head(args, model) | counts(passages)
     head["settings"] = settings | {k: getattr(args, k) for k in ("steps", "recipes", "seeds")}
     for protocol, table in tables.items():
         result = head | {"protocol": protocol} | summarize(table, args.seed)

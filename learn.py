@@ -13,13 +13,13 @@ writes the notes; with --learner policy it also studies them, and `ask` loads it
 from pathlib import Path
 
 import inner
-import selfedit
+import reward
 from data.qa import Passage
 from inner import inner_update, learner, lora_config, sft_config
 from lm.adapters import load_adapter, save_adapter
 from lm.checkpoint import save_model
 from lm.files import read_json, sub_seed, write_json
-from lm.flags import Parser, add_model_flags, at_least, load
+from lm.flags import Parser, at_least, load
 from lm.tokenizer import Tokenizer
 from lora import Adapters, merge, merged
 from quiz import ANSWER_LEN, quiz_prompt
@@ -30,11 +30,7 @@ from selfedit import write_self_edits
 
 def parse_arguments():
     parser = Parser(description=__doc__)
-    add_model_flags(parser)
-    selfedit.add_flags(parser)
-    selfedit.add_style_flag(parser)
-    inner.add_lora_flags(parser)
-    inner.add_sft_flags(parser)
+    reward.add_flags(parser)
     add = parser.add_argument_group("learn.py").add_argument
     add("action", choices=["study", "ask"], help="what to do")
     add("text", help="study: a text file; ask: the question")

@@ -10,7 +10,7 @@
 quiz asks, closest_question(). (arc.py has what a self-edit on a puzzle earns; selection is the
 same.)
 
-Top to bottom: candidates, quizzing them, the proxy, credit, selection.
+Top to bottom: flags, candidates, quizzing them, the proxy, credit, selection.
 """
 
 import math
@@ -19,15 +19,31 @@ from dataclasses import dataclass
 
 import numpy as np
 
+import inner
+import selfedit
 from data.qa import Passage, Question
 from data.text import sentences
 from inner import Outcome, SFTConfig, inner_update
+from lm.flags import add_model_flags
 from lm.log import Log
 from lm.packing import Example
 from lm.tokenizer import Tokenizer
 from lora import Adapters, LoRAConfig
 from quiz import ask, mean_scores, normalize, quiz_items, quiz_prompt, score_answer
 from selfedit import QA_PAIR, SelfEdit
+
+# -----------------------------------------------------------------------------
+# flags
+
+
+def add_flags(parser) -> None:
+    """What every script asks that trains on notes on passages: model, self-edits, inner update."""
+    add_model_flags(parser)
+    selfedit.add_flags(parser)
+    selfedit.add_style_flag(parser)
+    inner.add_lora_flags(parser)
+    inner.add_sft_flags(parser)
+
 
 # -----------------------------------------------------------------------------
 # candidates

@@ -294,7 +294,7 @@ QA_PAIR = re.compile(
 # sampling self-edits
 
 
-def add_flags(parser, max_new: int = 80) -> None:
+def add_flags(parser) -> None:
     """How a self-edit is sampled, in every domain."""
     add = parser.add_argument_group("self-edits").add_argument
     add(
@@ -314,7 +314,7 @@ def add_flags(parser, max_new: int = 80) -> None:
     add(
         "--max-new",
         type=at_least(1),
-        default=max_new,
+        default=80,
         help="longest self-edit, or part of one, in tokens",
     )
 

@@ -30,14 +30,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run it from a
 import numpy as np
 import torch
 
-import inner
-import selfedit
+import reward
 from bench import scaling
 from bench.scaling import timed
 from data.qa import load_passages
 from inner import SFTConfig, inner_update, lora_config, plan_steps, sft_config
 from lm.files import read_json, read_jsonl, sub_seed, write_json
-from lm.flags import Parser, add_model_flags, at_least, load
+from lm.flags import Parser, at_least, load
 from lm.packing import arrange
 from lora import PROJECTIONS, Adapters, LoRAConfig
 from quiz import ANSWER_LEN, quiz_items
@@ -56,11 +55,7 @@ STRICT = (
 
 def parse_arguments():
     parser = Parser(description=__doc__)
-    add_model_flags(parser)
-    selfedit.add_flags(parser)
-    selfedit.add_style_flag(parser)
-    inner.add_lora_flags(parser)
-    inner.add_sft_flags(parser)
+    reward.add_flags(parser)
     add = parser.add_argument_group("bench").add_argument
     add(
         "--only",

@@ -18,14 +18,13 @@ inputs and outputs:
     repeat   the grid twice beside itself, twice below, or two by two
 """
 
-import json
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from lm.files import read_json
+from lm.files import read_json, read_json_value
 from lm.flags import at_least, refuse_unused
 
 LARGEST = 30  # cells along a side
@@ -75,7 +74,7 @@ def load_tasks(path, split: str = "", ids=(), largest: int = LARGEST) -> list[Ta
     """
     path, found = Path(path), {}
     for file in sorted(path.glob("*.json")) if path.is_dir() else [path]:
-        for name, value in _tasks_in(_read(file), file, split):
+        for name, value in _tasks_in(read_json_value(file), file, split):
             found[name] = _task(value, name, f"error: {file}: task {name}")
     missing = [i for i in ids if i not in found]
     if missing or not found:
@@ -138,15 +137,6 @@ def chosen_tasks(args) -> dict:
     return {t.id: t for t in (tasks[: args.limit] if args.limit else tasks)}
 
 
-def _read(file: Path):
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except OSError as e:
-        raise SystemExit(f"error: cannot read {file}: {e.strerror}") from e
-    except ValueError as e:
-        raise SystemExit(f"error: {file} is not valid JSON: {e}") from e
-
-
 def _tasks_in(value, file: Path, split: str) -> list:
     """[(id, task as read)] of one file, whichever of the forms it has."""
     if not isinstance(value, dict):
@@ -159,7 +149,7 @@ def _tasks_in(value, file: Path, split: str) -> list:
         ]
     answers = file.with_name(file.name.replace("challenges", "solutions"))
     if answers != file and answers.is_file():
-        outputs = _read(answers)
+        outputs = read_json_value(answers)
         for name, task in value.items():
             tests = task.get("test") if isinstance(task, dict) else None
             given = outputs.get(name) if isinstance(outputs, dict) else None

@@ -13,11 +13,10 @@ have "self_edits": [str, ...], another model's notes on it, for eval_qa.py's row
 ("completions", as SEAL's own files have it, is read the same way).
 """
 
-import json
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
 
+from lm.files import read_json_value
 from lm.flags import at_least
 
 
@@ -46,18 +45,19 @@ def add_flags(parser, split: str = "train", limit: int = 0) -> None:
     add("--limit", type=at_least(0), default=limit, help="use at most N passages, 0: all")
 
 
+def counts(passages: list[Passage]) -> dict:
+    """How many passages and questions, as result files say."""
+    questions = sum(len(p.questions) for p in passages)
+    return {"n_passages": len(passages), "n_questions": questions}
+
+
 def load_passages(path, split: str = "", skip: int = 0, limit: int = 0) -> list[Passage]:
     """The passages of `path` in the given split ("" for all), without the first `skip`, at most
     `limit` (0: all).
 
     Exits with one line that names the file and the entry if it is missing, malformed or empty.
     """
-    try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as e:
-        raise SystemExit(f"error: cannot read {path}: {e.strerror}") from e
-    except ValueError as e:
-        raise SystemExit(f"error: {path} is not valid JSON: {e}") from e
+    value = read_json_value(path)
     if isinstance(value, dict) and "data" in value:
         value = list(_flatten_squad(value["data"], path))
     elif isinstance(value, dict):

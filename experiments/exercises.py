@@ -30,7 +30,7 @@ import torch
 import data.qa
 import inner
 import selfedit
-from data.qa import load_passages
+from data.qa import counts, load_passages
 from experiments.rewards import correlation
 from inner import inner_update, lora_config, sft_config
 from lm.files import chunks, digest, read_json, sub_seed, write_json
@@ -395,9 +395,7 @@ def main() -> None:
     settings |= {"data_sha256": digest(args.data)}
     entries = measured_before(args, settings)
     lab = Lab(args, *load(args))
-    questions = sum(len(p.questions) for p in lab.passages)
-    counts = {"n_passages": len(lab.passages), "n_questions": questions}
-    head = result_head(args, lab.model) | counts | {"settings": settings}
+    head = result_head(args, lab.model) | counts(lab.passages) | {"settings": settings}
     for name in [name for name in EXERCISES if name in args.only]:
         start = time.perf_counter()
         measures = EXERCISES[name](lab)

@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run it from a
 import numpy as np
 
 import data.qa
-from data.qa import Passage, load_passages
+from data.qa import Passage, counts, load_passages
 from data.text import sentences
 from lm.files import digest, read_jsonl, write_json
 from lm.flags import Parser, add_model_flags, load, result_head
@@ -118,9 +118,10 @@ def main() -> None:
         )
     model, tok = load(args)
     result = compare(tok, passages, logs, args.seed)
-    counts = {"n_passages": len(passages), "n_questions": sum(len(p.questions) for p in passages)}
     settings = vars(args) | {"data_sha256": digest(args.data)}
-    write_json(args.out, result_head(args, model) | counts | {"settings": settings} | result)
+    write_json(
+        args.out, result_head(args, model) | counts(passages) | {"settings": settings} | result
+    )
 
 
 if __name__ == "__main__":

@@ -21,12 +21,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run it from a
 import numpy as np
 
 import data.qa
-import inner
-import selfedit
-from data.qa import load_passages
+import reward
+from data.qa import counts, load_passages
 from inner import lora_config, sft_config
 from lm.files import digest, sub_seed, write_json
-from lm.flags import Parser, add_model_flags, at_least, load, result_head
+from lm.flags import Parser, at_least, load, result_head
 from lm.intervals import bootstrap
 from lm.log import Log
 from lm.runs import open_run
@@ -46,12 +45,8 @@ METHODS = ["passage", "passage+unrelated", "passage+self-edit"]
 
 def parse_arguments():
     parser = Parser(description=__doc__)
-    add_model_flags(parser)
+    reward.add_flags(parser)
     data.qa.add_flags(parser, "train", limit=48)
-    selfedit.add_flags(parser)
-    selfedit.add_style_flag(parser)
-    inner.add_lora_flags(parser)
-    inner.add_sft_flags(parser)
     add = parser.add_argument_group("to compare").add_argument
     numbers, counts = {"type": at_least(0.0), "nargs": "+"}, {"type": at_least(1), "nargs": "+"}
     add("--lrs", **numbers, default=[2e-3, 4e-3, 8e-3], help="learning rates")
@@ -155,8 +150,9 @@ def main() -> None:
     settings = {k: v for k, v in vars(args).items() if k not in ("work", "out")}
     work = open_run(args.work, settings | {"data_sha256": digest(args.data)})
     result = measure_all(model, tok, passages, args, work)
-    counts = {"n_passages": len(passages), "n_questions": sum(len(p.questions) for p in passages)}
-    write_json(args.out, result_head(args, model) | counts | {"settings": vars(args)} | result)
+    write_json(
+        args.out, result_head(args, model) | counts(passages) | {"settings": vars(args)} | result
+    )
 
 
 if __name__ == "__main__":

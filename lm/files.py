@@ -16,15 +16,19 @@ import numpy as np
 from safetensors import SafetensorError
 
 
-def read_json(path) -> dict:
-    """The JSON object in the file at `path`. Exits with one line if it is missing, unreadable or
-    not a JSON object."""
+def read_json_value(path):
+    """What the JSON file at `path` holds. Exits with one line if it is missing or unreadable."""
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        return json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as e:
         raise SystemExit(f"error: cannot read {path}: {e.strerror}") from e
     except ValueError as e:
         raise SystemExit(f"error: {path} is not valid JSON: {e}") from e
+
+
+def read_json(path) -> dict:
+    """The JSON object in the file at `path`. Exits with one line if there is none."""
+    value = read_json_value(path)
     if not isinstance(value, dict):
         raise SystemExit(f"error: {path} must hold a JSON object, not {value!r:.40}")
     return value

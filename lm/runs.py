@@ -64,6 +64,18 @@ class Rounds:
         print("  ".join(shown), flush=True)
 
 
+def add_ladder_flags(parser, domain: str, out: str) -> None:
+    """Which policies a ladder has a row for, and where it writes; see set_outputs()."""
+    add = parser.add_argument_group("policies and files").add_argument
+    about = f"folder of a train_outer.py {domain} run: adds a row for each round's policy"
+    add("--run", help=about)
+    about = "adapter folders to use as seal-1, seal-2, ..."
+    add("--policy", nargs="+", default=[], metavar="FOLDER", help=about)
+    add("--out", help=f"result file; without it RUN/ladder.json, or {out}")
+    about = "folder for progress, to resume a killed run; without it RUN/ladder or runs/eval-NAME"
+    add("--work", help=about)
+
+
 def set_outputs(args, out: str):
     """Fill in --out and --work of a ladder: beside a run's other files if there is one (and no
     --out), else `out`."""

@@ -36,7 +36,6 @@ from lm.files import read_jsonl
 from lm.tokenizer import Tokenizer
 from lora import PROJECTIONS, LoRAConfig
 from reward import update_and_quiz
-from selfedit import SelfEdit
 
 LORA = LoRAConfig(2, 4.0, tuple(PROJECTIONS), 0, 4)
 SETTINGS = {"groups": [], "every_token": False, "lr": 1e-3, "epochs": 1}
@@ -208,7 +207,7 @@ def trained(model, puzzles: Puzzles, work: list[tuple], path) -> list[dict]:
     candidates = [puzzles.candidate(task, settings, 0) for task, settings in work]
     groups = puzzles.populations(candidates, log)
     update_and_quiz(model, puzzles.tok, groups, LORA, 0, log, puzzles.quiz, "test")
-    return [puzzles.result(SelfEdit(t.id, []), c, log) for (t, _), c in zip(work, candidates)]
+    return [puzzles.result(t, c, log) for (t, _), c in zip(work, candidates)]
 
 
 def test_a_population_of_unlike_settings_is_its_candidates_alone(tiny, tok, tmp_path):

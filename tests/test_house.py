@@ -73,6 +73,17 @@ def test_imports_go_down(path):
     assert packages <= allowed
 
 
+SCRIPTS_BELOW = [p for p in ORDER if p.startswith("experiments/")] + ["bench/speed.py"]
+
+
+@pytest.mark.parametrize("path", SCRIPTS_BELOW)
+def test_a_script_in_a_folder_finds_the_house(path):
+    """`python experiments/x.py` has only experiments/ to import from, until it adds the root."""
+    before, found, _ = (ROOT / path).read_text().partition("\nsys.path.insert(")
+    names = "|".join({p.removesuffix(".py").split("/")[0] for p in ORDER})
+    assert found and not re.search(rf"^(?:import|from) (?:{names})\b", before, re.MULTILINE)
+
+
 def test_the_model_is_a_textbooks():
     source = (ROOT / "model.py").read_text()
     assert "autograd.Function" not in source and "mkldnn" not in source
