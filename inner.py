@@ -1,6 +1,6 @@
 """The inner update: train a population of adapters, each on its own examples, side by side.
 
-    theta_i = SFT(theta, SE_i)    for all candidates i of a population (arXiv 2506.10943, 3.1)
+    theta_i = SFT(theta_0, SE_i)    for all candidates i of a population (arXiv 2506.10943, 3.1)
 
 Four things make it fast, and none changes what a candidate learns:
     packing        short sequences share a row (lm/packing.py), so little is padded
@@ -9,8 +9,9 @@ Four things make it fast, and none changes what a candidate learns:
     labels only    the large output projection runs only where a token is predicted, in chunks
 
 The optimiser is torch's AdamW with one parameter group per candidate: own learning rate, own step
-count, and a candidate that has finished or diverged simply has no gradient. Top to bottom:
-settings, frozen layers, the loss, the update.
+count, and a candidate that has finished or diverged simply has no gradient. (One that diverged is
+scored as if it had answered nothing: reward.quiz_candidates().) Top to bottom: settings, frozen
+layers, the loss, the update.
 """
 
 import itertools

@@ -5,10 +5,10 @@ cache for decoding. Submodules carry the names of Hugging Face checkpoints, so t
 (lm/checkpoint.py) is a lookup per tensor.
 
 Letters in shape comments:
-    R rows (sequences in the batch)     T tokens per row in this call     S tokens that may be
-                                        looked at (earlier + these)
-    C n_embd    H n_head    K n_kv_head    G = H / K query heads per key head    D head_dim    V
-                vocabulary
+    R rows (sequences in the batch)    T tokens per row in this call
+    S tokens that may be looked at (earlier + these)
+    C n_embd    H n_head    K n_kv_head    G = H / K query heads per key head    D head_dim
+    V vocabulary
 
 What a token may look at is not the block's business: a block takes a callable `attend(q, k, v)`.
 Here are the plain ones, causal() and one with a cache; lm/packing.py has packed rows and shared

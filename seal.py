@@ -8,18 +8,16 @@ steps of the paper's Algorithm 1 (arXiv 2506.10943, section 3.1):
 
     (1) SE ~ LM_theta( . | C)           sample a self-edit: the model's own notes on a passage C
     (2) theta' = SFT(theta, SE)         inner update: train a small LoRA on them
-    (3) A ~ LM_theta'( . | tau)         quiz: ask about C, which is NOT in the prompt
+    (3) A ~ LM_theta'( . | tau)         quiz: tau asks about C, which is NOT in the prompt
     (4) r = r(A, tau)                   reward: the share of right answers
-    (5) theta = SFT(theta, {SE: r > 0}) outer update (ReST-EM): imitate the self-edits that helped
+    (5) theta = SFT(theta, {SE that helped})   outer update (ReST-EM): imitate what beats C alone
 
 As in the paper a self-edit is a list of facts, each line one training sequence, and all train for
 equal epochs, so that more notes mean more steps. Unlike there, the policy theta only writes, while
 the untrained theta_0 studies and answers (docs/PAPER.md). train_outer.py does the same fast, for
-populations, and by default with questions for notes, from which a small model learns more.
-tests/test_seal.py holds the two together: same adapters, answers, rewards and selection.
+populations, and with questions for notes by default; tests/test_seal.py holds the two together.
 
-The ladder at the end stands on the passages of the round: it shows how one is read, not what SEAL
-is worth. docs/RESULTS.md has that, on other passages and with intervals.
+The ladder at the end stands on the same passages: no result. docs/RESULTS.md has those.
 """
 
 import argparse
@@ -63,8 +61,7 @@ def sub_seed(*keys: int) -> int:  # (seed, round, purpose): an independent seed 
     return int(np.random.SeedSequence(keys).generate_state(1)[0])
 
 
-# -----------------------------------------------------------------------------
-# (1) sample: SE ~ LM_theta( . | C)
+# ---- (1) sample: SE ~ LM_theta( . | C) -----------------------------------------------------------
 
 INSTRUCTION = """Rewrite the passage as a list of short, complete sentences, one fact per line, \
 with full names."""
@@ -93,23 +90,31 @@ def edit_prompt(tok, title: str, passage: str) -> list[int]:
 
 
 @torch.inference_mode()
-def generate(model, prompt: list[int], max_new: int, ends, temperature=0.0, u=None) -> list[int]:
-    """Continue a prompt, token by token, with a key-value cache: the most likely token, or with a
-    temperature one of the nucleus, the likeliest with 95 % of the mass, by u[t] in [0, 1)."""
-    cache, ids, new = [CachedLayer() for _ in model.layers], prompt, []
-    while len(new) < max_new and not (new and new[-1] in ends):
-        logits = model(torch.tensor([ids], device=model.device), cache)[0, -1]  # (V)
-        token = int(logits.argmax())
-        if temperature:
-            probs = (logits.float() / temperature).softmax(-1)
-            probs, order = probs.sort(descending=True, stable=True)
-            mass = probs.cumsum(-1)
-            last = int((mass < 0.95).sum())  # where the nucleus ends
-            n = int(torch.searchsorted(mass, u[len(new)] * mass[last], right=True))
-            token = int(order[min(n, last)])
-        ids = [token]
-        new.append(token)
-    return new
+def generate(model, prompts: list, max_new: int, ends, temperature=0.0, u=None) -> list:
+    """Continue prompts token by token, side by side, with a key-value cache. The longer ones are
+    still being read while the shorter ones already go on."""
+    cache, rows = [CachedLayer() for _ in model.layers], [list(prompt) for prompt in prompts]
+    live = [True] * len(rows)
+    read = [prompt[: min(map(len, prompts))] for prompt in prompts]
+    while any(live):
+        logits = model(torch.tensor(read, device=model.device), cache)[:, -1].float()  # (R, V)
+        length = cache[0].length
+        for n, row in enumerate(rows):
+            if live[n] and len(row) == length:
+                row.append(choose(logits[n], temperature, u, n, length - len(prompts[n])))
+                live[n] = row[-1] not in ends and len(row) < len(prompts[n]) + max_new
+        read = [[row[min(length, len(row) - 1)]] for row in rows]
+    return [row[len(prompt) :] for row, prompt in zip(rows, prompts)]
+
+
+def choose(logits, temperature: float, u, n: int, t: int) -> int:
+    """The likeliest token, or by u[n, t] in [0, 1) one of the nucleus: the likeliest, 95 %."""
+    if not temperature:
+        return int(logits.argmax())
+    probs, order = (logits / temperature).softmax(-1).sort(descending=True, stable=True)
+    mass = probs.cumsum(-1)
+    last = int((mass < 0.95).sum())  # where the nucleus ends
+    return int(order[min(int(torch.searchsorted(mass, u[n, t] * mass[last], right=True)), last)])
 
 
 def read_notes(tok, ids: list[int]) -> list[str]:
@@ -126,19 +131,16 @@ def read_notes(tok, ids: list[int]) -> list[str]:
 
 def write(model, tok, passages, copies: int, s: Settings, seed: int) -> list:
     """edits[passage][copy]: notes, sampled from the model as it is now."""
-    generator = torch.Generator().manual_seed(sub_seed(seed, 0))
-    u, edits = iter(torch.rand(len(passages) * copies, s.max_new, generator=generator)), []
-    for p in passages:
-        edits.append([])
-        for _ in range(copies):
-            prompt = edit_prompt(tok, p.title, p.text)
-            ids = generate(model, prompt, s.max_new, tok.end_ids, s.temperature, next(u))
-            edits[-1].append(read_notes(tok, ids))
-    return edits
+    generator, notes = torch.Generator().manual_seed(sub_seed(seed, 0)), []
+    prompts = [edit_prompt(tok, p.title, p.text) for p in passages for _ in range(copies)]
+    u = torch.rand(len(prompts), s.max_new, generator=generator)
+    for at in (slice(n, n + 16) for n in range(0, len(prompts), 16)):
+        sampled = generate(model, prompts[at], s.max_new, tok.end_ids, s.temperature, u[at])
+        notes += [read_notes(tok, ids) for ids in sampled]
+    return [notes[n : n + copies] for n in range(0, len(notes), copies)]
 
 
-# -----------------------------------------------------------------------------
-# (2) inner update: theta' = SFT(theta, SE)
+# ---- (2) inner update: theta' = SFT(theta, SE) ---------------------------------------------------
 
 
 def sft(model, adapter: Adapters, examples: list[tuple], lr: float, epochs: int, seed: int) -> list:
@@ -161,16 +163,15 @@ def sft(model, adapter: Adapters, examples: list[tuple], lr: float, epochs: int,
             logits = model(ids)[0, first - 1 : -1]
             loss = F.cross_entropy(logits.float(), ids[0, first:])
             loss.backward()
-            gradient = lora.gradients()[0]
-            weights.grad = gradient * (1 / (gradient.norm() + 1e-6)).clamp(max=1)
+            weights.grad = lora.gradients()[0]
+            torch.nn.utils.clip_grad_norm_(weights, 1.0)
             optimizer.param_groups[0]["lr"] = lr * (1 - step / len(order))
             optimizer.step()
             losses.append(float(loss.detach()))
     return losses
 
 
-# -----------------------------------------------------------------------------
-# (3) quiz: A ~ LM_theta'( . | tau), and (4) reward
+# ---- (3) quiz: A ~ LM_theta'( . | tau), and (4) reward -------------------------------------------
 
 
 def quiz_prompt(tok, title: str, question: str) -> list[int]:
@@ -190,12 +191,13 @@ def is_right(answer: str, accepted) -> bool:
 
 
 def ask(model, tok, passage) -> list[tuple]:
-    """(answer, is it right?) for each question. The passage is not in the prompt; nor is its title,
-    where that would give the answer away."""
-    answers, ends = [], {*tok.end_ids, *tok.newline_ids}
+    """(answer, is it right?) to each question, asked without a title that gives the answer away."""
+    answers, prompts = [], []
     for q in passage.questions:
         told = any(normalize(a) in normalize(passage.title) for a in q.answers)
-        ids = generate(model, quiz_prompt(tok, "" if told else passage.title, q.question), 48, ends)
+        prompts.append(quiz_prompt(tok, "" if told else passage.title, q.question))
+    replies = generate(model, prompts, 48, {*tok.end_ids, *tok.newline_ids})
+    for q, ids in zip(passage.questions, replies):
         answer = tok.decode([t for t in ids if t not in tok.end_ids]).strip().split("\n")[0]
         answers.append((answer, is_right(answer, q.answers)))
     return answers
@@ -216,19 +218,17 @@ def study(model, tok, passage, notes: list[str], s: Settings) -> dict:
     return {"adapter": adapter.flat[0], "losses": losses, "answers": answers, "reward": reward}
 
 
-# -----------------------------------------------------------------------------
-# the loop
+# ---- the loop ------------------------------------------------------------------------------------
 
 
 def main(s: Settings) -> dict:
     start, model, tok = time.time(), load_model(s.model), Tokenizer(s.model)
     passages, n_layer = load_passages(s.data, "train", 0, s.passages), model.config.n_layer
     if not 1 <= s.top_layers <= n_layer:
-        raise SystemExit(f"error: --top_layers {s.top_layers}: the model has {n_layer} layers")
+        raise SystemExit(f"error: --top-layers {s.top_layers}: the model has {n_layer} layers")
     lora = LoRAConfig(64, 128.0, tuple(PROJECTIONS), 0, n_layer)
     policy = Adapters.init(model, lora, 1, sub_seed(s.seed, 0))  # theta is theta_0 and this adapter
     edits = write(model, tok, passages, s.samples, s, sub_seed(s.seed, 1, 0))  # (1)
-
     ladder = {"base": [], "passage": [], "passage+self-edit": [], "seal-1": []}
     candidates, examples = [], []
     for passage, of_passage in zip(passages, edits):
@@ -239,7 +239,6 @@ def main(s: Settings) -> dict:
         ladder["passage"].append(alone["reward"])
         ladder["passage+self-edit"].append(np.mean([c["reward"] for c in studied]))
         candidates.append(studied)
-
         print(f"\n=== {passage.title} ===\n{passage.text}")
         for n, (notes, c) in enumerate(zip(of_passage, studied)):
             text = "\n".join(notes)
@@ -266,15 +265,16 @@ def main(s: Settings) -> dict:
     for passage, [notes] in zip(passages, after):
         ladder["seal-1"].append(study(model, tok, passage, notes, s)["reward"])
 
-    print(f"\nquiz accuracy without the passage in the prompt, {len(passages)} passages:")
+    print(f"\nquiz accuracy without the passage in the prompt, after {time.time() - start:.0f} s:")
     for row, values in ladder.items():
         print(f"  {row:18} {100 * np.mean(values):5.1f} %  ", *(f"{v:.2f}" for v in values))
-    print(f"{time.time() - start:.0f} s")
     return {"edits": edits, "candidates": candidates, "policy": policy.flat, "ladder": ladder}
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    shown = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(None, None, __doc__, formatter_class=shown, allow_abbrev=False)
     for f in dataclasses.fields(Settings):
-        parser.add_argument(f"--{f.name}", type=f.type, default=f.default, help=f.metadata["help"])
+        flag, about = f"--{f.name.replace('_', '-')}", f"{f.metadata['help']} [%(default)s]"
+        parser.add_argument(flag, type=f.type, default=f.default, help=about)
     main(Settings(**vars(parser.parse_args())))

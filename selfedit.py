@@ -89,6 +89,9 @@ EXAMPLE_PASSAGE = (
 
 @dataclass(frozen=True)
 class Style:
+    """How notes are asked for, and read. A style whose name ends in "qa" yields pairs "Question:
+    ..." and "Answer: ...", which are trained on as a chat."""
+
     instruction: str
     # A good self-edit for the example passage; a tuple: for its first sentences, one by one.
     example: str | tuple
@@ -236,23 +239,19 @@ def parse(text: str, style: str, ended: bool, sentence: str = "") -> tuple[list[
     """Sampled text, about `sentence` if the style quotes it -> (notes, flaw). `ended` is False if
     the sample ran into the length limit.
 
-    One note per line:                  "A is B.\\nC is D."                  -> ["A is B.", "C is
-                                        D."]
-    rewrite, one per paragraph:         "A is B.\\nSo C.\\n\\nD is E."       -> ["A is B. So C.", "D
-                                        is E."]
-    all kinds of qa, one per pair:      "Question: Q?\\nAnswer: A"           -> ["Question:
-        Q?\\nAnswer: A"] a question without an answer is dropped; "Question 2:" is read as
-        "Question:"
-    questions, about "B is A.":         "1. Q?\\nSure!"                      -> ["Question:
-        Q?\\nAnswer: B is A."] a line that does not end in "?" is dropped
-    markers go, bare headings go:       "Implications:\\n1. A is B.\\n- C"   -> ["A is B.", "C"]
+    One note per line:               "A is B.\\nC is D."         -> ["A is B.", "C is D."]
+    rewrite, one per paragraph:      "A.\\nSo B.\\n\\nC is D."     -> ["A. So B.", "C is D."]
+    kinds of qa, one per pair:       "Question 2: Q?\\nAnswer: A" -> ["Question: Q?\\nAnswer: A"]
+        a question without an answer is dropped
+    questions, about "B is A.":      "1. Q?\\nSure!"         -> ["Question: Q?\\nAnswer: B is A."]
+        a line that does not end in "?" is dropped
+    markers and bare headings go:    "Facts:\\n1. A is B.\\n- C" -> ["A is B.", "C"]
         a marker is followed by a blank: "10.5 million came." stays as it is
-    a repeated note is kept once:       "A is B.\\nA is B."                  -> ["A is B."]
+    a repeated note is kept once:    "A is B.\\nA is B."         -> ["A is B."]
         and in a part about one sentence that is a flaw, "repeats"
-    the unfinished last note goes:      "A is B.\\nC is", ended=False        -> ["A is B."],
-                                        "endless"
-    nothing there:                      "  \\n"                              -> [], "empty"
-    something, but not in the form:     "Sure!" for self-qa                  -> [], "malformed"
+    the unfinished last note goes:   "A is B.\\nC is", ended=False -> ["A is B."], "endless"
+    nothing there:                   "  \\n"                     -> [], "empty"
+    something, but not in the form:  "Sure!" for self-qa        -> [], "malformed"
     """
     form = STYLES[style]
     assert sentence or not form.quotes

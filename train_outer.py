@@ -10,7 +10,7 @@ help it learn.
                             SE_1 .. SE_M ~ LM_theta( . | C)            sample
             for each SE_i:  theta_i = SFT(theta_0, SE_i)               inner update, a small LoRA
                             r_i = score of LM_theta_i on C's quiz      quiz, C is not in the prompt
-        theta <- SFT(theta, {(C, SE_i): SE_i was rewarded})            reinforce
+        theta <- SFT(theta, {(C, SE_i): r_i is among the best on C})   reinforce
 
 theta is the base model and one adapter, the policy, that all rounds go on training; theta_0 is the
 base model. What earns what, and what is imitated, is in reward.py. docs/PAPER.md says where this
@@ -19,7 +19,9 @@ departs from the paper (arXiv 2506.10943, section 3), and has the command with i
 Each round writes to OUT/round-K/: sampled.jsonl and scored.jsonl (progress), candidates.jsonl (one
 record per self-edit: parts, notes, credits, scores, what is kept and why), policy/ (a PEFT
 adapter); OUT/metrics.jsonl gets one line per round (docs/OUTPUT.md defines them). Kill it at any
-time: the same command goes on where it was, and ends with the same result.
+time: the same command goes on where it was, and ends with the same result. It skips finished rounds
+and, of the one it was in, batches that are sampled and populations that are scored; credit,
+selection and the outer update are made again.
 """
 
 import time

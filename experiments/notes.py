@@ -1,8 +1,8 @@
 """What did RL change in the notes? Measures of the self-edits that an eval_qa.py ladder sampled,
 per method.
 
-    python experiments/notes.py --limit 48 --work runs/eval-qa_ladder/climb-0     # ->
-                                                                                  results/notes.json
+    python experiments/notes.py --limit 48 --work runs/eval-qa_ladder/climb-0
+                                                                        # -> results/notes.json
 
 A word counts if it has four letters or a digit:
     tokens       length

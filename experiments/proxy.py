@@ -2,8 +2,8 @@
 by study?
 
     python train_outer.py qa --out runs/studied --limit 24 --rounds 1 --samples 4
-    python experiments/proxy.py --limit 24 --work runs/studied/round-1        # ->
-                                                                              results/proxy.json
+    python experiments/proxy.py --limit 24 --work runs/studied/round-1
+                                                        # -> results/proxy.json
 
 Of the self-edits that a round with --reward accuracy scored: credits and the proxy, part by part,
 both as differences from the mean of the same part of the passage's self-edits. "slope" is accuracy

@@ -1,9 +1,8 @@
 """A warm-up for ARC: teach the model what a grid is, on other puzzles than those it will be tested
 on.
 
-    python experiments/warm.py --data downloads/arc/arc2.json --skip 60       # on ARC-AGI-2's
-                                                                              training tasks, but
-                                                                              the 60 smallest
+    python experiments/warm.py --data downloads/arc/arc2.json --skip 60
+                                        # on ARC-AGI-2's training tasks, but the 60 smallest
 
 (`make results-arc` goes on from there: which of the 60 can be solved, RL on half of those, the
 ladder on the other half.)
