@@ -3,7 +3,7 @@ score the answers.
 
 Scores per question (all from 0 to 1, except logprob):
     accuracy   1 if an accepted answer stands in the model's answer as whole words, after SQuAD's
-               normalisation
+               normalisation, extended to other scripts than Latin: forms()
     em         1 if the model's answer equals an accepted answer, normalised
     f1         overlap of normalised words with the closest accepted answer
     logprob    mean log-likelihood per token of the first accepted answer as the whole reply (0 is
@@ -14,8 +14,10 @@ is only comparable between candidates. The paper has GPT-4.1 judge the answers; 
 judge.
 """
 
+import functools
 import re
 import string
+import unicodedata
 from collections import Counter
 from dataclasses import dataclass
 
@@ -32,11 +34,38 @@ from sampler import Batch, generate
 # scoring
 
 
-def normalize(text: str) -> str:
-    """SQuAD's: lower case, no punctuation, no articles, single blanks. "The Havnit Society." ->
-    "havnit society"."""
+# Scripts that put no blanks between words; each of their characters counts as a word.
+UNSPACED = re.compile(
+    "[\u0e00-\u0eff\u0f00-\u0fff\u1000-\u109f\u1780-\u17ff"  # Thai, Lao; Tibetan; Burmese; Khmer
+    "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003134f]"  # kana, Han
+)
+
+
+@functools.lru_cache(10_000)
+def forms(text: str) -> tuple:
+    """A text as it is compared, three times, less and less of it left out: "The $5 coin." ->
+    ("5 coin", "the 5 coin", "the $5 coin.").
+
+    First as SQuAD has it, lower case, without punctuation and articles, but for any script:
+    composed characters (NFC), Unicode's punctuation and symbols, "他在家。" -> "他 在 家".
+    """
+    whole = " ".join(unicodedata.normalize("NFC", text).lower().split())
+    plain = "".join(c for c in whole if unicodedata.category(c)[0] not in "PS")
+    plain = UNSPACED.sub(r" \g<0> ", plain)
+    bare = re.sub(r"\b(a|an|the)\b", " ", plain)
+    return tuple(" ".join(form.split()) for form in (bare, plain, whole))
+
+
+def squad_forms(text: str) -> list[str]:
+    """SQuAD's own metric, for comparison: score_answer(answer, golds, squad_forms)."""
     text = "".join(c for c in text.lower() if c not in string.punctuation)
-    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+    return [" ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())]
+
+
+def normalize(text: str) -> str:
+    """The first of its forms() of which something is left: "The Havnit Society." -> "havnit
+    society", "A" -> "a", "$" -> "$"."""
+    return next(filter(None, forms(text)), "")
 
 
 def f1(answer: str, gold: str) -> float:
@@ -47,15 +76,19 @@ def f1(answer: str, gold: str) -> float:
     return 2 * common / (len(a) + len(g)) if common else float(a == g)
 
 
-def score_answer(answer: str, golds: tuple) -> dict:
-    """{"accuracy", "em", "f1"} of one answer. "It was honey." scores accuracy 1, em 0 against
+def score_answer(answer: str, golds: tuple, forms=forms) -> dict:
+    """{"accuracy", "em", "f1"} of one answer: the best over the accepted ones, each compared in the
+    first of its forms() of which something is left. "It was honey." scores accuracy 1, em 0 against
     "honey"."""
-    answer, golds = normalize(answer), [normalize(g) for g in golds]
-    return {
-        "accuracy": float(any(f" {g} " in f" {answer} " for g in golds)),
-        "em": float(answer in golds),
-        "f1": max(f1(answer, g) for g in golds),
-    }
+    best = {"accuracy": 0.0, "em": 0.0, "f1": 0.0}
+    for gold in golds:
+        for a, g in zip(forms(answer), forms(gold)):
+            if g:
+                inside = f" {g} " in f" {a} " or (g in a and not any(map(str.isalnum, g)))
+                found = {"accuracy": float(inside), "em": float(a == g), "f1": f1(a, g)}
+                best = {name: max(best[name], found[name]) for name in best}
+                break
+    return best
 
 
 def mean_scores(scores: list[dict]) -> dict:
@@ -106,7 +139,7 @@ def quiz_items(
     """
     items = []
     for q in passage.questions:
-        told = any(normalize(a) in normalize(passage.title) for a in q.answers)
+        told = any(normalize(a) in normalize(passage.title) for a in q.answers if normalize(a))
         title = "" if told and not show_passage else passage.title
         prompt = quiz_prompt(tok, title, q.question, passage.text if show_passage else "")
         items.append(Item(tuple(prompt), q, owner))

@@ -10,7 +10,16 @@ from conftest import ROOT
 
 from data.qa import Passage, Question, load_passages
 from lora import PROJECTIONS, Adapters, LoRAConfig, attached
-from quiz import Item, answer_logprobs, ask, mean_scores, normalize, quiz_items, score_answer
+from quiz import (
+    Item,
+    answer_logprobs,
+    ask,
+    mean_scores,
+    normalize,
+    quiz_items,
+    score_answer,
+    squad_forms,
+)
 from sampler import generate, prefill
 
 LORA = LoRAConfig(2, 4.0, tuple(PROJECTIONS), 2, 4)
@@ -25,6 +34,36 @@ def test_scores():
     assert score_answer("salt barn", ("old salt barn",))["f1"] == pytest.approx(0.8)
     assert score_answer("the gaoler", ("a gaoler", "jailer"))["em"] == 1.0
     assert score_answer("", ("x",)) == {"accuracy": 0.0, "em": 0.0, "f1": 0.0}
+
+
+@pytest.mark.parametrize(
+    "answer, gold, accuracy, em",
+    [
+        ("The grade was A.", "A", 1, 0),  # an article, or a mark, is dropped if something is left
+        ("The grade was B.", "A", 0, 0),
+        ("", "$", 0, 0),
+        ("It is paid in $.", "$", 1, 0),
+        ("A $", "$", 1, 0),
+        ("It was \u201cred\u201d.", "red", 1, 0),
+        ("Marn's barn", "Marn\u2019s", 1, 0),
+        ("From 1914-1918.", "1914\u20131918", 1, 0),
+        ("24\u201310", "24-10", 1, 1),
+        ("Zoe\u0308", "Zo\u00eb", 1, 1),
+        ("\u4ed6\u5728\u5317\u4eac\u3002", "\u5317\u4eac", 1, 0),  # no blanks between words
+        ("\u5317\u4eac\u3002", "\u5317\u4eac", 1, 1),
+        ("\u5317\u65b9", "\u5317\u4eac", 0, 0),
+        ("", "", 0, 0),
+    ],
+)
+def test_scores_of_any_script(answer, gold, accuracy, em):
+    score = score_answer(answer, (gold,))
+    assert (score["accuracy"], score["em"]) == (accuracy, em)
+
+
+def test_squads_own_metric_for_comparison():
+    assert squad_forms("The $5 coin, a \u201cred\u201d one") == ["5 coin \u201cred\u201d one"]
+    for answer, gold, em in (("the \u201cred\u201d", "red", 0), ("The Honey!", "honey", 1)):
+        assert score_answer(answer, (gold,), squad_forms)["em"] == em
 
 
 def test_logprobs_equal_a_plain_forward(tiny, tok):
