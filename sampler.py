@@ -16,6 +16,7 @@ from os.path import commonprefix
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+from lm.files import sub_seed
 from lm.packing import Ragged, ragged_or_even
 from lora import Adapters, attached
 from model import Transformer, additive, causal_mask
@@ -258,7 +259,8 @@ def generate(
     prompt's copies together.
 
     A continuation ends with a token of `end_ids` (which is kept) or after `max_new` tokens. Each
-    has a random stream of its own, so its text does not depend on what else is in the batch. With
+    has a random stream of its own, from the seed, its prompt and which copy it is: but for rounding
+    its text does not depend on what else is in the batch, nor on the order. With
     `adapters`, prompt i runs under adapter owner[i]; without, owners say which prompts begin alike.
     Rows that are finished leave the batch. `on_prefill(prompt of each row, batch, x)` is called
     once, when the prompts are read; `tick(live rows)` for every token.
@@ -267,9 +269,13 @@ def generate(
     owner, end_ids = owner or [0] * len(prompts), set(end_ids)
     order = sorted(range(len(prompts)), key=lambda i: owner[i])
     rows = [i * copies + c for i in order for c in range(copies)]  # batch row -> output
-    u = torch.rand(
-        len(prompts) * copies, max_new, generator=torch.Generator().manual_seed(seed)
-    ).to(model.device)
+    u = torch.zeros(len(rows), max_new)
+    if temperature:
+        for i, prompt in enumerate(prompts):
+            for c in range(copies):
+                own = torch.Generator().manual_seed(sub_seed(seed, c, *prompt))
+                u[i * copies + c] = torch.rand(max_new, generator=own)
+    u = u.to(model.device)
     out, live = [[] for _ in rows], [True] * len(rows)
     with attached(model, adapters) if adapters else nullcontext() as lora:
         batch, x = prefill(

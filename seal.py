@@ -1,7 +1,6 @@
 """SEAL in one file: a language model learns from what it reads, and to write what it learns from.
 
-    python seal.py                    # one outer round on four passages, and what came of it
-    python seal.py --samples 5 --epochs 10 --temperature 1
+    python seal.py        # one outer round on four passages, and what came of it
 
 This is the lesson: plain loops, one candidate at a time, every step in sight. The numbers are the
 steps of the paper's Algorithm 1 (arXiv 2506.10943, section 3.1):
@@ -108,32 +107,34 @@ def generate(model, prompts: list, max_new: int, ends, temperature=0.0, u=None) 
 
 
 def choose(logits, temperature: float, u, n: int, t: int) -> int:
-    """The likeliest token, or by u[n, t] in [0, 1) one of the nucleus: the likeliest, 95 %."""
+    """The likeliest token, or by u[n][t] in [0, 1) one of the nucleus: the likeliest, 95 %."""
     if not temperature:
         return int(logits.argmax())
     probs, order = (logits / temperature).softmax(-1).sort(descending=True, stable=True)
     mass = probs.cumsum(-1)
     last = int((mass < 0.95).sum())  # where the nucleus ends
-    return int(order[min(int(torch.searchsorted(mass, u[n, t] * mass[last], right=True)), last)])
+    return int(order[min(int(torch.searchsorted(mass, u[n][t] * mass[last], right=True)), last)])
 
 
 def read_notes(tok, ids: list[int]) -> list[str]:
-    """The lines of a sample, without list markers, headings and repetitions. The last line of one
-    that ran into the length limit is not finished, and goes."""
+    """The lines of a sample, without list markers, headings, repetitions, copies of the worked
+    example, and the unfinished last line of one that ran into the length limit."""
     ended = ids[-1] in tok.end_ids
     lines, notes = tok.decode(ids[:-1] if ended else ids).strip().split("\n"), []
     for line in lines if ended else lines[:-1]:
         line = " ".join(re.sub(MARKER, "", line, flags=re.IGNORECASE).split())
-        if any(map(str.isalnum, line)) and not line.endswith(":"):
-            notes.append(line)
+        useless = line.endswith(":") or any(name in line for name in EXAMPLE_NAMES)
+        notes += [line] if any(map(str.isalnum, line)) and not useless else []
     return list(dict.fromkeys(notes))
 
 
 def write(model, tok, passages, copies: int, s: Settings, seed: int) -> list:
     """edits[passage][copy]: notes, sampled from the model as it is now."""
-    generator, notes = torch.Generator().manual_seed(sub_seed(seed, 0)), []
     prompts = [edit_prompt(tok, p.title, p.text) for p in passages for _ in range(copies)]
-    u = torch.rand(len(prompts), s.max_new, generator=generator)
+    u, notes = [], []
+    for n, prompt in enumerate(prompts):  # each sample has a random stream of its own
+        generator = torch.Generator().manual_seed(sub_seed(seed, n % copies, *prompt))
+        u.append(torch.rand(s.max_new, generator=generator))
     for at in (slice(n, n + 16) for n in range(0, len(prompts), 16)):
         sampled = generate(model, prompts[at], s.max_new, tok.end_ids, s.temperature, u[at])
         notes += [read_notes(tok, ids) for ids in sampled]
@@ -240,17 +241,17 @@ def main(s: Settings) -> dict:
         ladder["passage+self-edit"].append(np.mean([c["reward"] for c in studied]))
         candidates.append(studied)
         print(f"\n=== {passage.title} ===\n{passage.text}")
+        print(f"\n  the passage alone: reward {alone['reward']:.2f}")
         for n, (notes, c) in enumerate(zip(of_passage, studied)):
             text = "\n".join(notes)
-            copied = any(name in text for name in EXAMPLE_NAMES)  # from the worked example
-            c["kept"] = bool(text) and not copied and c["reward"] > alone["reward"]
+            c["kept"] = bool(text) and c["reward"] > alone["reward"]
             if c["kept"]:
                 target = [*tok.encode(text), tok.end_ids[0]]
                 examples.append((edit_prompt(tok, passage.title, passage.text), target))
             losses = " ".join(f"{x:.2f}" for x in c["losses"][:: max(1, len(c["losses"]) // 8)])
-            print(f"\n  self-edit {n + 1}:", *notes, sep="\n    ")
-            rewards = f"reward {c['reward']:.2f} (passage alone {alone['reward']:.2f})"
-            print(f"  losses {losses}\n  {rewards}: {'' if c['kept'] else 'not '}imitated")
+            kept = "imitated" if c["kept"] else "not imitated"
+            print(f"\n  self-edit {n + 1}, {kept}:", *notes, sep="\n    ")
+            print(f"  losses {losses}\n  reward {c['reward']:.2f}")
         print("\n  the quiz: untrained, after the passage alone, after self-edit 1")
         for q, *answers in zip(passage.questions, before, alone["answers"], studied[0]["answers"]):
             print(f"    {q.question} ({q.answers[0]})")
@@ -264,7 +265,6 @@ def main(s: Settings) -> dict:
         after = write(model, tok, passages, 1, s, sub_seed(s.seed, 2, 0))
     for passage, [notes] in zip(passages, after):
         ladder["seal-1"].append(study(model, tok, passage, notes, s)["reward"])
-
     print(f"\nquiz accuracy without the passage in the prompt, after {time.time() - start:.0f} s:")
     for row, values in ladder.items():
         print(f"  {row:18} {100 * np.mean(values):5.1f} %  ", *(f"{v:.2f}" for v in values))

@@ -72,7 +72,9 @@ def test_sampling_is_seeded_and_does_not_depend_on_the_batch(tiny):
     first = generate(tiny, PROMPTS, 15, (), seed=5, **options)
     assert first == generate(tiny, PROMPTS, 15, (), seed=5, **options)
     assert first != generate(tiny, PROMPTS, 15, (), seed=6, **options)
-    assert first[:3] == generate(tiny, PROMPTS[:1], 15, (), seed=5, **options)
+    for order in ([0], [2, 0, 1], [1, 1, 2]):  # fewer, other order, one twice
+        expected = [text for i in order for text in first[3 * i : 3 * i + 3]]
+        assert expected == generate(tiny, [PROMPTS[i] for i in order], 15, (), seed=5, **options)
     assert len({tuple(t) for t in first}) == 9  # copies differ from each other
 
 
