@@ -202,7 +202,6 @@ def parse_settings(text: str, ended: bool) -> tuple[dict, str]:
 
 # Of flags that passages have, too. The targets are the paper's; a small model needs all layers.
 DEFAULTS = {
-    "max_new": 160,
     "targets": ["q_proj", "v_proj", "gate_proj", "down_proj", "up_proj"],
     "top_layers": 0,
     "population": 4,
@@ -210,6 +209,8 @@ DEFAULTS = {
 
 
 def add_flags(parser) -> None:
+    about = "longest self-edit, in tokens"
+    parser.add_argument("--max-new", type=at_least(1), default=160, help=about)
     add = parser.add_argument_group("test-time training").add_argument
     about = "most training tasks made of one task"
     add("--augmented", type=at_least(1), default=32, help=about)

@@ -71,7 +71,7 @@ from reward import (
     unrelated,
     update_and_quiz,
 )
-from selfedit import parse, write_self_edits
+from selfedit import parse, settle, write_self_edits
 
 OUT = "results/qa_ladder.json"
 METRICS = ("accuracy", "em", "f1", "logprob")
@@ -95,7 +95,7 @@ def parse_arguments():
     )
     add("--recipes", help=about)
     add_ladder_flags(parser, "qa", OUT)
-    args = parser.parse_args()
+    args = settle(parser.parse_args())
     if args.match != "epochs" and not (args.steps or args.no_study):
         parser.error("--match steps needs --steps above 0")
     return set_outputs(args, OUT)

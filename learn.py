@@ -5,16 +5,21 @@ loop.
     python learn.py ask "Who founded Port Ambrel?" --adapter runs/ambrel
 
 `study` lets the model write self-edits about the text, trains a LoRA on the text and its notes, and
-saves it as a PEFT adapter, with the title in study.json. `ask` answers under that adapter; the text
-is not in the prompt. With --policy (a round-K/policy folder of a train_outer.py run) that policy
-writes the notes; with --learner policy it also studies them, and `ask` loads it below the adapter.
+saves it as a PEFT adapter, with the title in study.json. It says which notes were left out and why,
+and, asking the notes' own questions again, which statements were not learnt. `ask` answers under
+that adapter; the text is not in the prompt. With --policy (a round-K/policy folder of a
+train_outer.py run) that policy writes the notes; with --learner policy it also studies them, and
+`ask` loads it below the adapter.
 """
 
+import hashlib
+from collections import Counter
 from pathlib import Path
 
 import inner
 import reward
 from data.qa import Passage
+from data.text import pieces, question_and_answer, sentences
 from inner import inner_update, learner, lora_config, sft_config
 from lm.adapters import load_adapter, save_adapter
 from lm.checkpoint import save_model
@@ -22,10 +27,10 @@ from lm.files import read_json, sub_seed, write_json
 from lm.flags import Parser, at_least, load
 from lm.tokenizer import Tokenizer
 from lora import Adapters, merge, merged
-from quiz import ANSWER_LEN, quiz_prompt
-from reward import passage_examples
+from quiz import ANSWER_LEN, quiz_prompt, score_answer
+from reward import LONGEST, passage_examples
 from sampler import generate
-from selfedit import write_self_edits
+from selfedit import QA_PAIR, settle, write_self_edits
 
 
 def parse_arguments():
@@ -44,30 +49,110 @@ def parse_arguments():
     add("--merged", help=about)
     add("--adapter", default="runs/learned", help="ask: folder of the adapter")
     parser.set_defaults(steps=0)  # a text can be longer, and its notes more, than a passage's
-    return parser.parse_args()
+    return settle(parser.parse_args())
+
+
+LEFT_OUT = {
+    "copied": "notes copied from the prompt's example, left out",
+    "endless": "an unfinished last note, left out (--max-new)",
+    "malformed": "no note in it",
+    "empty": "nothing in it",
+    "repeats": "notes said twice, left out",
+}
+LONGEST_TEXT = 50_000  # characters; what is longer would take hours
+
+
+def read_text(path: str) -> str:
+    """A text file. Exits with one line if it cannot be read, is empty, or longer than
+    LONGEST_TEXT."""
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig").strip()
+    except OSError as e:
+        raise SystemExit(f"error: cannot read {path}: {e.strerror}") from e
+    except UnicodeDecodeError:
+        text = "\0"
+    if "\0" in text:  # as in UTF-16
+        raise SystemExit(f"error: cannot read {path}: it is not UTF-8 text; save it as UTF-8")
+    if not text:
+        raise SystemExit(f"error: {path} is empty")
+    if len(text) > LONGEST_TEXT:
+        long = f"{path} has {len(text):,} characters, of at most {LONGEST_TEXT:,}"
+        raise SystemExit(f"error: {long}; study it chapter by chapter, each into its own --out")
+    return text
+
+
+def refuse_to_replace(args, about: dict) -> None:
+    """Exit with one line if --out holds another text's adapter, or --merged exists."""
+    found = Path(args.out) / "study.json"
+    if found.is_file() and read_json(found).get("text_sha256") != about["text_sha256"]:
+        raise SystemExit(f"error: {args.out} holds what was learnt of another text; choose --out")
+    if args.merged and Path(args.merged).exists():
+        raise SystemExit(f"error: --merged {args.merged} exists already; choose another folder")
+
+
+def own_questions(text: str) -> list[str]:
+    """The questions that a text asks and answers itself, as notes."""
+    pairs = map(question_and_answer, sentences(text))
+    return [f"Question: {question}\nAnswer: {answer}" for question, answer in pairs if question]
+
+
+def report_notes(text: str, edits: list, notes: list[str]) -> None:
+    """Print the notes, what was left out of the samples, and what has no notes."""
+    print("\n".join(["", f"{len(notes)} notes:", *notes, ""]))
+    samples = [part for e in edits for part in e.parts]
+    for flaw, n in Counter(part.flaw for part in samples if part.flaw).items():
+        print(f"of {len(samples)} samples {n} with {LEFT_OUT[flaw]}")
+    answered = {m[2] for note in notes if (m := QA_PAIR.fullmatch(note))}
+    for statement in sentences(text):
+        if len(statement) > 400:
+            print(f"could not be split, studied whole: {statement[:60]} ...")
+        elif answered and question_and_answer(statement)[1] not in answered:
+            print(f"no notes on: {statement}")
+
+
+def report_learnt(model, tok: Tokenizer, title: str, notes: list[str], adapters: Adapters) -> None:
+    """Ask some of the notes' own questions, and print which statements were not given back."""
+    pairs = [m.groups() for note in notes if (m := QA_PAIR.fullmatch(note))]
+    asked, prompts, answers = Counter(), [], []
+    for question, answer in pairs:
+        asked[answer] += 1
+        if asked[answer] <= 2:
+            prompts.append(quiz_prompt(tok, title, question))
+            answers.append(answer)
+    if not pairs:
+        return
+    owner = [0] * len(prompts)
+    replies = generate(
+        model, prompts, ANSWER_LEN, {*tok.end_ids, *tok.newline_ids}, adapters=adapters, owner=owner
+    )
+    learnt = dict.fromkeys(answers, False)
+    for answer, ids in zip(answers, replies):
+        said = tok.decode([t for t in ids if t not in tok.end_ids])
+        learnt[answer] |= score_answer(said, (answer,))["f1"] >= 0.8
+    print(f"asked again: {sum(learnt.values())} of {len(learnt)} statements learnt")
+    for answer in (answer for answer, known in learnt.items() if not known):
+        print(f"not learnt: {answer}")
 
 
 def study(model, tok: Tokenizer, args) -> None:
     """Sample notes, train on them and the text, save the adapter."""
-    try:
-        text = Path(args.text).read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as e:
-        raise SystemExit(
-            f"error: cannot read {args.text}: {getattr(e, 'strerror', None) or e}"
-        ) from e
-    if not text:
-        raise SystemExit(f"error: {args.text} is empty")
-    if args.merged and Path(args.merged).exists():
-        raise SystemExit(f"error: --merged {args.merged} exists already; choose another folder")
+    text, lora = read_text(args.text), lora_config(args, model)
+    studied_on = args.policy if args.learner == "policy" else None
+    sha256 = hashlib.sha256(text.encode()).hexdigest()
+    about = {"title": args.title, "policy": studied_on, "text_sha256": sha256}
+    refuse_to_replace(args, about)
     policy = load_adapter(model, args.policy) if args.policy else None
-    passage = Passage("text", args.title, text, ())
+
+    parts = pieces(text, lambda piece: len(tok.encode(piece)) <= LONGEST)
+    passages = [Passage(f"text-{n}", args.title, part, ()) for n, part in enumerate(parts)]
     with merged(model, policy):
-        edits = write_self_edits(model, tok, [passage], args.samples, args, sub_seed(args.seed, 0))
-    notes = list(dict.fromkeys(note for e in edits for note in e.notes))
-    print("\n".join(["", f"{len(notes)} notes:", *notes, ""]))
+        edits = write_self_edits(model, tok, passages, args.samples, args, sub_seed(args.seed, 0))
+    notes = list(dict.fromkeys([*own_questions(text), *(n for e in edits for n in e.notes)]))
+    report_notes(text, edits, notes)
+
     seed, config = sub_seed(args.seed, 1), sft_config(args)
-    adapters = Adapters.init(model, lora_config(args, model), 1, seed)
-    examples = passage_examples(tok, args.title, [text, *notes])
+    adapters = Adapters.init(model, lora, 1, seed)
+    examples = passage_examples(tok, args.title, [*parts, *notes])
     with learner(model, policy, args):
         [outcome] = inner_update(model, adapters, [examples], [config], seed)
         if outcome.diverged:
@@ -75,9 +160,9 @@ def study(model, tok: Tokenizer, args) -> None:
                 f"error: training diverged at step {outcome.steps}; try a lower --lr than {args.lr}"
             )
         save_adapter(adapters, args.out, args.model)
-        studied_on = args.policy if args.learner == "policy" else None
-        write_json(Path(args.out) / "study.json", {"title": args.title, "policy": studied_on})
+        write_json(Path(args.out) / "study.json", about)
         print(f"{outcome.steps} steps, last loss {outcome.loss:.3f}; adapter written to {args.out}")
+        report_learnt(model, tok, args.title, notes, adapters)
         if args.merged:
             merge(model, adapters)
             save_model(model, args.merged, args.model)
@@ -89,11 +174,9 @@ def ask(model, tok: Tokenizer, args) -> None:
     studied = read_json(Path(args.adapter) / "study.json")
     if studied.get("policy"):
         merge(model, load_adapter(model, studied["policy"]))
-    prompt, ends = (
-        quiz_prompt(tok, studied.get("title", ""), args.text),
-        {*tok.end_ids, *tok.newline_ids},
-    )
-    [ids] = generate(model, [prompt], ANSWER_LEN, ends, adapters=load_adapter(model, args.adapter))
+    prompt = quiz_prompt(tok, studied.get("title", ""), args.text)
+    ends, adapter = {*tok.end_ids, *tok.newline_ids}, load_adapter(model, args.adapter)
+    [ids] = generate(model, [prompt], ANSWER_LEN, ends, adapters=adapter)
     print(tok.decode([t for t in ids if t not in tok.end_ids]).strip())
 
 

@@ -22,7 +22,7 @@ import numpy as np
 import inner
 import selfedit
 from data.qa import Passage, Question
-from data.text import sentences
+from data.text import pieces, question_and_answer, sentences
 from inner import Outcome, SFTConfig, inner_update
 from lm.flags import add_model_flags
 from lm.log import Log
@@ -63,8 +63,12 @@ class Candidate:
         return sum(len(e.ids) for e in self.examples)
 
 
+LONGEST = 512  # most tokens of a text that is trained on as one sequence
+
+
 def passage_examples(tok: Tokenizer, title: str, texts: list[str]) -> list[Example]:
-    """One training sequence for each text, each with an end-of-text token.
+    """One training sequence for each text, each with the token that ends a turn; one for each of
+    its pieces() if it is longer than LONGEST tokens, so that memory does not grow with its length.
 
     A passage or a note is "{title}\\n{text}", every token counted. A question with its answer
     (styles ...-qa and questions) is the chat in which the quiz would ask it; the answer and its end
@@ -76,9 +80,10 @@ def passage_examples(tok: Tokenizer, title: str, texts: list[str]) -> list[Examp
     for text in texts:
         pair = QA_PAIR.fullmatch(text)
         prompt = quiz_prompt(tok, title, pair[1]) if pair else []
-        # The end is counted, so that the model learns to stop (and pads there are none).
-        reply = [*tok.encode(pair[2] if pair else f"{title}\n{text}"), tok.end_ids[0]]
-        examples.append(Example.reply(prompt, reply))
+        for piece in pieces(pair[2] if pair else text, lambda t: len(tok.encode(t)) <= LONGEST):
+            # The end is counted, so that the model learns to stop (and pads there are none).
+            reply = [*tok.encode(piece if pair else f"{title}\n{piece}"), tok.end_ids[0]]
+            examples.append(Example.reply(prompt, reply))
     return examples
 
 
@@ -214,7 +219,7 @@ def score_by_proxy(edits: list[SelfEdit], passages: dict) -> None:
         for part, text, part_credit in zip(e.parts, texts, by_sentence(passage, scores)):
             part.credit = part_credit
             for question, note, answer in pairs:
-                if answer == text:
+                if answer == question_and_answer(text)[1]:
                     part.note_credits[question] = proxy_scores(passage, [note])
 
 
@@ -275,7 +280,7 @@ def select(edits: list[SelfEdit], alone: dict, rule: str, keep: int) -> None:
 
     best        each passage's best self-edit
     improving   all that earn more than `alone`, {passage id: reward of the passage alone} (the
-                paper)
+                paper); none where the passage is not among them, since it diverged
     parts       of two self-edits with credits [1, 0, None] and [0, 0, None], the first one's first
                 part: it earned most, and more than that part earns on average, over all self-edits
                 that did not diverge

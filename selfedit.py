@@ -4,9 +4,10 @@ A self-edit is what the model writes about a passage in order to learn it. Here 
 notes; each note becomes one training sequence of the inner update, next to the passage itself
 (passage_examples() in reward.py). On ARC it is a JSON object that says how to train (arc.py).
 
-A sample is mended before it is used: list markers go, a note that repeats an earlier one goes, and
-so does the unfinished last one of a sample that ran into the length limit. docs/PAPER.md says where
-this departs from the paper (arXiv 2506.10943, sections 3.1 and B).
+A sample is mended before it is used: list markers go, a note that repeats an earlier one goes, one
+that copies the prompt's worked example, and the unfinished last one of a sample that ran into the
+length limit. docs/PAPER.md says where this departs from the paper (arXiv 2506.10943, sections 3.1
+and B).
 
 Top to bottom: the record, prompt styles, parsing, sampling.
 """
@@ -15,8 +16,8 @@ import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from data.text import sentences
-from lm.files import read_jsonl, sub_seed, write_jsonl
+from data.text import question_and_answer, sentences
+from lm.files import read_jsonl, write_jsonl
 from lm.flags import at_least
 from lm.log import Progress
 from lm.packing import Example
@@ -200,8 +201,9 @@ STYLES = {
 }
 
 
-def copies_example(text: str) -> bool:
-    return any(name in text for name in EXAMPLE_NAMES)
+def copies_example(note: str, passage: str) -> bool:
+    """Does it name someone or something that only the worked example knows?"""
+    return any(name in note and name not in passage for name in EXAMPLE_NAMES)
 
 
 def edit_prompts(
@@ -230,7 +232,7 @@ def edit_prompts(
 # parsing
 
 MARKER = re.compile(
-    r"^\s*(?:[-*\u2022]+|\(?\d{1,2}[.):]|(?:Version|Rewrite|Implication)\s*\d*\s*:)(?:\s+|$)",
+    r"^\s*(?:[-*\u2022]+|\(?\d{1,2}[.):]|(?:Version|Rewrite|Implication)\s*(?:\d+\s*)?:)(?:\s+|$)",
     re.IGNORECASE,
 )
 
@@ -269,12 +271,13 @@ def parse(text: str, style: str, ended: bool, sentence: str = "") -> tuple[list[
         parts = [p for p in parts if not p.endswith(":") and any(map(str.isalnum, p))]
     if form.quotes:
         asked = [
-            re.sub(r"^Question\s*\d*\s*:\s*", "", p, flags=re.IGNORECASE)
+            re.sub(r"^Question\s*(?:\d+\s*)?:\s*", "", p, flags=re.IGNORECASE)
             for p in parts
-            if p.endswith("?")
+            if p.endswith(("?", "\uff1f", "\u061f"))  # the last two of Chinese, Arabic
         ]
+        _, answer = question_and_answer(sentence)
         parts = [
-            f"Question: {p}\nAnswer: {sentence}" for p in asked if p and not p.startswith("Answer")
+            f"Question: {p}\nAnswer: {answer}" for p in asked if p and not p.startswith("Answer")
         ]
     notes = list(dict.fromkeys(parts))
     repeats = form.by_sentence and len(notes) < len(parts)
@@ -285,7 +288,8 @@ def parse(text: str, style: str, ended: bool, sentence: str = "") -> tuple[list[
 
 
 QA_PAIR = re.compile(
-    r"Question\s*\d*\s*:\s*(\S[^\n]*)\n\s*Answer\s*\d*\s*:\s*(\S[^\n]*)", re.IGNORECASE
+    r"Question\s*(?:\d+\s*)?:\s*(\S[^\n]*)\n\s*Answer\s*(?:\d+\s*)?:\s*(\S[^\n]*)",
+    re.IGNORECASE,
 )
 
 
@@ -310,18 +314,19 @@ def add_flags(parser) -> None:
         help="of sampling, 0 is greedy; the paper: 1",
     )
     add("--top-p", type=at_least(0.01), default=0.95, help="nucleus mass")
-    add(
-        "--max-new",
-        type=at_least(1),
-        default=80,
-        help="longest self-edit, or part of one, in tokens",
-    )
 
 
 def add_style_flag(parser) -> None:
-    parser.add_argument(
-        "--style", default="questions", choices=STYLES, help="prompt style of notes on a passage"
-    )
+    add = parser.add_argument
+    add("--style", default="questions", choices=STYLES, help="prompt style of notes on a passage")
+    about = "longest self-edit, or part of one, in tokens; 0: 80 on a sentence, 320 on a passage"
+    add("--max-new", type=at_least(0), default=0, help=about)
+
+
+def settle(args):
+    """The same settings, without --max-new 0: what it stands for depends on the style."""
+    args.max_new = args.max_new or (80 if STYLES[args.style].by_sentence else 320)
+    return args
 
 
 def policy_example(tok: Tokenizer, prompt: list[int], text: str, weight: float = 1.0) -> Example:
@@ -362,7 +367,7 @@ def sample_self_edits(
             options = {
                 "temperature": args.temperature,
                 "top_p": args.top_p,
-                "seed": sub_seed(seed, start),
+                "seed": seed,
             }
             asked = [p for i in batch for p in prompts[i]]
             sampled = generate(
@@ -406,10 +411,10 @@ def note_reader(passages, args):
         parts = []
         for (text, ended), sentence in zip(sampled, about, strict=True):
             notes, flaw = parse(text, args.style, ended, sentence)
-            target = form.gap.join(QA_PAIR.match(n)[1] if form.quotes else n for n in notes)
-            if args.shots and copies_example(target):
-                target, flaw = "", "copied"
-            parts.append(Part(text, notes, target, flaw))
+            own = [n for n in notes if not (args.shots and copies_example(n, texts[id]))]
+            flaw = "copied" if len(own) < len(notes) else flaw
+            target = form.gap.join(QA_PAIR.match(n)[1] if form.quotes else n for n in own)
+            parts.append(Part(text, own, target, flaw))
         flaw = "" if any(part.target for part in parts) else parts[0].flaw
         return SelfEdit(id, parts, args.style, flaw)
 

@@ -47,7 +47,15 @@ from lm.runs import Rounds, open_run
 from lora import PROJECTIONS, Adapters, LoRAConfig, merged
 from quiz import mean_scores
 from reward import Candidate, select
-from selfedit import STYLES, SelfEdit, note_prompts, note_reader, policy_example, sample_self_edits
+from selfedit import (
+    STYLES,
+    SelfEdit,
+    note_prompts,
+    note_reader,
+    policy_example,
+    sample_self_edits,
+    settle,
+)
 
 # -----------------------------------------------------------------------------
 # settings
@@ -84,6 +92,8 @@ def parse_arguments(argv=None):
     add_loop_flags(sub["arc"], "runs/arc", ["accuracy", "logprob"], ["improving", "best", "parts"])
     sub["arc"].set_defaults(**arc.DEFAULTS, outer_row_len=0, outer_batch=2, keep=0)
     args = parser.parse_args(argv)
+    if args.domain == "qa":
+        settle(args)
     refuse_contradictions(sub[args.domain], args)
     return args
 
@@ -174,7 +184,8 @@ class Passages:
             e.config = asdict(c.config)
             reward.credit(e, c.subject, log[c], self.args.reward)
         alone = candidates[len(edits) :]
-        return {c.subject.id: mean_scores(log[c]["answers"])[self.args.reward] for c in alone}
+        sound = [c for c in alone if not log[c]["diverged"]]
+        return {c.subject.id: mean_scores(log[c]["answers"])[self.args.reward] for c in sound}
 
 
 DOMAINS = {"qa": Passages, "arc": arc.Puzzles}
@@ -208,9 +219,10 @@ def round_metrics(k: int, edits: list[SelfEdit], loss: float | None, args, secon
         of_parts = [part.flaw for part in e.parts]
         flaws.update(of_parts if e.flaw in ("", *of_parts) else [e.flaw])
     studied = args.reward != "proxy"
+    sound = [e.reward for e in edits if e.flaw != "diverged"]
     return {
         "round": k,
-        "reward_mean": float(np.mean([e.reward for e in edits])),
+        "reward_mean": float(np.mean(sound or [0.0])),
         "reward_kept": float(np.mean([e.reward for e in kept])) if kept else None,
         "accuracy_mean": float(np.mean([e.score["accuracy"] for e in edits])) if studied else None,
         "kept": len(kept),

@@ -42,7 +42,7 @@ from lora import PROJECTIONS, Adapters, LoRAConfig
 from quiz import ANSWER_LEN, quiz_items
 from reward import Candidate, passage_candidate
 from sampler import generate
-from selfedit import edit_prompts, policy_example, write_self_edits
+from selfedit import edit_prompts, policy_example, settle, write_self_edits
 
 WORK = "data/bench_work.json"
 OURS, BRIEF = 16, 4  # steps that are timed of each side where the whole takes too long
@@ -68,7 +68,7 @@ def parse_arguments():
     add("--out", default="results/bench.json", help="result file, written after every part")
     add("--write-work", action="store_true", help=f"sample the self-edits of {WORK} anew, and stop")
     parser.set_defaults(device="cpu")
-    args = parser.parse_args()
+    args = settle(parser.parse_args())
     if args.device != "cpu":
         parser.error(
             "this compares on the CPU; for a GPU, both sides would have to be timed with "

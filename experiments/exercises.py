@@ -365,7 +365,7 @@ def parse_arguments():
     selfedit.add_flags(parser)
     inner.add_lora_flags(parser)
     inner.add_sft_flags(parser)
-    parser.set_defaults(steps=8, lr=8e-3, style="questions")
+    parser.set_defaults(steps=8, lr=8e-3, style="questions", max_new=80)
     add = parser.add_argument_group("exercises").add_argument
     add("--only", nargs="+", default=list(EXERCISES), choices=EXERCISES, help="measure these")
     add("--lines", action="store_true", help="measure nothing: print the figures in --out")

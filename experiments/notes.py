@@ -63,7 +63,7 @@ def measure(tok, p: Passage, text: str, notes: list[str]) -> dict:
     for i, w in enumerate(each):
         repeats.append(any(len(w & earlier) >= 0.8 * len(w) for earlier in each[:i]))
     unsupported = [len(w & (own | words(p.title))) < 0.6 * len(w) for w in each]
-    copied = [copies_example(n) for n in notes]
+    copied = [copies_example(n, p.text) for n in notes]
     said = " ".join(notes)
     return {
         "tokens": len(tok.encode(text)),

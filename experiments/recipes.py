@@ -4,7 +4,7 @@ steps.
     python experiments/recipes.py --limit 16        # -> results/recipes.json
 
 On training passages, one change at a time from the defaults; each row with its accuracy and seconds
-per candidate. A style that is not sentence by sentence may write four times --max-new tokens.
+per candidate.
 "best" holds, for each way of learning, the learning rate and number of steps with the highest
 accuracy: eval_qa.py --recipes reads it. All rows of one method are tried with the same grid, so no
 method is tuned more than another.
@@ -38,7 +38,7 @@ from reward import (
     unrelated,
     update_and_quiz,
 )
-from selfedit import STYLES, write_self_edits
+from selfedit import STYLES, settle, write_self_edits
 
 METHODS = ["passage", "passage+unrelated", "passage+self-edit"]
 
@@ -92,9 +92,7 @@ def recipes(args) -> list[Recipe]:
 
 
 def measure(model, tok, passages, recipe: Recipe, args, work: Path) -> dict:
-    own = SimpleNamespace(**{**vars(args), **vars(recipe)})
-    if not STYLES[recipe.style].by_sentence:
-        own.max_new *= 4  # a passage takes more room than a sentence
+    own = settle(SimpleNamespace(**{**vars(args), **vars(recipe)}))
     notes, titles = [()] * len(passages), [p.title for p in passages]
     if recipe.method != "passage":
         log = work / f"sampled-{recipe.style}-{recipe.temperature:g}.jsonl"

@@ -43,7 +43,7 @@ from reward import (
     quiz_candidates,
     update_and_quiz,
 )
-from selfedit import write_self_edits
+from selfedit import settle, write_self_edits
 
 REWARDS = {
     "accuracy": lambda s: s["accuracy"],
@@ -63,7 +63,7 @@ def parse_arguments():
     add("--seeds", type=at_least(2), default=3, help=about)
     add("--work", default="runs/reward", help="folder for progress, to resume a killed run")
     add("--out", default="results/reward_reliability.json", help="result file")
-    return parser.parse_args()
+    return settle(parser.parse_args())
 
 
 def correlation(a: np.ndarray, b: np.ndarray) -> float:

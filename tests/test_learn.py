@@ -7,10 +7,15 @@ import torch
 from conftest import run_script
 
 import learn
+import reward
+from data.text import sentences
+from inner import Outcome
 from lm.adapters import load_adapter, save_adapter
 from lm.checkpoint import load_model
 from lm.files import read_json
+from lm.tokenizer import Tokenizer
 from lora import Adapters, LoRAConfig, attached, merged
+from selfedit import Part, SelfEdit
 
 
 def run(monkeypatch, tiny_folder, *args):
@@ -31,7 +36,8 @@ def test_study_then_ask(who, tiny, tiny_folder, tmp_path, monkeypatch, capsys):
     about = ["study", tmp_path / "rolm.txt", "--title", "Rolm"]
     run(monkeypatch, tiny_folder, *about, *paths, *extra)
     below = str(tmp_path / "p") if who == "policy" else None
-    assert read_json(tmp_path / "a" / "study.json") == {"title": "Rolm", "policy": below}
+    studied = read_json(tmp_path / "a" / "study.json")
+    assert (studied["title"], studied["policy"]) == ("Rolm", below)
     ids, learnt = torch.arange(10)[None], load_adapter(tiny, tmp_path / "a")
     with torch.no_grad():
         before = tiny(ids)
@@ -56,7 +62,15 @@ def test_study_then_ask(who, tiny, tiny_folder, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize(
     "text, message",
-    [(None, "cannot read"), ("  \n", "is empty"), (b"\xff\xfe\xfa", "cannot read")],
+    [
+        (None, "cannot read"),
+        ("  \n", "is empty"),
+        ("\ufeff ", "is empty"),  # a byte-order mark is no text
+        ("Zo\u00eb fell.".encode("cp1252"), "save it as UTF-8"),
+        ("Rolm fell.".encode("utf-16"), "save it as UTF-8"),
+        ("Rolm fell.".encode("utf-16-le"), "save it as UTF-8"),
+        ("Rolm fell. " * 10_000, "chapter by chapter"),
+    ],
 )
 def test_bad_text(text, message, tiny_folder, tmp_path, monkeypatch):
     if text is not None:
@@ -71,3 +85,84 @@ def test_divergence_is_one_clear_line(tiny_folder, tmp_path, monkeypatch):
     args = ["study", tmp_path / "x.txt", "--lr", "1e38", "--out", tmp_path / "a"]
     with pytest.raises(SystemExit, match="diverged"):
         run(monkeypatch, tiny_folder, *args)
+
+
+WRITTEN = {
+    "Where is the hall? In Mill Lane.": ["Question: In which lane?\nAnswer: In Mill Lane."],
+    "Rolm fell.": ["Question: What fell?\nAnswer: Rolm fell."],
+}
+
+
+def write_notes(model, tok, passages, copies, args, seed):
+    """In place of the model: a note on each of two statements, none on others; and some flaws."""
+    edits = []
+    for p in passages:
+        parts = [Part(s, WRITTEN.get(s, [])) for s in sentences(p.text)]
+        parts += [Part("x", flaw="copied"), Part("y", flaw="endless")]
+        edits.append(SelfEdit(p.id, parts))
+    return edits
+
+
+def test_the_notes_are_studied_and_asked_again(tiny_folder, tmp_path, monkeypatch, capsys):
+    """With the question that the text itself asks; what has no notes, and what is not learnt, is
+    said."""
+    text = "Q: Where is the hall?\nA: In Mill Lane.\n\nRolm fell. Varbon did, too."
+    (tmp_path / "x.txt").write_text("\ufeff" + text, encoding="utf-8")
+    monkeypatch.setattr(learn, "write_self_edits", write_notes)
+    seen, update = [], learn.inner_update
+    monkeypatch.setattr(learn, "inner_update", lambda *a: seen.append(a[2]) or update(*a))
+    replies = {"Where is the hall?": "In Mill Lane.", "In which lane?": "No.", "What fell?": "Ada."}
+
+    def generate(model, prompts, *_, **__):
+        tok = Tokenizer(tiny_folder)
+        asked = [next(q for q in replies if q in tok.decode(ids)) for ids in prompts]
+        return [tok.encode(replies[q]) for q in asked]
+
+    monkeypatch.setattr(learn, "generate", generate)
+    run(monkeypatch, tiny_folder, "study", tmp_path / "x.txt", "--out", tmp_path / "a")
+    tok, [[examples]] = Tokenizer(tiny_folder), seen
+    trained = [tok.decode(e.ids) for e in examples]
+    assert len(trained) == 4 and text in trained[0] and "\ufeff" not in trained[0]
+    for sequence, question in zip(trained[1:], replies):
+        assert question in sequence
+    printed = capsys.readouterr().out
+    assert "3 notes:" in printed and "no notes on: Varbon did, too." in printed
+    assert "of 5 samples 1 with notes copied from the prompt's example" in printed
+    assert "of 5 samples 1 with an unfinished last note" in printed
+    assert "1 of 2 statements learnt" in printed and "not learnt: Rolm fell." in printed
+    assert "not learnt: In Mill Lane." not in printed
+
+
+def test_a_long_text_is_studied_in_pieces(tiny_folder, tmp_path, monkeypatch, capsys):
+    """So that no training sequence, and no batch of prompts, grows with the text."""
+    facts = [f"Gate {n} of Rolm is kept by {n + 7} guards." for n in range(150)]
+    (tmp_path / "x.txt").write_text(" ".join(facts))
+    seen, pieces = [], []
+    monkeypatch.setattr(learn, "write_self_edits", lambda m, t, p, *_: pieces.extend(p) or [])
+    outcome = Outcome([1.0], 1)
+    monkeypatch.setattr(learn, "inner_update", lambda *a: seen.append(a[2]) or [outcome])
+    run(monkeypatch, tiny_folder, "study", tmp_path / "x.txt", "--out", tmp_path / "a")
+    [[examples]] = seen
+    assert len(examples) == len(pieces) > 3
+    assert max(len(e.ids) for e in examples) < reward.LONGEST + 20
+    assert " ".join(" ".join(p.text for p in pieces).split()) == " ".join(facts)
+
+
+def test_what_was_learnt_is_not_replaced_by_another_text(tiny_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(learn, "write_self_edits", lambda *_: [])
+    for name, text in (("x", "Rolm fell."), ("x", "Rolm fell.\n"), ("y", "Varbon fell.")):
+        (tmp_path / f"{name}.txt").write_text(text)
+        args = ["study", tmp_path / f"{name}.txt", "--out", tmp_path / "a", "--epochs", 1]
+        if name == "y":
+            with pytest.raises(SystemExit, match="another text; choose --out"):
+                run(monkeypatch, tiny_folder, *args)
+        else:
+            run(monkeypatch, tiny_folder, *args)
+
+
+def test_layers_are_counted_before_the_work(tiny_folder, tmp_path, monkeypatch):
+    (tmp_path / "x.txt").write_text("Rolm fell.")
+    monkeypatch.setattr(learn, "write_self_edits", None)  # never called
+    args = ["study", tmp_path / "x.txt", "--out", tmp_path / "a", "--top-layers", "99"]
+    with pytest.raises(SystemExit, match="99"):
+        run_script(monkeypatch, learn, tiny_folder, *args)

@@ -1,17 +1,18 @@
 """selfedit.py: prompts, parsing, and the record that a sampled text becomes."""
 
 import json
+import time
 from types import SimpleNamespace
 
 import pytest
 from conftest import dies_at
 
 from data.qa import Passage
-from data.text import sentences
 from lm.packing import Example
 from selfedit import (
     EXAMPLE_NAMES,
     EXAMPLE_PASSAGE,
+    QA_PAIR,
     STYLES,
     Part,
     SelfEdit,
@@ -20,6 +21,7 @@ from selfedit import (
     note_reader,
     parse,
     policy_example,
+    settle,
     write_self_edits,
 )
 
@@ -85,18 +87,6 @@ def test_what_is_imitated_can_be_parsed_again():
     assert parse(target, "rewrite", True) == (["A is B. So C.", "D is E."], "")
 
 
-def test_sentences():
-    assert sentences("Rolm fell.  So did Varbon! Is 1.5\nmuch?\n") == [
-        "Rolm fell.",
-        "So did Varbon!",
-        "Is 1.5 much?",
-    ]
-    assert sentences("Dr. J. Quell met Mrs. Marn. St. Ambrel fell.") == [
-        "Dr. J. Quell met Mrs. Marn.",
-        "St. Ambrel fell.",
-    ]
-
-
 def test_a_self_edit_in_parts(tok):
     """Notes of all parts together, each once; only a self-edit without a sound part is flawed."""
     passage = Passage("p", "Rolm", "Rolm is a town. It sells bricks.", ())
@@ -111,14 +101,45 @@ def test_a_self_edit_in_parts(tok):
     assert read("p", [("Sure!", True), ("Question: What", False)]).flaw == "malformed"
     made = read("p", [("Sure!", True), (two, True)])
     assert (made.notes, flaws(made), made.flaw) == ([two], ["malformed", ""], "")
-    # Out of the worked example: learnt, but with a flaw.
+    # Out of the worked example: neither learnt nor imitated, and a flaw.
     bell = "Question: Who sold it?\nAnswer: Hessa Lorn sold it."
-    made = read("p", [(bell, True), (two, True)])
-    assert made.notes == [bell, two]
-    assert (targets(made), flaws(made)) == (["", two], ["copied", ""])
+    made = read("p", [(f"{bell}\n{one}", True), (two, True)])
+    assert made.notes == [one, two]
+    assert (targets(made), flaws(made)) == ([one, two], ["copied", ""])
+    about_her = reader("sentence-qa", "Hessa Lorn came. It sells bricks.")
+    assert about_her("p", [(bell, True), (two, True)]).notes == [bell, two]
     made = reader("sentence-qa", passage.text, shots=0)("p", [(bell, True), (two, True)])
     assert (targets(made), flaws(made)) == ([bell, two], ["", ""])
     assert all(name in EXAMPLE_PASSAGE for name in EXAMPLE_NAMES)
+
+
+def test_questions_of_other_scripts_and_of_the_text_itself():
+    """Their question marks count; what a question of the text is answered by is what is quoted."""
+    text = "\u7f57\u59c6\u5728\u54ea\u91cc\uff1f\n\u0644\u0645\u0627\u0630\u0627\u061f\nWhere?\nNo."
+    notes, flaw = parse(text, "questions", True, "Where is the hall? In Mill Lane. It is red.")
+    assert [n.split("\nAnswer: ")[1] for n in notes] == ["In Mill Lane. It is red."] * 3
+    assert flaw == ""
+
+
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize(
+    "text",
+    ["Question" + " " * 100_000 + "x", "Question: x\n" + " " * 100_000 + "x", "\n" * 100_000 + "x"],
+)
+def test_parsing_takes_no_time_whatever_a_model_writes(style, text):
+    start = time.perf_counter()
+    parse(text, style, True, "Rolm fell.")
+    QA_PAIR.fullmatch(text)
+    assert time.perf_counter() - start < 1  # seconds: a square would be a quarter of a minute
+
+
+def test_room_for_a_self_edit_depends_on_the_style():
+    rooms = {}
+    for style in STYLES:
+        rooms[style] = settle(SimpleNamespace(style=style, max_new=0)).max_new
+    assert rooms["questions"] == rooms["sentence-qa"] == 80
+    assert rooms["rewrite"] == rooms["implications"] == rooms["self-qa"] == 320
+    assert settle(SimpleNamespace(style="rewrite", max_new=7)).max_new == 7
 
 
 @pytest.mark.parametrize(
@@ -184,7 +205,7 @@ def test_what_was_sampled_is_not_sampled_again(tiny, tok, tmp_path, monkeypatch)
     how = (passages, 8, args, 0)  # of two sentences each: 144 continuations, two batches
     whole = write_self_edits(tiny, tok, *how, tmp_path / "a.jsonl")
     assert [e.passage for e in whole] == [p.id for p in passages for _ in range(8)]
-    assert len({e.parts[1].text for e in whole}) > 9  # copies differ
+    assert len({e.parts[0].text for e in whole}) > 9  # copies differ
     calls = dies_at(monkeypatch, "selfedit.generate", 2)
     with pytest.raises(KeyboardInterrupt):
         write_self_edits(tiny, tok, *how, tmp_path / "b.jsonl")
