@@ -120,8 +120,10 @@ def even_groups(items: list, size: int) -> list[list]:
 
 
 def populations(candidates: list[Candidate], size: int) -> list[list[Candidate]]:
-    """Even groups of at most `size` that train side by side, like lengths together."""
-    return even_groups(sorted(candidates, key=lambda c: (c.tokens, c.name)), size)
+    """Even groups of at most `size` that train side by side, like lengths together; each candidate
+    once."""
+    once = {c.name: c for c in candidates}.values()
+    return even_groups(sorted(once, key=lambda c: (c.tokens, c.name)), size)
 
 
 # -----------------------------------------------------------------------------

@@ -159,15 +159,22 @@ class Passages:
         return Log(path, reward.accuracy_of)
 
     def candidates(self, edits: list[SelfEdit], seed: int) -> list[Candidate]:
-        """One for each self-edit; then, if --select compares with them, the passages alone."""
+        """One for each self-edit, the same one for the same notes, so that they earn the same (in
+        bfloat16 a row of a batch is not rounded like the next); then, if --select compares with
+        them, the passages alone."""
         if self.args.reward == "proxy":
             return []
         passages = self.passages.values() if self.args.select == "improving" else ()
         contents = [(self.passages[e.passage], e.notes) for e in edits] + [
             (p, ()) for p in passages
         ]
-        config = sft_config(self.args)
-        return [reward.passage_candidate(self.tok, n, *c, config) for n, c in enumerate(contents)]
+        config, made, candidates = sft_config(self.args), {}, []
+        for n, (passage, notes) in enumerate(contents):
+            key = (passage.id, *notes)
+            if key not in made:
+                made[key] = reward.passage_candidate(self.tok, n, passage, notes, config)
+            candidates.append(made[key])
+        return candidates
 
     def populations(self, candidates: list[Candidate], log: Log) -> list[list[Candidate]]:
         return reward.populations(candidates, self.args.population)

@@ -5,6 +5,7 @@ import json
 from functools import partial
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import dies_at, run_script, watch_weights
@@ -177,8 +178,8 @@ def test_a_random_models_self_edits_never_stop_a_run(
     records = read_jsonl(tmp_path / "out" / "round-1" / "candidates.jsonl")
     assert all(r["why"] == r["flaw"] == "endless" for r in records)
     assert all(r["score"]["logprob"] < 0 for r in records)
-    # The passages alone are learnt, too: improving is said of them.
-    assert len(read_jsonl(tmp_path / "out" / "round-1" / "scored.jsonl")) == 9 + 3
+    # Without notes a self-edit is the passage alone, which is learnt once.
+    assert len(read_jsonl(tmp_path / "out" / "round-1" / "scored.jsonl")) == 3
     assert "reward_mean" in capsys.readouterr().out
 
 
@@ -216,6 +217,44 @@ def test_parts_are_credited_and_imitated(tiny_folder, passages_file, tmp_path, m
         assert not any(r["parts"][1]["kept"] for r in own)
     [metrics] = read_jsonl(tmp_path / "out" / "metrics.jsonl")
     assert metrics["kept_parts"] == metrics["kept"] == 3
+
+
+def test_the_same_notes_are_studied_once_and_earn_the_same(
+    tiny_folder, passages_file, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("selfedit.parse", lambda *_: (["Rolm is old."], ""))
+    seen, update = [], train_outer.inner_update
+    count = lambda *a: seen.append(len(a[2])) or update(*a)  # noqa: E731
+    monkeypatch.setattr(train_outer, "inner_update", count)
+    extra = ["--reward", "logprob", "--rounds", 1]
+    run(monkeypatch, tiny_folder, passages_file, tmp_path / "out", *extra)
+    records = read_jsonl(tmp_path / "out" / "round-1" / "candidates.jsonl")
+    ids = {r["passage"] for r in records}
+    assert sum(seen) == len(ids) == len(records) / 3
+    for id in ids:
+        assert len({r["reward"] for r in records if r["passage"] == id}) == 1
+
+
+def test_where_the_passage_alone_diverged_nothing_improves_on_it(
+    tiny_folder, passages_file, tmp_path, monkeypatch
+):
+    """Its -100 is no bar; and the -100 of a self-edit that diverged is in no mean."""
+    monkeypatch.setattr("selfedit.parse", one_note)
+    quiz = train_outer.reward.quiz_candidates
+
+    def diverged_alone(model, tok, group, adapters, outcomes):
+        for c, outcome in zip(group, outcomes):
+            outcome.diverged = len(c.examples) == 1 or c.name == 0  # the passage; a self-edit
+        return quiz(model, tok, group, adapters, outcomes)
+
+    monkeypatch.setattr("train_outer.reward.quiz_candidates", diverged_alone)
+    extra = ["--select", "improving", "--reward", "logprob", "--rounds", 1]
+    run(monkeypatch, tiny_folder, passages_file, tmp_path / "out", *extra)
+    records = read_jsonl(tmp_path / "out" / "round-1" / "candidates.jsonl")
+    [metrics] = read_jsonl(tmp_path / "out" / "metrics.jsonl")
+    assert not any(part["kept"] for r in records for part in r["parts"])
+    assert records[0]["flaw"] == "diverged" and records[0]["reward"] == -100
+    assert metrics["reward_mean"] == pytest.approx(np.mean([r["reward"] for r in records[1:]]))
 
 
 @pytest.mark.parametrize(
