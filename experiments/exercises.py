@@ -34,7 +34,7 @@ from data.qa import counts, load_passages
 from experiments.rewards import correlation
 from inner import inner_update, lora_config, sft_config
 from lm.files import chunks, digest, read_json, sub_seed, write_json
-from lm.flags import Parser, add_model_flags, load, result_head
+from lm.flags import Parser, add_model_flags, at_least, load, result_head
 from lm.intervals import bootstrap, paired_steps
 from lora import Adapters, LoRAConfig, attached, merge, merged
 from quiz import ANSWER_LEN, answer_logprobs, ask, mean_scores, quiz_items, score_answer
@@ -365,8 +365,9 @@ def parse_arguments():
     selfedit.add_flags(parser)
     inner.add_lora_flags(parser)
     inner.add_sft_flags(parser)
-    parser.set_defaults(steps=8, lr=8e-3, style="questions", max_new=80)
+    parser.set_defaults(steps=8, lr=8e-3, style="questions")
     add = parser.add_argument_group("exercises").add_argument
+    add("--max-new", type=at_least(1), default=80, help="longest part of a self-edit, in tokens")
     add("--only", nargs="+", default=list(EXERCISES), choices=EXERCISES, help="measure these")
     add("--lines", action="store_true", help="measure nothing: print the figures in --out")
     add("--out", default="results/exercises.json", help="result file")

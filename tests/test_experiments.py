@@ -165,12 +165,12 @@ def test_recipes_feed_the_ladder_and_notes_measure_it(
     real, rooms = recipes.write_self_edits, {}
 
     def write(model, tok, passages, copies, args, *more):
-        rooms[args.style] = args.max_new
+        rooms[args.style], args.max_new = args.max_new, 2
         return real(model, tok, passages, copies, args, *more)
 
     monkeypatch.setattr(recipes, "write_self_edits", write)
     extra = ["--limit", 2, "--step-counts", 2, 3, "--lrs", 1e-3, 2e-3, "--layers", 1]
-    extra += ["--temperatures", 0.5, *SMALL]
+    extra += ["--temperatures", 0.5, *SMALL, "--max-new", 0]
     result = run(monkeypatch, recipes, tiny_folder, passages_file, tmp_path, *extra)
     rows, best = result["rows"], result["best"]
     assert set(best) == {"passage", "passage+unrelated", "passage+self-edit"}
@@ -178,7 +178,7 @@ def test_recipes_feed_the_ladder_and_notes_measure_it(
     assert {r["top_layers"] for r in rows} == {1, 2} and {r["style"] for r in rows} == set(STYLES)
     different = {json.dumps(r | {"seconds_per_candidate": 0}) for r in rows}
     assert len(different) == len(rows)
-    assert rooms == {name: 2 if style.by_sentence else 8 for name, style in STYLES.items()}
+    assert rooms == {name: 80 if style.by_sentence else 320 for name, style in STYLES.items()}
     paper = [(r["method"], r["epochs"], r["steps"]) for r in rows if r["protocol"] == "epochs"]
     alone = [row for row in paper if row[0] == "passage"]
     assert alone == [("passage", 2, 2), ("passage", 4, 4)] and len(paper) == 4

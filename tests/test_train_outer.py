@@ -219,10 +219,13 @@ def test_parts_are_credited_and_imitated(tiny_folder, passages_file, tmp_path, m
     assert metrics["kept_parts"] == metrics["kept"] == 3
 
 
+NOTE = "Question: What is old?\nAnswer: Rolm is old."
+
+
 def test_the_same_notes_are_studied_once_and_earn_the_same(
     tiny_folder, passages_file, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("selfedit.parse", lambda *_: (["Rolm is old."], ""))
+    monkeypatch.setattr("selfedit.parse", lambda *_: ([NOTE], ""))
     seen, update = [], train_outer.inner_update
     count = lambda *a: seen.append(len(a[2])) or update(*a)  # noqa: E731
     monkeypatch.setattr(train_outer, "inner_update", count)
