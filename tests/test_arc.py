@@ -309,22 +309,24 @@ def test_what_is_known_is_not_trained_again(tiny, tok, tmp_path, monkeypatch):
 
 
 def test_predictions_are_scored(tiny, tok, monkeypatch):
-    """Outputs that copy the input: right for one task, wrong for another; and an endless one."""
+    """Outputs that copy the input: right for one task, wrong for another, and for one of two tests
+    of a third, which is then not solved; and an endless one."""
     right, other = copying(0), copying(1)
     wrong = Task("w", other.train, ((other.test[0][0], 1 + other.test[0][0] % 9),))
+    half = Task("h", other.train, right.test + wrong.test)
     monkeypatch.setattr("arc.answer_logprobs", lambda golds, *a: [-1.0] * len(golds))
 
     def copies(model, prompts, max_new, ends, adapters, owner, on_prefill):
         on_prefill(list(range(len(prompts))), None, None)
-        return [[*grid_ids(tok, t.test[0][0]), tok.end_ids[0]] for t in (right, wrong)] + [
-            [5] * max_new
-        ]
+        inputs = [a for a, _ in right.test + wrong.test + half.test]
+        return [[*grid_ids(tok, a), tok.end_ids[0]] for a in inputs] + [[5] * max_new]
 
     monkeypatch.setattr("arc.generate", copies)
-    a, b, c = predict(tiny, tok, [right, wrong, right])
+    a, b, c, d = predict(tiny, tok, [right, wrong, half, right])
     assert (a["solved"], a["cells"], a["logprob"]) == (1.0, 1.0, -1.0)
     assert b["solved"] == b["cells"] == 0.0 and read_grid(b["predictions"][0])[1] == ""
-    assert c["solved"] == 0.0 and c["predictions"] == ["endless"]
+    assert (c["solved"], c["cells"]) == (0.0, 0.5)
+    assert d["solved"] == 0.0 and d["predictions"] == ["endless"]
 
 
 def test_votes_are_turned_back(tiny, tok, monkeypatch):
@@ -340,19 +342,23 @@ def test_votes_are_turned_back(tiny, tok, monkeypatch):
 
 
 def test_a_row_votes_with_its_own_adapter(tiny, tok, tmp_path, monkeypatch):
-    """What the vote of each of two candidates is asked under, and that a diverged one has none."""
+    """What the vote of each of three candidates is asked under, that one right output of two does
+    not solve a task, and that a diverged candidate has no vote."""
     asked = []
 
     def votes(model, tok, task, adapters, *_):
         asked.append(adapters.flat)
-        return [[task.test[0][1]]]
+        return [[task.test[0][1]]] * len(task.test)
 
     monkeypatch.setattr("arc.vote", votes)
-    work = [(copying(0), SETTINGS), (copying(1), SETTINGS | {"lr": 9e-3})]
+    half = Task("half", copying(2).train, copying(2).test + copying(3).test)
+    work = [(copying(0), SETTINGS), (copying(1), SETTINGS | {"lr": 9e-3}), (half, SETTINGS)]
     results = trained(tiny, domain(tok, vote=2), work, tmp_path / "a" / "row" / "scored.jsonl")
-    assert [r["voted"] for r in results] == [1.0, 1.0] and [len(flat) for flat in asked] == [1, 1]
+    assert [r["voted"] for r in results] == [1.0, 1.0, 0.0]
+    assert [len(flat) for flat in asked] == [1, 1, 1]
     assert asked[1].norm() > asked[0].norm()  # it learnt faster
     asked.clear()
+    del work[2]
     work[0] = (copying(0), SETTINGS | {"lr": float("inf")})
     results = trained(tiny, domain(tok, vote=2), work, tmp_path / "b" / "row" / "scored.jsonl")
     assert results[0]["diverged"] and results[0]["voted"] == 0.0 and len(asked) == 1

@@ -2,6 +2,7 @@
 name the task and field."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -71,6 +72,8 @@ def test_symmetries_invert():
 
 
 def test_shift_wraps_round_and_recolour_keeps_the_background():
+    down_one_right_two = SimpleNamespace(integers=lambda *_: np.array([1, 2]))
+    assert shift(down_one_right_two)(G).tolist() == [[5, 6, 4], [2, 3, 1]]
     rng = np.random.default_rng(0)
     for n in range(20):
         f, g = shift(rng), grid(n, 7, 9)
@@ -92,6 +95,17 @@ def test_leave_out():
         read.append(shown + ">" + names[u.test[0][0].tobytes()])
     assert read == ["bc>a", "ac>b", "ab>c", "c>a", "b>a", "c>b", "a>b", "b>c", "a>c"]
     assert len(leave_out(task(2))) == 2  # one out only: a task needs a demonstration
+
+
+def test_a_key_is_that_of_the_task_whatever_its_id():
+    t = task(3)
+    assert Task("other", t.train, t.test).key == t.key
+    for other in (
+        Task("t", t.train[:2], t.train[2:] + t.test),  # the same grids, one a test and not shown
+        Task("t", t.train[::-1], t.test),
+        t.map(np.transpose),
+    ):
+        assert other.key != t.key
 
 
 def test_training_tasks():
