@@ -8,10 +8,12 @@ import sys
 import zipfile
 from collections import Counter
 
+import gguf
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT, SMOLLM2
+from safetensors.torch import load_file
 
 from data import prepare
 from data.qa import load_passages
@@ -129,6 +131,54 @@ def test_unpermute_undoes_llama_cpps_order():
     permuted = w.reshape(2, 2, 2, 3).swapaxes(1, 2).reshape(8, 3)
     assert permuted[:4, 0].tolist() == [0, 6, 3, 9]
     assert (prepare.unpermute(permuted, 2) == w).all()
+
+
+GGUF = {  # what a file says of itself: two heads of four rows, and one key head
+    "llama.attention.head_count": 2,
+    "llama.attention.head_count_kv": 1,
+    "llama.vocab_size": 2,
+    "llama.embedding_length": 8,
+    "llama.feed_forward_length": 3,
+    "llama.block_count": 1,
+    "llama.context_length": 9,
+    "llama.attention.layer_norm_rms_epsilon": 1e-5,
+    "llama.rope.freq_base": 1e5,
+    "tokenizer.ggml.bos_token_id": 0,
+    "tokenizer.ggml.eos_token_id": 1,
+    "tokenizer.ggml.padding_token_id": 1,
+    "tokenizer.ggml.tokens": ["a", "<|im_end|>"],
+    "tokenizer.ggml.token_type": [1, 3],
+    "tokenizer.ggml.merges": ["a a"],
+    "tokenizer.chat_template": "{{ messages }}",
+}
+
+
+def test_a_gguf_file_becomes_a_model_folder(tmp_path):
+    """With the rows of q and k in Hugging Face's order, head by head; others stay as they are."""
+    writer = gguf.GGUFWriter(tmp_path / "x.gguf", "llama")
+    add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+    add[list] = writer.add_array
+    for name, value in GGUF.items():
+        add[type(value)](name, value)
+    for name, rows in (("q", 8), ("k", 4), ("v", 4)):
+        weight = np.arange(8 * rows, dtype=np.float32).reshape(rows, 8)  # row n begins with 8 n
+        writer.add_tensor(f"blk.0.attn_{name}.weight", weight)
+    writer.write_header_to_file(), writer.write_kv_data_to_file(), writer.write_tensors_to_file()
+    writer.close()
+    prepare.convert_gguf(tmp_path / "x.gguf", tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    order = {}
+    for name, weight in tensors.items():
+        assert weight.dtype == torch.bfloat16
+        order[name.removeprefix("model.layers.0.self_attn.")] = (weight[:, 0] / 8).tolist()
+    assert order == {
+        "q_proj.weight": [0, 2, 1, 3, 4, 6, 5, 7],
+        "k_proj.weight": [0, 2, 1, 3],
+        "v_proj.weight": [0, 1, 2, 3],
+    }
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert (config["num_attention_heads"], config["num_key_value_heads"]) == (2, 1)
+    assert (config["rms_norm_eps"], config["rope_theta"]) == (1e-5, 1e5)
 
 
 def test_smollm2_folder():

@@ -27,16 +27,35 @@ def test_round_trips(tmp_path):
     assert read_jsonl(tmp_path / "x.jsonl") == [{"a": 1}, {"b": "\u2028"}]
 
 
-def test_a_full_disk_keeps_the_old_file_and_says_so(tmp_path):
+FULL = OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize(
+    "cause, seen, said",
+    [
+        (FULL, SystemExit, r"cannot write .*x\.json: No space left on device"),
+        (KeyboardInterrupt(), KeyboardInterrupt, None),
+    ],
+    ids=["full", "interrupted"],
+)
+def test_half_a_file_is_none_and_the_old_one_stays(cause, seen, said, tmp_path):
     write_json(tmp_path / "x.json", {"a": 1})
 
     def write(path):
         path.write_text("half")
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise cause
 
-    with pytest.raises(SystemExit, match=r"cannot write .*x\.json: No space left on device"):
+    with pytest.raises(seen, match=said):
         write_atomic(tmp_path / "x.json", write)
     assert read_json(tmp_path / "x.json") == {"a": 1} and len(list(tmp_path.iterdir())) == 1
+
+
+def test_what_a_killed_run_left_is_not_in_the_way(tmp_path):
+    left = tmp_path / ".model.partial"
+    left.mkdir()
+    (left / "config.json").write_text("half")
+    write_atomic(tmp_path / "model", lambda path: path.mkdir())
+    assert [*tmp_path.rglob("*")] == [tmp_path / "model"]
 
 
 def test_a_full_disk_while_writing_tensors(tmp_path):

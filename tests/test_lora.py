@@ -6,7 +6,7 @@ import peft
 import pytest
 import torch
 import transformers
-from conftest import write_checkpoint
+from conftest import dies_at, write_checkpoint
 
 from lm.adapters import load_adapter, save_adapter
 from lm.checkpoint import load_model
@@ -48,6 +48,17 @@ def test_fresh_adapters_change_nothing(model, config):
         assert torch.equal(model(ids_for()), plain)
 
 
+def test_fresh_adapters_are_drawn_as_in_peft(model):
+    """A uniform in +-1/sqrt(in), the same for all candidates; B zero."""
+    fresh = Adapters.init(model, CONFIGS[0], 2, seed=0)
+    for path in fresh.places:
+        a, b = fresh.views(fresh.flat, path)
+        most = model.get_submodule(path).in_features ** -0.5
+        assert 0.95 * most < a.abs().max() <= most
+        assert a.std() == pytest.approx(most / 3**0.5, rel=0.1)
+        assert torch.equal(a[0], a[1]) and not b.any()
+
+
 @torch.no_grad()
 def test_each_row_runs_under_its_own_adapter_and_detaching_restores_the_model(model):
     ids, adapters = ids_for(rows=6), random_adapters(model, CONFIGS[0])
@@ -79,6 +90,14 @@ def test_peft_loads_ours(model, folder, config, tmp_path):
     theirs = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
     with attached(model, adapters.pick([1])):
         assert (model(ids_for()) - theirs(ids_for()).logits).abs().max() <= 1e-4
+
+
+def test_an_adapter_without_tensors_has_no_config(model, folder, tmp_path, monkeypatch):
+    """A resumed run takes the config for a sign that the adapter was written."""
+    dies_at(monkeypatch, "lm.adapters.save_file", 1)
+    with pytest.raises(KeyboardInterrupt):
+        save_adapter(random_adapters(model, CONFIGS[0]), tmp_path / "adapter", folder)
+    assert not (tmp_path / "adapter" / "adapter_config.json").exists()
 
 
 @torch.no_grad()
@@ -122,7 +141,12 @@ def rewrite(folder, text):
 @pytest.mark.parametrize(
     "breakage, message",
     [
-        (lambda f: edit(f, use_dora=True), "use_dora"),
+        (lambda f: edit(f, use_dora=True), "use_dora = True is not supported"),
+        (lambda f: edit(f, use_rslora=True), "use_rslora = True is not supported"),
+        (lambda f: edit(f, modules_to_save=["lm_head"]), "modules_to_save = .* is not supported"),
+        (lambda f: edit(f, rank_pattern={"q_proj": 8}), "rank_pattern = .* is not supported"),
+        (lambda f: edit(f, alpha_pattern={"q_proj": 8}), "alpha_pattern = .* is not supported"),
+        (lambda f: edit(f, bias="all"), "not a plain LoRA"),
         (lambda f: edit(f, peft_type="IA3"), "not a plain LoRA"),
         (lambda f: edit(f, r=7), "shape"),
         (lambda f: rewrite(f, '{"peft_type": "LORA"}'), "field 'r' is missing"),

@@ -167,6 +167,19 @@ BROKEN = {
         r"config\.json: field 'num_hidden_layers' is missing",
     ),
     "rope": (lambda f: edit_config(f, rope_parameters={"rope_type": "yarn"}), r"rope_scaling"),
+    "window": (
+        lambda f: edit_config(f, model_type="qwen2", use_sliding_window=True),
+        r"use_sliding_window = True is not supported",
+    ),
+    "activation": (
+        lambda f: edit_config(f, hidden_act="gelu"),
+        r"hidden_act = 'gelu' is not supported",
+    ),
+    "attention bias": (
+        lambda f: edit_config(f, attention_bias=True),
+        r"attention_bias = True is not supported",
+    ),
+    "mlp bias": (lambda f: edit_config(f, mlp_bias=True), r"mlp_bias = True is not supported"),
 }
 
 

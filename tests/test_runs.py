@@ -13,8 +13,13 @@ from lm.runs import Rounds, find_policies, open_run, policy_digests, set_outputs
 def test_runs_are_resumed_as_what_they_were(tmp_path):
     open_run(tmp_path / "run", {"lr": 0.1, "layers": (1, 2)})
     open_run(tmp_path / "run", {"lr": 0.1, "layers": (1, 2)})
-    with pytest.raises(SystemExit, match="lr = 0.1, now it is 0.2"):
-        open_run(tmp_path / "run", {"lr": 0.2, "layers": (1, 2)})
+    for other, what in (
+        ({"lr": 0.2, "layers": (1, 2)}, "lr = 0.1, now it is 0.2"),
+        ({"lr": 0.1}, r"layers = \[1, 2\], now it is None"),
+        ({"lr": 0.1, "layers": (1, 2), "rank": 4}, "rank = None, now it is 4"),
+    ):
+        with pytest.raises(SystemExit, match=what):
+            open_run(tmp_path / "run", other)
 
 
 def work(folder, total, dies_at=None) -> list[int]:
