@@ -8,6 +8,7 @@ import pytest
 from conftest import dies_at
 
 from data.qa import Passage
+from lm.files import read_jsonl, write_jsonl
 from lm.packing import Example
 from selfedit import (
     EXAMPLE_NAMES,
@@ -213,3 +214,6 @@ def test_what_was_sampled_is_not_sampled_again(tiny, tok, tmp_path, monkeypatch)
     first, killed, *again = [len(prompts) for _, prompts, *_ in calls]
     assert again[0] == killed and first + sum(again) == 18
     assert (tmp_path / "a.jsonl").read_bytes() == (tmp_path / "b.jsonl").read_bytes()
+    # Of a batch that is there in part, nothing counts.
+    write_jsonl(tmp_path / "b.jsonl", read_jsonl(tmp_path / "a.jsonl")[: 8 * 8 + 3])
+    assert write_self_edits(tiny, tok, *how, tmp_path / "b.jsonl") == whole

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 from functools import partial
 from types import SimpleNamespace
 
@@ -124,6 +125,16 @@ def test_killed_and_resumed_ends_the_same(
     run(monkeypatch, tiny_folder, data, tmp_path / "out")
     expected, got = files(out), files(tmp_path / "out")
     assert expected.keys() == got.keys() and all(expected[k] == got[k] for k in expected)
+
+
+def test_one_more_round_goes_on_from_the_last_policy(finished, tiny_folder, tmp_path, monkeypatch):
+    data, out = finished
+    shutil.copytree(out, tmp_path / "out")
+    loaded = dies_at(monkeypatch, "train_outer.load_adapter", 0)
+    dies_at(monkeypatch, "train_outer.sample_self_edits", 1)
+    with pytest.raises(KeyboardInterrupt):
+        run(monkeypatch, tiny_folder, data, tmp_path / "out", "--rounds", 3)
+    assert [folder for _, folder in loaded] == [tmp_path / "out" / "round-2" / "policy"]
 
 
 def test_a_finished_run_does_nothing_more(finished, tiny_folder, monkeypatch):

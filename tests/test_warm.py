@@ -46,18 +46,22 @@ def test_a_warmed_model_is_a_model_folder_and_is_refused_its_tasks(
     assert json.loads((tmp_path / "o.json").read_text())["n_tasks"] == 1
     with pytest.raises(SystemExit, match="exists already"):
         warm_up(monkeypatch, tiny_folder, tasks_file, out)
+    again = tmp_path / "again" / "warmed"  # what it has seen before, it has still seen
+    warm_up(monkeypatch, out, tasks_file, again, "--limit", 1, "--parts", 1)
+    assert tasks_seen(again) == ["t1", "t2"]
 
 
 def test_killed_and_resumed_it_ends_alike(tiny_folder, tasks_file, tmp_path, monkeypatch):
-    whole = warm_up(monkeypatch, tiny_folder, tasks_file, tmp_path / "a" / "model")
+    parts = ["--parts", 3]
+    whole = warm_up(monkeypatch, tiny_folder, tasks_file, tmp_path / "a" / "model", *parts)
     with monkeypatch.context() as m:
-        dies_at(m, "experiments.warm.train_part", 2)
+        dies_at(m, "experiments.warm.train_part", 3)
         with pytest.raises(KeyboardInterrupt):
-            warm_up(m, tiny_folder, tasks_file, tmp_path / "b" / "model")
+            warm_up(m, tiny_folder, tasks_file, tmp_path / "b" / "model", *parts)
     assert not (tmp_path / "b" / "model").exists()
     calls = dies_at(monkeypatch, "experiments.warm.train_part", 0)
-    resumed = warm_up(monkeypatch, tiny_folder, tasks_file, tmp_path / "b" / "model")
-    assert [args[4] for args in calls] == [2]
+    resumed = warm_up(monkeypatch, tiny_folder, tasks_file, tmp_path / "b" / "model", *parts)
+    assert [args[4] for args in calls] == [3]
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
