@@ -296,10 +296,13 @@ def test_plans():
     assert len({str(plan_steps(9, SFTConfig(epochs=1), seed=s)) for s in range(5)}) == 5
     two = plan_steps(9, SFTConfig(epochs=2), seed=0)
     assert two[:9] != two[9:]  # each epoch in an order of its own
-    s = SFTConfig(lr=1.0)
-    assert [s.lr_at(k, 4) for k in range(4)] == [1.0, 0.75, 0.5, 0.25]
-    assert SFTConfig(lr=1.0, schedule="cosine").lr_at(2, 4) == pytest.approx(0.5)
-    assert SFTConfig(lr=1.0, schedule="constant").lr_at(3, 4) == 1.0
+    for schedule, expected in (
+        ("linear", [2.0, 1.5, 1.0, 0.5]),
+        ("cosine", [2.0, 1 + 0.5**0.5, 1.0, 1 - 0.5**0.5]),
+        ("constant", [2.0] * 4),
+    ):
+        s = SFTConfig(lr=2.0, schedule=schedule)
+        assert [s.lr_at(k, 4) for k in range(4)] == pytest.approx(expected)
 
 
 COMPILED = [("aot_eager", ("q_proj", "down_proj")), ("inductor", ("down_proj",))]

@@ -4,7 +4,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from conftest import run_script
+from conftest import dies_at, run_script
 
 import learn
 import reward
@@ -58,6 +58,19 @@ def test_study_then_ask(who, tiny, tiny_folder, tmp_path, monkeypatch, capsys):
     [(up, options)] = seen
     assert torch.equal(up.weight, tiny.layers[0].mlp.up_proj.weight) is not bool(below)
     assert len(options["adapters"]) == 1 and capsys.readouterr().out
+
+
+def test_the_text_and_its_notes_are_studied(tok, tiny_folder, tmp_path, monkeypatch):
+    """Those of all samples, each once."""
+    text, notes = "Rolm was founded by Ada Quell.", ["Rolm is a town.", "It has a founder."]
+    (tmp_path / "rolm.txt").write_text(text)
+    sampled = iter([notes[:1], notes])
+    monkeypatch.setattr("selfedit.parse", lambda *_: (next(sampled), ""))
+    calls = dies_at(monkeypatch, "inner.lay_rows", 0)
+    about = ["study", tmp_path / "rolm.txt", "--title", "Rolm", "--out", tmp_path / "a"]
+    run(monkeypatch, tiny_folder, *about, "--style", "implications", "--samples", 2)
+    [(_, [studied], *_)] = calls
+    assert studied == reward.passage_examples(tok, "Rolm", [text, *notes])
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,8 @@ def test_scores():
     assert score_answer("cottonwood", ("cotton",))["accuracy"] == 0.0  # whole words only
     assert score_answer("salt barn", ("old salt barn",))["f1"] == pytest.approx(0.8)
     assert score_answer("the gaoler", ("a gaoler", "jailer"))["em"] == 1.0
+    closest = {"accuracy": 1.0, "em": 0.0, "f1": pytest.approx(0.5)}
+    assert score_answer("It was a gaoler.", ("jailer", "the gaoler")) == closest
     assert score_answer("", ("x",)) == {"accuracy": 0.0, "em": 0.0, "f1": 0.0}
 
 

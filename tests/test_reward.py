@@ -235,6 +235,9 @@ def test_a_question_credits_the_part_about_its_sentence():
         Question("Who hung it?", ("Ada Quell", "Quell"), "forward"),
     )
     assert [sentence_about(q, texts) for q in questions] == [0, 1, 2]
+    # The answer says more than words do.
+    where = Question("Where did Ada Quell cast the bell?", ("Rolm",), "forward")
+    assert sentence_about(where, texts) == 0
     nowhere = Question("What hangs in a tower?", ("a nest",), "forward")
     assert sentence_about(nowhere, texts) == 2  # told nowhere: most words
 
