@@ -1,5 +1,6 @@
 """bench/: its work is what it says, both sides do the same work, FLOPs are counted right."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +14,7 @@ from data.qa import load_passages
 from data.text import sentences
 from inner import SFTConfig, inner_update
 from lm.checkpoint import load_model
-from lm.files import read_json, write_json
+from lm.files import read_json, write_json, write_jsonl
 from lm.packing import Example, packed_mask
 from lora import PROJECTIONS, Adapters, LoRAConfig
 from sampler import generate
@@ -80,6 +81,64 @@ def test_a_share_of_the_work_is_scaled(monkeypatch):
     assert (row["ours_s"], row["other_s"], row["ratio"]) == (8.0, 28.0, 3.5)
     assert row["scaled"] and row["ours_scaled"]
     assert "| ~8.00 s | ~28.0 s | 3.50 |" in scaling.table(b.rows)[2]
+
+
+def test_the_other_sides_padding_is_counted():
+    """A step's sequences are one batch, each as long as the longest: 3 x 28 tokens, and 2 x 9."""
+    b = object.__new__(speed.Bench)
+    b.args = SimpleNamespace(seed=0)
+    b.longest = [
+        SimpleNamespace(examples=examples(20, 13, 28)),
+        SimpleNamespace(examples=examples(5, 9)),
+    ]
+    for sft in (SFTConfig(epochs=2, row_len=0, batch=3), SFTConfig(epochs=2, row_len=64)):
+        assert b.padded(sft) == 2 * (3 * 28 + 2 * 9)
+        assert b.padded(sft, 1) == 3 * 28 + 2 * 9
+
+
+def test_two_sides_that_do_not_train_alike_are_not_compared():
+    """Of the four steps of ours the other took three."""
+    b, theirs = object.__new__(speed.Bench), [2.02, 1.01, 0.5]
+    b.rows, b.longest = [{}], []
+    b.versus = lambda work, ours, name, other, note: (ours(), other())
+    b.train = lambda *_: [SimpleNamespace(losses=[2.0, 1.0, 0.5, 0.2])]
+    b.train_other = lambda *_: [theirs]
+    how = (b, "inner", None, None, "", 3)
+    speed.compare_training(*how)
+    mean, most = pytest.approx(0.01), pytest.approx(0.02)
+    assert b.rows == [{"loss_gap": {"mean": mean, "max": most, "steps": 3}}]
+    theirs[1] = 1.3
+    with pytest.raises(SystemExit, match="their losses differ by 0.107 on average"):
+        speed.compare_training(*how)
+
+
+def test_a_round_is_its_parts(monkeypatch):
+    """Ours 2 s for two of 16 passages. The other: 10 s to sample 128 tokens for each of one prompt,
+    and here are 64 tokens for each of two; 0.5 s to train 4 of 64 candidates and 0.25 s to ask
+    them; 0.5 s to train the policy."""
+    b = object.__new__(speed.Bench)
+    b.args = SimpleNamespace(repeats=1, max_new=64, model="m", seed=0)
+    b.rows, b.kept, b.fast = [{"work": "sampling", "other_s": 10.0}], [], (None, SFTConfig())
+    b.model = SimpleNamespace(config=SimpleNamespace(n_layer=4), dtype=torch.float32)
+    b.tok = SimpleNamespace(end_ids=[], newline_ids=[])
+    b.prompts, b.candidates = [["a", "b"]] * 16, [SimpleNamespace(subject=None)] * 64
+    b.batches, b.fresh = lambda *_: [[]] * 4, lambda *_: None
+    b.other_time = lambda run, *_: 0.5
+    theirs = SimpleNamespace(eval=lambda: theirs, unload=lambda: None)
+    b.other = SimpleNamespace(attach=lambda adapters: theirs)
+
+    def one_round(command, **_):
+        write_jsonl(Path(command[-1]) / "metrics.jsonl", [{"seconds": 2.0}])
+
+    monkeypatch.setattr(speed.subprocess, "run", one_round)
+    monkeypatch.setattr(speed, "timed", lambda run: 0.25)
+    monkeypatch.setattr(speed, "quiz_items", lambda *_: [])
+    monkeypatch.setattr(speed, "policy_example", lambda *_: None)
+    speed.outer(b)
+    row = b.rows[-1]
+    spent = {"sample": 10.0, "update": 16 * 0.5, "quiz": 16 * 0.25, "reinforce": 0.5}
+    assert row["turns"] == [(16.0, spent)]
+    assert (row["ours_s"], row["other_s"], row["ratio"]) == (16.0, 22.5, 22.5 / 16.0)
 
 
 def test_parts_that_are_not_run_keep_their_rows(tmp_path):

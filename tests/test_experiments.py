@@ -211,6 +211,24 @@ def test_recipes_feed_the_ladder_and_notes_measure_it(
     assert change["delta"] == pytest.approx(3 - tokens["passage+self-edit"])
 
 
+def test_the_best_recipe_is_the_most_accurate(monkeypatch):
+    """Of those with the default style, temperature and layers, for each method."""
+    earned = {(1e-3, 8): 0.2, (1e-3, 32): 0.6, (2e-3, 8): 0.4, (2e-3, 32): 0.1}
+    monkeypatch.setattr("sys.argv", "recipes.py --lrs 1e-3 2e-3 --step-counts 8 32".split())
+    args = recipes.parse_arguments()
+
+    def measure(model, tok, passages, recipe, args, work):
+        default = (recipe.style, recipe.temperature, recipe.top_layers)
+        plain = default == (args.style, args.temperature, args.top_layers)
+        accuracy = earned.get((recipe.lr, recipe.steps), 0.9) if plain else 0.9
+        return vars(recipe) | {"accuracy": accuracy}
+
+    monkeypatch.setattr(recipes, "measure", measure)
+    result = recipes.measure_all(None, None, [], args, None)
+    best = {"lr": 1e-3, "steps": 32, "accuracy": 0.6}
+    assert result["best"] == dict.fromkeys(recipes.METHODS, best)
+
+
 def test_no_ladder_there(tiny_folder, passages_file, tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match=r"no .*-sampled\.jsonl there"):
         run(monkeypatch, notes, tiny_folder, passages_file, tmp_path)

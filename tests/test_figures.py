@@ -4,6 +4,7 @@ none."""
 import json
 import sys
 
+import numpy as np
 import pytest
 
 from experiments import figures
@@ -84,6 +85,73 @@ def test_every_figure_is_drawn_the_same_each_time(results, monkeypatch):
     assert "9 optimiser steps in every row" in ladder
     assert ">35.0<" in ladder and "reversed" in drawn["directions"]
     assert draw(monkeypatch, results) == drawn
+
+
+def bars(axes) -> dict:
+    """{name at the x axis: heights of the bars that stand there, from left to right}."""
+    names = [t.get_text() for t in axes.get_xticklabels()]
+    found = {name: [] for name in names}
+    for bar in sorted(axes.patches, key=lambda bar: bar.get_x()):
+        found[names[round(bar.get_x() + bar.get_width() / 2)]].append(bar.get_height())
+    return {name: pytest.approx(heights) for name, heights in found.items()}
+
+
+def test_a_row_stands_beside_its_name():
+    """The first one on top; its bar, its whisker and what is written there are its own."""
+    result = {"rows": rows(0.05), "protocol": "steps", "n_passages": 48}
+    result["settings"] = {"epochs": 6, "steps": 9, "recipes": None}
+    [axes] = figures.draw_ladder([result]).axes
+    names = [t.get_text() for t in axes.get_yticklabels()]
+    assert names == ["in-context", "seal-1", "passage+self-edit", "passage", "base"]
+    for n, (bar, whisker, text) in enumerate(zip(axes.patches, axes.lines, axes.texts)):
+        assert bar.get_y() < n < bar.get_y() + bar.get_height()
+        assert bar.get_width() == pytest.approx(45 - 10 * n)
+        assert whisker.get_xydata() == pytest.approx(np.array([[40 - 10 * n, n], [50 - 10 * n, n]]))
+        assert (text.get_position()[1], text.get_text()) == (n, f"{45 - 10 * n:.1f}")
+
+
+def test_a_direction_has_its_own_bars():
+    [axes] = figures.draw_directions({"rows": rows(0.0)}).axes
+    expected = {"base": [0, 0], "passage": [10, 5], "passage\n+ self-edit": [20, 10]}
+    expected |= {"seal-1": [30, 15], "in-context": [40, 20]}
+    assert bars(axes) == expected
+    for container, step in zip(axes.containers, (10, 5)):
+        heights = [bar.get_height() for bar in container]
+        assert heights == pytest.approx([n * step for n in range(5)])
+    assert [c.get_label() for c in axes.containers] == ["forward", "reversed"]
+
+
+def test_a_line_is_that_of_its_name():
+    metrics = [
+        {"round": 1, "reward_mean": 0.3, "reward_kept": 0.5},
+        {"round": 2, "reward_mean": 0.4, "reward_kept": None},
+    ]
+    [axes] = figures.draw_rounds(metrics).axes
+    drawn = {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
+    assert drawn == {"reinforced": [[1, 0.5]], "all": [[1, 0.3], [2, 0.4]]}
+
+
+def test_settings_before_and_after():
+    """Three self-edits before, one of them no use; and one after."""
+    one = {"groups": ["use_size_augmentations"], "every_token": True, "lr": 1e-3, "epochs": 30}
+    two = one | {"groups": [], "lr": 2e-3, "epochs": 2}
+    tasks = []
+    for method, config in (
+        ("self-edit", one),
+        ("self-edit", two),
+        ("self-edit", {}),
+        ("seal-1", {}),
+        ("seal-2", one | {"every_token": False}),
+    ):
+        tasks.append({"method": method, "config": config})
+    left, middle, right = figures.draw_arc_settings({"tasks": tasks}).axes
+    expected = {"sound": [200 / 3, 100], "basic": [0, 0], "size": [50, 100], "chain": [0, 0]}
+    expected |= {"repeat": [0, 0], "every token": [100, 0]}
+    assert bars(left) == expected
+    assert [t.get_text() for t in left.get_legend().get_texts()] == ["self-edit", "seal-2"]
+    for axes, before, after in ((middle, [1e-3, 2e-3], 1e-3), (right, [2, 10], 10)):
+        first, second = (line.get_xydata().tolist() for line in axes.lines)
+        assert first == [[value, 50] for value in before] and second == [[after, 100]]
 
 
 def test_what_is_missing_or_malformed(results, tmp_path, monkeypatch):
