@@ -10,20 +10,86 @@ import hashlib
 import json
 import os
 import shutil
+import stat
+import sys
 from pathlib import Path
 
 import numpy as np
 from safetensors import SafetensorError
 
+LARGEST = 1 << 30  # bytes of a file that is read as a whole
+
+GOES_ON = "; the same command goes on where it was"
+
+
+def run_main(main, interrupted: str = "") -> None:
+    """A script's last line: main(), of which Ctrl-C ends in one line, "interrupted" and what is
+    said here, and a closed pipe (`| head`) in none. What a terminal cannot show is spelled out."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")
+    try:
+        try:
+            main()
+        finally:
+            sys.stdout.flush()  # here, not when Python exits, which would complain
+    except KeyboardInterrupt:
+        newline = "\n" * sys.stdout.isatty()  # below the progress line
+        print(f"{newline}interrupted{interrupted}", file=sys.stderr)
+        raise SystemExit(130) from None
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
+
+
+def note(text: str) -> None:
+    """Say on stderr what is left out, or not as it should be, where the work goes on."""
+    print(f"note: {text}", file=sys.stderr, flush=True)
+
+
+def open_file(path):
+    """The file at `path`, to be read as bytes. Raises OSError if there is none, or something that
+    need not end."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError(0, "it is not a regular file")
+    return open(path, "rb")
+
+
+def read_bytes(path) -> bytes:
+    """What the file at `path` holds. Exits with one line if it is missing or unreadable, or too
+    large to be read as a whole."""
+    try:
+        with open_file(path) as f:
+            data = f.read(LARGEST + 1)
+    except OSError as e:
+        raise SystemExit(f"error: cannot read {path}: {e.strerror}") from e
+    if len(data) > LARGEST:
+        raise SystemExit(f"error: cannot read {path}: it is larger than {LARGEST >> 30} GB")
+    return data
+
+
+def parse_json(data: bytes, where):
+    """The JSON value in `data`, UTF-8 with or without a byte-order mark. Exits with one line that
+    begins with `where` if it is none, is nested too deep, or has a key twice in one object."""
+
+    def unique(pairs: list) -> dict:
+        value = dict(pairs)
+        if len(value) < len(pairs):
+            keys = [key for key, _ in pairs]
+            twice = next(key for key in keys if keys.count(key) > 1)
+            raise SystemExit(f"error: {where}: {twice!r:.60} stands twice in one object")
+        return value
+
+    try:
+        return json.loads(data.decode("utf-8-sig"), object_pairs_hook=unique)
+    except ValueError as e:
+        raise SystemExit(f"error: {where} is not valid JSON: {e}") from e
+    except RecursionError as e:
+        raise SystemExit(f"error: {where} is nested too deep to be read") from e
+
 
 def read_json_value(path):
     """What the JSON file at `path` holds. Exits with one line if it is missing or unreadable."""
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as e:
-        raise SystemExit(f"error: cannot read {path}: {e.strerror}") from e
-    except ValueError as e:
-        raise SystemExit(f"error: {path} is not valid JSON: {e}") from e
+    return parse_json(read_bytes(path), path)
 
 
 def read_json(path) -> dict:
@@ -42,7 +108,8 @@ def fingerprint(data: bytes) -> str:
 def digest(path) -> str:
     """fingerprint() of a file."""
     try:
-        return fingerprint(Path(path).read_bytes())
+        with open_file(path) as f:
+            return hashlib.file_digest(f, "sha256").hexdigest()[:12]
     except OSError as e:
         raise SystemExit(f"error: cannot read {path}: {e.strerror}") from e
 
@@ -60,6 +127,7 @@ def write_atomic(path, write) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         remove(scratch)  # left by a killed run
         write(scratch)
+        share(scratch)
         os.replace(scratch, path)
     except (OSError, SafetensorError) as e:
         remove(scratch)
@@ -74,29 +142,61 @@ def remove(path: Path) -> None:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
+def share(path: Path) -> None:
+    """Give a file, or a folder and what is in it, the permissions that new ones have. (Tensors are
+    written through temporary files, which are private.)"""
+    mask = os.umask(0)
+    os.umask(mask)
+    for p in (path, *path.rglob("*")):
+        p.chmod((0o777 if p.is_dir() else 0o666) & ~mask)
+
+
+def check_output(path, folder: bool = False) -> None:
+    """Before the work: exit with one line if no file (or `folder`) can be written at `path`."""
+    path = Path(path)
+    try:
+        is_folder = stat.S_ISDIR(path.stat().st_mode)
+        if is_folder != folder:
+            raise OSError(0, "it is a folder" if is_folder else "it is not a folder")
+    except FileNotFoundError:
+        pass
+    except OSError as e:
+        raise SystemExit(f"error: cannot write {path}: {e.strerror}") from e
+    there = path if folder else path.parent
+    while not there.exists():
+        there = there.parent
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise SystemExit(f"error: cannot write {path}: {there} is a read-only folder")
+
+
+def write_text(path, text: str) -> None:
+    # Half of a character, as a path or a sample may hold, becomes JSON's escape for it: \ud83d.
+    write_atomic(path, lambda p: p.write_text(text, encoding="utf-8", errors="backslashreplace"))
+
+
 def write_json(path, value) -> None:
-    text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
-    write_atomic(path, lambda p: p.write_text(text, encoding="utf-8"))
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
 def write_jsonl(path, records: list) -> None:
-    text = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records)
-    write_atomic(path, lambda p: p.write_text(text, encoding="utf-8"))
+    write_text(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
 
 
-def read_jsonl(path) -> list:
-    """The records of a JSON-lines file. Exits with one line that names the bad line."""
-    try:
-        # Not splitlines(): U+2028 ends no record.
-        lines = Path(path).read_text(encoding="utf-8").rstrip("\n").split("\n")
-    except OSError as e:
-        raise SystemExit(f"error: cannot read {path}: {e.strerror}") from e
-    records = []
+def read_jsonl(path, resume: bool = False) -> list:
+    """The records of a JSON-lines file. Exits with one line that names a line that is no JSON
+    object. Work that is to `resume` goes on without a last record that is cut off, with a note."""
+    records, lines = [], read_bytes(path).rstrip(b"\n").split(b"\n")
     for n, line in enumerate(lines, 1):
         try:
-            records += [json.loads(line)] if line else []
-        except ValueError as e:
-            raise SystemExit(f"error: {path} line {n} is not valid JSON: {e}") from e
+            value = parse_json(line, f"{path} line {n}") if line else {}
+        except SystemExit:
+            if n < len(lines) or not resume:
+                raise
+            note(f"{path}: the last line is damaged; left out")
+            continue
+        if not isinstance(value, dict):
+            raise SystemExit(f"error: {path} line {n} must be a JSON object, not {value!r:.40}")
+        records += [value] if line else []
     return records
 
 

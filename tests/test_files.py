@@ -1,18 +1,27 @@
 """lm/files.py: what is written is whole or not there."""
 
 import errno
+import os
 import resource
+import shlex
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 from safetensors.torch import save_file
 
 from lm.files import (
+    GOES_ON,
+    check_output,
     chunks,
     digest,
     fingerprint,
     read_json,
     read_jsonl,
+    run_main,
     sub_seed,
     write_atomic,
     write_json,
@@ -71,10 +80,150 @@ def test_a_full_disk_while_writing_tensors(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_bad_json_names_the_line(tmp_path):
-    (tmp_path / "x.jsonl").write_text('{"a": 1}\n{"b":')
+GOOD = b'{"a": 1}\n'
+
+
+@pytest.mark.parametrize("last", [b'{"b":', b'{"b": "\xc5', b"\x00\x00\x00"])
+def test_a_cut_last_record_is_left_out(last, tmp_path, capsys):
+    (tmp_path / "x.jsonl").write_bytes(GOOD + last)
     with pytest.raises(SystemExit, match=r"x\.jsonl line 2 is not valid JSON"):
         read_jsonl(tmp_path / "x.jsonl")
+    assert read_jsonl(tmp_path / "x.jsonl", resume=True) == [{"a": 1}]
+    assert capsys.readouterr().err.endswith("x.jsonl: the last line is damaged; left out\n")
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b'{"b":\n' + GOOD, "line 1 is not valid JSON"),
+        (b'{"b": "\xff"}\n' + GOOD, "line 1 is not valid JSON"),
+        (b"[" * 100_000 + b"\n" + GOOD, "line 1 is nested too deep"),
+        (GOOD + b"[1]", r"line 2 must be a JSON object, not \[1\]"),
+    ],
+)
+def test_any_other_bad_line_is_named(content, message, tmp_path):
+    (tmp_path / "x.jsonl").write_bytes(content)
+    with pytest.raises(SystemExit, match=rf"x\.jsonl {message}"):
+        read_jsonl(tmp_path / "x.jsonl", resume=True)
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"[" * 100_000, "is nested too deep to be read"),
+        (b'{"a":' * 100_000, "is nested too deep to be read"),
+        (b'{"x": {"a": 1, "b": 2, "a": 3}}', "'a' stands twice in one object"),
+        (b'{"a": "\xff"}', "is not valid JSON: 'utf-8' codec"),
+    ],
+)
+def test_bad_json_is_one_line(content, message, tmp_path):
+    (tmp_path / "x.json").write_bytes(content)
+    with pytest.raises(SystemExit, match=rf"^error: .*x\.json:? {message}"):
+        read_json(tmp_path / "x.json")
+
+
+def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path):
+    (tmp_path / "x.json").write_bytes(b"\xef\xbb\xbf" + GOOD)
+    assert read_json(tmp_path / "x.json") == {"a": 1} == read_jsonl(tmp_path / "x.json")[0]
+
+
+def test_a_file_that_does_not_end_is_not_read(tmp_path, monkeypatch):
+    (tmp_path / "x.json").symlink_to("/dev/zero")
+    for read in (read_json, read_jsonl, digest):
+        for path, why in ((tmp_path / "x.json", "it is not a reg"), (tmp_path, "it is not a reg")):
+            with pytest.raises(SystemExit, match=f"cannot read {path}: {why}"):
+                read(path)
+    (tmp_path / "y.json").write_bytes(GOOD)
+    monkeypatch.setattr("lm.files.LARGEST", len(GOOD) - 1)
+    with pytest.raises(SystemExit, match=r"cannot read .*y\.json: it is larger than"):
+        read_json(tmp_path / "y.json")
+
+
+def test_half_of_a_character_can_be_written(tmp_path):
+    write_json(tmp_path / "x.json", {"é": "\ud83d"})
+    assert read_json(tmp_path / "x.json") == {"é": "\ud83d"}
+
+
+@pytest.mark.parametrize("mask, mode", [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_files_have_the_umasks_permissions(mask, mode, tmp_path):
+    def write_folder(path):
+        path.mkdir()
+        save_file({"x": torch.zeros(1)}, path / "z.safetensors")
+
+    before = os.umask(mask)
+    try:
+        write_json(tmp_path / "x.json", 1)
+        tensors = {"x": torch.zeros(1)}
+        write_atomic(tmp_path / "y.safetensors", lambda p: save_file(tensors, p))
+        write_atomic(tmp_path / "folder", write_folder)
+    finally:
+        os.umask(before)
+    for name in ("x.json", "y.safetensors", "folder/z.safetensors"):
+        assert (tmp_path / name).stat().st_mode & 0o777 == mode, name
+    assert (tmp_path / "folder").stat().st_mode & 0o777 == 0o777 & ~mask
+
+
+@pytest.mark.parametrize(
+    "path, folder, message",
+    [
+        ("file", True, "it is not a folder"),
+        ("folder", False, "it is a folder"),
+        ("file/x", True, "Not a directory"),
+        ("file/x/y.json", False, "Not a directory"),
+        ("x" * 300, False, "File name too long"),
+        ("locked/x/y.json", False, "locked is a read-only folder"),
+        ("locked", True, "locked is a read-only folder"),
+    ],
+)
+def test_an_output_is_refused_before_the_work(path, folder, message, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "locked").mkdir()
+    allowed = lambda p, mode: Path(p).name != "locked"  # noqa: E731  root may write anywhere
+    monkeypatch.setattr("lm.files.os.access", allowed)
+    with pytest.raises(SystemExit, match=f"cannot write .*: .*{message}"):
+        check_output(tmp_path / path, folder)
+    for good, is_folder in (
+        ("new/x", True),
+        ("folder", True),
+        ("file", False),
+        ("a/b.json", False),
+    ):
+        check_output(tmp_path / good, is_folder)
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+@pytest.mark.parametrize("said", ["", GOES_ON])
+def test_an_interrupt_is_one_line(said, capsys):
+    def main():
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as e:
+        run_main(main, said)
+    assert e.value.code == 130 and capsys.readouterr().err == f"interrupted{said}\n"
+
+
+def script(body: str, pipe: str = "", **environment) -> subprocess.CompletedProcess:
+    """Run `body` as the main() of a script, with `pipe` behind it."""
+    code = f"from lm.files import run_main\ndef main():\n    {body}\nrun_main(main)"
+    command = f"{shlex.join([sys.executable, '-c', code])} {pipe}"
+    options = {"capture_output": True, "text": True, "encoding": "latin-1"}
+    return subprocess.run(
+        ["bash", "-c", command], cwd=ROOT, env=os.environ | environment, **options
+    )
+
+
+@pytest.mark.parametrize(
+    "body", ["for n in range(100_000): print(n)", "print(1); print(2); raise SystemExit(0)"]
+)
+def test_a_closed_pipe_ends_a_script_quietly(body):
+    done = script(body, "| true")
+    assert done.stderr == "" and done.stdout == ""
+
+
+def test_a_terminal_without_a_character_shows_its_code():
+    done = script("print('\u0141ódź')", PYTHONIOENCODING="latin-1")
+    assert (done.returncode, done.stderr, done.stdout) == (0, "", "\\u0141ód\\u017a\n")
 
 
 def test_sub_seeds_differ():
