@@ -74,6 +74,17 @@ class SelfEdit:
         return cls(**record | {"parts": [Part(**part) for part in record["parts"]]})
 
 
+def read_edits(path, resume: bool = False) -> list[SelfEdit]:
+    """The self-edits of a log. Exits with one line that names a line of something else."""
+    edits = []
+    for n, record in enumerate(read_jsonl(path, resume), 1):
+        try:
+            edits.append(SelfEdit.from_record(record))
+        except (KeyError, TypeError) as e:
+            raise SystemExit(f"error: {path} line {n} is no self-edit: {e!r}") from e
+    return edits
+
+
 # -----------------------------------------------------------------------------
 # prompt styles
 
@@ -353,9 +364,13 @@ def sample_self_edits(
                 f"{args.max_new} that is "
                 f"over the model's context of {model.config.max_seq_len}"
             )
-    edits = (
-        [SelfEdit.from_record(r) for r in read_jsonl(log)] if log and Path(log).is_file() else []
-    )
+    edits = read_edits(log, resume=True) if log and Path(log).is_file() else []
+    expected = [(i, len(parts)) for i, parts in prompts.items() for _ in range(copies)]
+    if [(e.passage, len(e.parts)) for e in edits] != expected[: len(edits)]:
+        raise SystemExit(
+            f"error: {log}: its lines are not the self-edits that are sampled here, in their "
+            "order; it was changed: remove it to sample them anew"
+        )
     ids, flat = list(prompts), [p for parts in prompts.values() for p in parts]
     rows, room = copies * len(flat), 20_000  # room: prompt tokens that are read at once
     size = max(1, round(len(ids) * min(128 / rows, room / sum(map(len, flat)))))

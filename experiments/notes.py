@@ -32,12 +32,12 @@ import numpy as np
 import data.qa
 from data.qa import Passage, counts, load_passages
 from data.text import sentences
-from lm.files import digest, read_jsonl, write_json
+from lm.files import digest, run_main, write_json
 from lm.flags import Parser, add_model_flags, load, result_head
 from lm.intervals import bootstrap, paired_steps
 from quiz import score_answer
 from reward import proxy_scores, words
-from selfedit import QA_PAIR, SelfEdit, copies_example
+from selfedit import QA_PAIR, copies_example, read_edits
 
 MEASURES = ("tokens", "notes", "covered", "repeats", "unsupported", "copied", "told", "proxy")
 
@@ -81,7 +81,7 @@ def compare(tok, passages, logs: list[Path], seed: int) -> dict:
     by_id, rows, examples, means = {p.id: p for p in passages}, [], {}, {}
     for log in logs:
         method = log.name.removesuffix("-sampled.jsonl")
-        edits = [SelfEdit.from_record(r) for r in read_jsonl(log)]
+        edits = read_edits(log)
         edits = [e for e in edits if e.passage in by_id]
         measured = {p.id: [] for p in passages}
         for e in edits:
@@ -125,4 +125,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -19,10 +19,10 @@ import numpy as np
 
 import data.qa
 from data.qa import counts, load_passages
-from lm.files import digest, read_jsonl, write_json
+from lm.files import digest, run_main, write_json
 from lm.flags import Parser, add_model_flags, load, result_head
 from reward import by_sentence, proxy_scores
-from selfedit import SelfEdit
+from selfedit import SelfEdit, read_edits
 
 
 def parse_arguments():
@@ -67,7 +67,7 @@ def main() -> None:
     passages, log = load_passages(args.data, args.split, args.skip, args.limit), Path(args.work)
     if not (log / "candidates.jsonl").is_file():
         raise SystemExit(f"error: --work {log}: no candidates.jsonl there; give a round's folder")
-    edits = [SelfEdit.from_record(r) for r in read_jsonl(log / "candidates.jsonl")]
+    edits = read_edits(log / "candidates.jsonl")
     result = compare(passages, edits, args.seed)
     print(result)
     model, _ = load(args)
@@ -78,4 +78,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lm.files import read_jsonl, write_jsonl
+from lm.files import fingerprint, read_jsonl, write_jsonl
 
 
 class Progress:
@@ -60,8 +60,8 @@ class Progress:
 
 
 class Log:
-    """Results of candidates in a JSON-lines file, each with its candidate's name under "n". What
-    stands there is not computed again:
+    """Results of candidates in a JSON-lines file, each with its candidate's name under "n" and,
+    under "of", a fingerprint of what it was trained on. What stands there is not computed again:
 
         for group in log.remaining(groups, "quiz"):
             log.add(group, [the result of each candidate in the group])
@@ -70,24 +70,48 @@ class Log:
 
     def __init__(self, path, score, known=()):
         """score(result) is a number; its mean is shown while the work runs. `known`: other such
-        files, only to be read."""
+        files, only to be read. Exits with one line if a file holds something else."""
         self.path, self.score = Path(path), score
-        self.known = {r["n"]: r for file in known for r in read_jsonl(file)}
-        self.done = {r["n"]: r for r in read_jsonl(path)} if self.path.is_file() else {}
+        self.known, self.done = {}, {}
+        for file in known:
+            self.known |= self.read(file)
+        if self.path.is_file():
+            self.done = self.read(path)
         self.progress = None
+
+    def read(self, path) -> dict:
+        found, records = {}, read_jsonl(path, resume=True)
+        for n, r in enumerate(records, 1):
+            try:
+                found[r["n"]] = r
+                float(self.score(r))
+            except (KeyError, TypeError, ValueError, AttributeError) as e:
+                raise SystemExit(f"error: {path} line {n} is no result: {e!r}") from e
+            if len(found) < n:
+                raise SystemExit(f"error: {path}: {r['n']!r} stands there twice")
+        return found
 
     def __contains__(self, candidate) -> bool:
         return candidate.name in self.done or candidate.name in self.known
 
     def __getitem__(self, candidate) -> dict:
-        return (self.done if candidate.name in self.done else self.known)[candidate.name]
+        """Exits with one line if the result is of something else than the candidate."""
+        result = (self.done if candidate.name in self.done else self.known)[candidate.name]
+        own = trained_on(candidate)
+        if result.get("of", own) != own:
+            raise SystemExit(
+                f"error: {self.path}: result {candidate.name!r} is not of the self-edit that it "
+                "stands for; a file of this run was changed: remove the round, or row, to make it "
+                "anew"
+            )
+        return result
 
     def remaining(self, groups: list[list], label: str):
         """The groups of candidates that are not all there yet, one by one, with a progress line."""
         names = sorted(c.name for group in groups for c in group)
         self.progress = Progress(label, len(names))
         for group in groups:
-            if not all(c.name in self.done for c in group):
+            if not all(c.name in self.done and self[c] for c in group):
                 yield group
                 # Written in one order, whatever was done first, so that a resumed run's file is the
                 # same.
@@ -96,8 +120,13 @@ class Log:
             self.progress.step(len(group), accuracy=shown)
 
     def add(self, group: list, results: list[dict]) -> None:
-        self.done |= {c.name: {"n": c.name, **r} for c, r in zip(group, results, strict=True)}
+        for c, r in zip(group, results, strict=True):
+            self.done[c.name] = {"n": c.name, "of": trained_on(c), **r}
 
     def tick(self, tokens: int, loss: float) -> None:
         """For an inner update: show the loss and the tokens per second."""
         self.progress.tokens(tokens, loss=loss)
+
+
+def trained_on(candidate) -> str:
+    return fingerprint(repr(candidate.examples).encode())

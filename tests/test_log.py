@@ -5,11 +5,11 @@ from types import SimpleNamespace
 import pytest
 
 from lm.files import read_jsonl, write_jsonl
-from lm.log import Log, Progress
+from lm.log import Log, Progress, trained_on
 
 
 def candidates(*names):
-    return [SimpleNamespace(name=name) for name in names]
+    return [SimpleNamespace(name=name, examples=[name]) for name in names]
 
 
 def score(result) -> float:
@@ -36,7 +36,8 @@ def test_what_is_logged_is_not_computed_again(tmp_path):
     assert [r["n"] for r in read_jsonl(tmp_path / "b.jsonl")] == ["aaa", "c"]
     log = Log(tmp_path / "b.jsonl", score)
     assert work(log, groups) == [["bb"], ["d", "e"]]
-    assert log[groups[0][1]] == {"n": "aaa", "score": 3.0}  # as it was read back
+    read_back = log[groups[0][1]]
+    assert read_back == {"n": "aaa", "of": trained_on(groups[0][1]), "score": 3.0}
     assert work(Log(tmp_path / "b.jsonl", score), groups) == []
     written = (tmp_path / "b.jsonl").read_bytes()
     assert written == (tmp_path / "whole" / "a.jsonl").read_bytes()
@@ -58,6 +59,34 @@ def test_what_other_logs_know_is_read_and_not_written(tmp_path):
     assert log[a]["score"] == 7.0 and log[b]["score"] == 8.0
     assert work(log, [[c]]) == [["c"]] and c in log
     assert [r["n"] for r in read_jsonl(tmp_path / "log.jsonl")] == ["c"]
+
+
+def test_a_result_of_something_else_is_refused(tmp_path):
+    """As if lines of sampled.jsonl, or the names of results, had been swapped."""
+    path, [[a, b]] = tmp_path / "log.jsonl", [candidates("a", "b")]
+    work(Log(path, score), [[a, b]])
+    a.examples, b.examples = b.examples, a.examples
+    with pytest.raises(SystemExit, match="result 'a' is not of the self-edit that it stands for"):
+        work(Log(path, score), [[a, b]])
+    with pytest.raises(SystemExit, match="result 'b' is not of the self-edit"):
+        Log(tmp_path / "other.jsonl", score, [path])[b]
+
+
+@pytest.mark.parametrize(
+    "record, message",
+    [
+        ({"n": "b"}, r"line 2 is no result: KeyError\('score'\)"),
+        ({"score": 1.0}, r"line 2 is no result: KeyError\('n'\)"),
+        ({"n": ["b"], "score": 1.0}, "line 2 is no result"),
+        ({"n": "b", "score": None}, "line 2 is no result"),
+        ({"n": "a", "score": 1.0}, ": 'a' stands there twice"),
+    ],
+)
+def test_records_of_another_shape_are_refused(record, message, tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", [{"n": "a", "score": 5.0}, record])
+    for known in ((), [tmp_path / "a.jsonl"]):
+        with pytest.raises(SystemExit, match=rf"a\.jsonl:? ?{message.lstrip(': ')}"):
+            Log(tmp_path / ("b.jsonl" if known else "a.jsonl"), score, known)
 
 
 def test_every_candidate_needs_its_result(tmp_path):
