@@ -44,11 +44,18 @@ from arc import WORKED, Puzzles, predict, read_grid
 from data.arc import Task
 from inner import learner, lora_config
 from lm.adapters import load_adapter
-from lm.files import chunks, read_json, sub_seed, write_json
+from lm.files import GOES_ON, chunks, run_main, sub_seed, write_json
 from lm.flags import Parser, add_model_flags, at_least, load, refuse_unused, result_head
 from lm.intervals import bootstrap, paired_steps, pairs_of, written_steps
 from lm.log import Log, Progress
-from lm.runs import add_ladder_flags, find_policies, open_run, policy_digests, set_outputs
+from lm.runs import (
+    add_ladder_flags,
+    find_policies,
+    open_run,
+    policy_digests,
+    read_settings,
+    set_outputs,
+)
 from lora import merged
 from reward import update_and_quiz
 from selfedit import sample_self_edits
@@ -258,7 +265,7 @@ def show(rows: list[dict], steps: list[dict]) -> None:
 
 def refuse_training_tasks(ids, args) -> None:
     """Exit if the run was trained on some of these tasks, unless --split train asks for them."""
-    both = set(ids) & set(read_json(Path(args.run) / "settings.json")["ids"])
+    both = set(ids) & set(read_settings(args.run, "ids")["ids"])
     if both and args.split != "train":
         raise SystemExit(
             f"error: {args.run} was trained on {len(both)} of these tasks; "
@@ -290,4 +297,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main, GOES_ON)

@@ -47,7 +47,7 @@ from data.qa import counts, load_passages
 from data.text import sentences
 from inner import learner, lora_config, sft_config
 from lm.adapters import load_adapter
-from lm.files import chunks, digest, read_json, sub_seed, write_json, write_jsonl
+from lm.files import GOES_ON, chunks, digest, read_json, run_main, sub_seed, write_json, write_jsonl
 from lm.flags import Parser, at_least, load, result_head
 from lm.intervals import (
     bootstrap,
@@ -58,7 +58,14 @@ from lm.intervals import (
     written_steps,
 )
 from lm.log import Log, Progress
-from lm.runs import add_ladder_flags, find_policies, open_run, policy_digests, set_outputs
+from lm.runs import (
+    add_ladder_flags,
+    find_policies,
+    open_run,
+    policy_digests,
+    read_settings,
+    set_outputs,
+)
 from lora import merged
 from quiz import ask, mean_scores, quiz_items
 from reward import (
@@ -305,7 +312,7 @@ def show(rows: list, steps: list, title: str) -> None:
 
 def refuse_training_passages(passages, args) -> None:
     """Exit if the run was trained on some of these passages, unless --split train asks for them."""
-    before = read_json(Path(args.run) / "settings.json")
+    before = read_settings(args.run, "data", "split", "skip", "limit")
     trained = load_passages(before["data"], before["split"], before["skip"], before["limit"])
     both = {p.text for p in passages} & {p.text for p in trained}
     if both and args.split != "train":
@@ -344,4 +351,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main, GOES_ON)

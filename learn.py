@@ -23,7 +23,7 @@ from data.text import pieces, question_and_answer, sentences
 from inner import inner_update, learner, lora_config, sft_config
 from lm.adapters import load_adapter, save_adapter
 from lm.checkpoint import save_model
-from lm.files import read_json, sub_seed, write_json
+from lm.files import read_json, run_main, sub_seed, write_json
 from lm.flags import Parser, at_least, load
 from lm.tokenizer import Tokenizer
 from lora import Adapters, merge, merged
@@ -187,4 +187,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -19,9 +19,10 @@ from pathlib import Path
 
 from data.arc import load_tasks
 from data.qa import load_passages
-from lm.files import read_json, read_jsonl, write_atomic
+from lm.files import read_json, read_jsonl, run_main, write_atomic
 from lm.flags import Parser
 from lm.intervals import written_steps
+from lm.runs import read_settings
 
 OPEN = 3  # passages, or tasks, of a section that are not folded away
 
@@ -363,9 +364,7 @@ def sections(run: Path):
     """(title, HTML), one after the other."""
     if not (run / "settings.json").is_file():
         raise SystemExit(f"error: {run} is no run folder: there is no settings.json")
-    settings = read_json(run / "settings.json")
-    if "domain" not in settings:
-        raise SystemExit(f"error: {run} was written by an older version; train it anew")
+    settings = read_settings(run)
     metrics = read_jsonl(run / "metrics.jsonl") if (run / "metrics.jsonl").is_file() else []
     if not metrics:
         raise SystemExit(f"error: {run} has no finished round yet")
@@ -430,4 +429,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

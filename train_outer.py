@@ -40,7 +40,7 @@ import selfedit
 from data.qa import load_passages
 from inner import SFTConfig, inner_update, learner, lora_config, sft_config, update_one
 from lm.adapters import load_adapter, save_adapter
-from lm.files import digest, sub_seed, write_jsonl
+from lm.files import GOES_ON, digest, run_main, sub_seed, write_jsonl
 from lm.flags import Parser, add_model_flags, at_least, load, refuse_unused
 from lm.log import Log
 from lm.runs import Rounds, open_run
@@ -294,4 +294,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main, GOES_ON)

@@ -35,7 +35,7 @@ from bench import scaling
 from bench.scaling import timed
 from data.qa import load_passages
 from inner import SFTConfig, inner_update, lora_config, plan_steps, sft_config
-from lm.files import read_json, read_jsonl, sub_seed, write_json
+from lm.files import read_json, read_jsonl, run_main, sub_seed, write_json
 from lm.flags import Parser, at_least, load
 from lm.packing import arrange
 from lora import PROJECTIONS, Adapters, LoRAConfig
@@ -490,4 +490,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -33,7 +33,7 @@ import selfedit
 from data.qa import counts, load_passages
 from experiments.rewards import correlation
 from inner import inner_update, lora_config, sft_config
-from lm.files import chunks, digest, read_json, sub_seed, write_json
+from lm.files import chunks, digest, read_json, run_main, sub_seed, write_json
 from lm.flags import Parser, add_model_flags, at_least, load, result_head
 from lm.intervals import bootstrap, paired_steps
 from lora import Adapters, LoRAConfig, attached, merge, merged
@@ -408,4 +408,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -31,7 +31,7 @@ from matplotlib.colors import ListedColormap
 
 from arc import read_grid
 from data.arc import GROUPS, load_tasks
-from lm.files import read_json, read_jsonl
+from lm.files import read_json, read_jsonl, run_main
 from lm.flags import Parser
 from lm.intervals import protocol_title
 
@@ -259,4 +259,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

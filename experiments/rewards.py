@@ -30,7 +30,7 @@ import data.qa
 import reward
 from data.qa import counts, load_passages
 from inner import lora_config, sft_config
-from lm.files import chunks, digest, sub_seed, write_json
+from lm.files import GOES_ON, chunks, digest, run_main, sub_seed, write_json
 from lm.flags import Parser, at_least, load, result_head
 from lm.intervals import bootstrap
 from lm.log import Log
@@ -170,4 +170,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main, GOES_ON)

@@ -17,7 +17,7 @@ from data.qa import load_passages
 from data.text import sentences
 from inner import SFTConfig, inner_update, lay_rows, plan_steps
 from lm.checkpoint import load_model
-from lm.files import sub_seed, write_atomic
+from lm.files import run_main, sub_seed, write_atomic
 from lm.flags import Parser
 from lm.kernels import swap_in
 from lm.packing import attend_to
@@ -228,4 +228,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

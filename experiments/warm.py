@@ -35,7 +35,7 @@ from data.arc import SYMMETRIES, Task, chosen_tasks, recolour
 from inner import SFTConfig, lora_config, update_one
 from lm.adapters import load_adapter, save_adapter
 from lm.checkpoint import save_model
-from lm.files import sub_seed
+from lm.files import GOES_ON, run_main, sub_seed
 from lm.flags import Parser, add_model_flags, at_least, load
 from lm.runs import open_run
 from lora import PROJECTIONS, Adapters, merge
@@ -136,4 +136,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main, GOES_ON)

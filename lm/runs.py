@@ -1,15 +1,30 @@
 """Run folders: settings, finished rounds, and the policies that a ladder finds there."""
 
+import fcntl
 import json
+import re
 from pathlib import Path
 
-from lm.files import digest, read_json, read_jsonl, write_json, write_jsonl
+from lm.files import (
+    check_output,
+    digest,
+    note,
+    read_json,
+    read_jsonl,
+    write_json,
+    write_jsonl,
+)
+
+LOCKS = []  # of the run folders that this process works in, held until it ends
 
 
 def open_run(folder, settings: dict) -> Path:
     """Make the run folder, or check that it was made with the same settings, so that a run is only
-    ever resumed as what it was. Exits with one line that names the first setting that differs."""
+    ever resumed as what it was. Exits with one line that names the first setting that differs, or
+    if another process works in the folder."""
     folder = Path(folder)
+    check_output(folder, folder=True)
+    lock(folder)
     settings = json.loads(json.dumps(settings, default=str))
     if (folder / "settings.json").is_file():
         before = read_json(folder / "settings.json")
@@ -25,21 +40,47 @@ def open_run(folder, settings: dict) -> Path:
     return folder
 
 
+def lock(folder: Path) -> None:
+    """Keep the folder to this process until it ends, however it does."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        LOCKS.append(open(folder / ".lock", "a"))
+        fcntl.lockf(LOCKS[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as e:
+        raise SystemExit(f"error: another process is at work in {folder}") from e
+    except OSError as e:
+        raise SystemExit(f"error: cannot write {folder}: {e.strerror}") from e
+
+
+def read_settings(run, *fields) -> dict:
+    """The settings of a train_outer.py run. Exits with one line if one of the fields that are
+    needed is not among them."""
+    path = Path(run) / "settings.json"
+    settings = read_json(path)
+    if "domain" not in settings:
+        raise SystemExit(f"error: {run} was written by an older version; train it anew")
+    for field in fields:
+        if field not in settings:
+            raise SystemExit(f"error: {path}: field {field!r} is missing")
+    return settings
+
+
 class Rounds:
     """The rounds of a run folder: round-K/ each, and a line of metrics.jsonl for every one that is
     finished.
 
     for k, folder in rounds.remaining():
         rounds.finish({"round": k, ...})
+
+    Exits with one line if metrics.jsonl has other rounds than 1, 2, ...
     """
 
     def __init__(self, folder, total: int):
-        self.path, self.total = Path(folder), total
-        self.metrics = (
-            read_jsonl(self.path / "metrics.jsonl")
-            if (self.path / "metrics.jsonl").is_file()
-            else []
-        )
+        self.path, self.total, file = Path(folder), total, Path(folder) / "metrics.jsonl"
+        self.metrics = read_jsonl(file, resume=True) if file.is_file() else []
+        for k, metrics in enumerate(self.metrics, 1):
+            if metrics.get("round") != k:
+                raise SystemExit(f"error: {file} line {k} is not of round {k}")
 
     @property
     def done(self) -> int:
@@ -83,6 +124,8 @@ def set_outputs(args, out: str):
     args.out = args.out or (f"{args.run}/ladder.json" if args.run else out)
     stem = Path(args.out).stem
     args.work = args.work or (f"{args.run}/ladder" if beside else f"runs/eval-{stem}")
+    check_output(args.out)
+    check_output(args.work, folder=True)
     return args
 
 
@@ -91,13 +134,15 @@ def find_policies(args, domain: str) -> dict:
     was of another domain or to write otherwise."""
     found = {}
     if args.run:
-        for file in Path(args.run).glob("round-*/policy/adapter_config.json"):
-            found[int(file.parent.parent.name.removeprefix("round-"))] = file.parent
+        for file in sorted(Path(args.run).glob("round-*/policy/adapter_config.json")):
+            k = file.parent.parent.name.removeprefix("round-")
+            if re.fullmatch("[1-9][0-9]*", k):
+                found[int(k)] = file.parent
+            else:
+                note(f"{file.parent} is left out: round-{k} is not the name of a round")
         if not found:
             raise SystemExit(f"error: --run {args.run}: no finished round (round-K/policy) there")
-        before = read_json(Path(args.run) / "settings.json")
-        if "domain" not in before:
-            raise SystemExit(f"error: {args.run} was written by an older version; train it anew")
+        before = read_settings(args.run)
         if before["domain"] != domain:
             raise SystemExit(
                 f"error: {args.run} was trained with train_outer.py {before['domain']}"
@@ -108,9 +153,21 @@ def find_policies(args, domain: str) -> dict:
                     f"error: {args.run} was trained with --{key} {before[key]}; give this script "
                     "the same"
                 )
+        say_what_differs(before, args)
     policies = {f"seal-{k}": found[k] for k in sorted(found)}
     start = max(found, default=0) + 1
     return policies | {f"seal-{k}": Path(folder) for k, folder in enumerate(args.policy, start)}
+
+
+def say_what_differs(before: dict, args) -> None:
+    """A note if the run's self-edits were rewarded for another inner update than the ladder's."""
+    if before.get("reward") == "proxy":
+        return  # for none
+    names = "model rank alpha targets top_layers augmented lr steps epochs row_len".split()
+    now = {name: value for name, value in vars(args).items() if name in names}
+    other = [f"--{k.replace('_', '-')} {before[k]}" for k in now if before.get(k, now[k]) != now[k]]
+    if other:
+        note(f"{args.run} was trained with {', '.join(other)}, other than this ladder")
 
 
 def policy_digests(policies: dict) -> dict:

@@ -1,13 +1,17 @@
 """lm/runs.py: settings, rounds, and what a ladder finds in a run's folder."""
 
 import json
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from conftest import ROOT
 
-from lm.files import read_jsonl
-from lm.runs import Rounds, find_policies, open_run, policy_digests, set_outputs
+from lm.files import read_jsonl, write_jsonl
+from lm.runs import Rounds, find_policies, open_run, policy_digests, read_settings, set_outputs
 
 
 def test_runs_are_resumed_as_what_they_were(tmp_path):
@@ -20,6 +24,26 @@ def test_runs_are_resumed_as_what_they_were(tmp_path):
     ):
         with pytest.raises(SystemExit, match=what):
             open_run(tmp_path / "run", other)
+
+
+def test_a_folder_is_one_processs_own(tmp_path):
+    code = f"from lm.runs import open_run\nopen_run({str(tmp_path / 'run')!r}, {{}})"
+    start = [sys.executable, "-c", code + "\nprint(1, flush=True)\ninput()"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "cwd": ROOT}
+    with subprocess.Popen(start, **pipes) as other:
+        other.stdout.readline()
+        with pytest.raises(SystemExit, match="another process is at work in .*run"):
+            open_run(tmp_path / "run", {})
+        other.kill()
+    open_run(tmp_path / "run", {})
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True).returncode
+
+
+def test_a_run_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("")
+    for path in ("file", "file/run"):
+        with pytest.raises(SystemExit, match=f"cannot write .*{path}: "):
+            open_run(tmp_path / path, {})
 
 
 def work(folder, total, dies_at=None) -> list[int]:
@@ -50,6 +74,13 @@ def test_a_round_without_metrics_is_not_finished(tmp_path):
     with pytest.raises(AssertionError, match="was not finished"):
         for _ in rounds.remaining():
             pass
+
+
+@pytest.mark.parametrize("rounds", [[2], [1, 1], [1, None]])
+def test_metrics_of_other_rounds_are_refused(rounds, tmp_path):
+    write_jsonl(tmp_path / "metrics.jsonl", [{"round": k} for k in rounds])
+    with pytest.raises(SystemExit, match=f"line {len(rounds)} is not of round {len(rounds)}"):
+        Rounds(tmp_path, 3)
 
 
 @pytest.mark.parametrize(
@@ -110,3 +141,33 @@ def test_a_run_of_another_domain_or_version_is_refused(a_run, tmp_path):
         find_policies(arguments(a_run), "qa")
     with pytest.raises(SystemExit, match="no finished round"):
         find_policies(arguments(tmp_path), "qa")
+
+
+def test_a_copy_of_a_round_is_left_out(a_run, capsys):
+    for name in ("round-1-old", "round-01", "round-0"):
+        shutil.copytree(a_run / "round-1", a_run / name)
+    found = find_policies(arguments(a_run), "qa")
+    assert list(found) == [f"seal-{k}" for k in range(1, 12)]
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 3 and all("is not the name of a round" in line for line in lines)
+
+
+def test_settings_that_a_ladder_needs(a_run):
+    assert read_settings(a_run, "style")["shots"] == 1
+    with pytest.raises(SystemExit, match="settings.json: field 'ids' is missing"):
+        read_settings(a_run, "style", "ids")
+
+
+@pytest.mark.parametrize(
+    "before, said",
+    [
+        ({"lr": 4e-3, "rank": 16}, ""),
+        ({"lr": 1e-3, "top_layers": 5}, "was trained with --top-layers 5, --lr 0.001, other than"),
+        ({"lr": 1e-3, "reward": "proxy"}, ""),
+    ],
+)
+def test_another_inner_update_than_the_runs_is_said(before, said, a_run, capsys):
+    settings = json.loads((a_run / "settings.json").read_text())
+    (a_run / "settings.json").write_text(json.dumps(settings | before))
+    find_policies(arguments(a_run, rank=16, top_layers=10, lr=4e-3), "qa")
+    assert said in capsys.readouterr().err if said else capsys.readouterr().err == ""
