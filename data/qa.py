@@ -1,8 +1,12 @@
-"""Passages with questions, from one of three JSON forms. The form is recognised by its keys.
+"""Passages with questions, from a JSON or JSON-lines file, which may be gzipped. The file is
+{"passages": [entry, ...]}, {"data": [entry, ...]} or [entry, ...], or has an entry a line; what an
+entry is shows in its keys:
 
-    ours         {"passages": [entry, ...]} or just [entry, ...]
-    SQuAD v1.1   {"data": [{"title", "paragraphs": [{"context", "qas": [{"question", "answers":
-                 [{"text"}]}]}]}]}
+    ours           {"title", "passage", "questions": [{"question", "answers": [str, ...]}]}
+    SQuAD v1.1     {"title", "paragraphs": [{"context", "qas": [{"question", "answers":
+                   [{"text"}]}]}]}
+    SQuAD in rows  {"title", "context", "question", "answers": {"text": [str, ...]}}, as Hugging
+                   Face has it; the rows with one context make one passage
 
 An entry of ours is {"title": str, "passage": str, "questions": [question, ...]} with, optionally,
 "id" (default: its number) and "split" ("train" or "heldout"; without one it belongs to both).
@@ -13,10 +17,15 @@ have "self_edits": [str, ...], another model's notes on it, for eval_qa.py's row
 ("completions", as SEAL's own files have it, is read the same way).
 """
 
+import codecs
+import gzip
+import io
+import json
+import zlib
 from collections import Counter
 from dataclasses import dataclass
 
-from lm.files import read_json_value
+from lm.files import LARGEST, parse_json, read_bytes
 from lm.flags import at_least
 
 
@@ -57,19 +66,7 @@ def load_passages(path, split: str = "", skip: int = 0, limit: int = 0) -> list[
 
     Exits with one line that names the file and the entry if it is missing, malformed or empty.
     """
-    value = read_json_value(path)
-    if isinstance(value, dict) and "data" in value:
-        value = list(_flatten_squad(value["data"], path))
-    elif isinstance(value, dict):
-        value = value.get("passages")
-    if not isinstance(value, list):
-        raise SystemExit(
-            f"error: {path} has no list of passages (see data/qa.py for the forms that are read)"
-        )
-    passages = [_passage(entry, n, path) for n, entry in enumerate(value)]
-    for repeated, n in Counter(p.id for p in passages).most_common(1):
-        if n > 1:
-            raise SystemExit(f"error: {path}: passage id {repeated!r} occurs {n} times")
+    passages = read_passages(unzipped(read_bytes(path), path), path)
     passages = [p for p in passages if not split or p.split in ("", split)][skip:]
     if not passages:
         raise SystemExit(
@@ -80,22 +77,91 @@ def load_passages(path, split: str = "", skip: int = 0, limit: int = 0) -> list[
     return passages[:limit] if limit else passages
 
 
-def _flatten_squad(articles, path):
+def read_passages(data: bytes, path) -> list[Passage]:
+    """All passages in `data`, which stands in the file `path`. Exits as load_passages() does."""
+    value = _json_or_lines(data, path)
+    if isinstance(value, dict):
+        value = value.get("passages", value.get("data"))
+    if not isinstance(value, list):
+        raise SystemExit(
+            f"error: {path} has no list of passages (see data/qa.py for the forms that are read)"
+        )
+    passages = [_passage(entry, n, path) for n, entry in enumerate(_as_ours(value, path))]
+    if not passages:
+        raise SystemExit(f"error: {path} has no passages")
+    for repeated, n in Counter(p.id for p in passages).most_common(1):
+        if n > 1:
+            raise SystemExit(f"error: {path}: passage id {repeated!r} occurs {n} times")
+    return passages
+
+
+def unzipped(data: bytes, path) -> bytes:
+    """What the file `path` holds, if it is gzipped, or as it is. Exits with one line if it is
+    damaged."""
+    if not data.startswith(b"\x1f\x8b"):
+        return data
     try:
-        for article in articles:
-            for n, paragraph in enumerate(article["paragraphs"]):
-                questions = []
-                for qa in paragraph["qas"]:
-                    if answers := [a["text"] for a in qa["answers"]]:
-                        questions.append({"question": qa["question"], "answers": answers})
-                entry = {
-                    "id": f"{article['title']}-{n}",
-                    "title": article["title"].replace("_", " "),
-                }
-                if questions:
-                    yield entry | {"passage": paragraph["context"], "questions": questions}
-    except (KeyError, TypeError, AttributeError) as e:
-        raise SystemExit(f"error: {path} is not SQuAD v1.1: {e!r}") from e
+        data = gzip.open(io.BytesIO(data)).read(LARGEST + 1)
+    except (OSError, EOFError, zlib.error) as e:
+        raise SystemExit(f"error: cannot unzip {path}: {e}") from e
+    if len(data) > LARGEST:
+        raise SystemExit(f"error: cannot read {path}: unzipped it is larger than a file may be")
+    return data
+
+
+def _json_or_lines(data: bytes, path):
+    """The JSON value in a file, or the list of those in its lines: then the first is whole."""
+    data = data.removeprefix(codecs.BOM_UTF8).strip()
+    if data[:1] not in (b"{", b"["):
+        for form in ("Parquet", "Arrow", "CSV", "TSV", "zip"):
+            if f".{form.lower()}" in str(path).lower():
+                raise SystemExit(f"error: {path}: {form} is not read; write it as JSON lines")
+    lines = data.split(b"\n")
+    if not (lines[0][:1] == b"{" and lines[0].rstrip()[-1:] == b"}"):
+        return parse_json(data, path)
+    values = [parse_json(line, f"{path} line {n}") for n, line in enumerate(lines, 1) if line]
+    return values[0] if len(values) == 1 and "title" not in values[0] else values
+
+
+def _as_ours(entries: list, path) -> list:
+    """The entries in our form: one for each paragraph of SQuAD with a question that has an
+    answer."""
+    ours, paragraphs, rows, count = [], [], {}, Counter()
+    for n, entry in enumerate(entries):
+        try:
+            if not isinstance(entry, dict) or not entry.keys() & {"paragraphs", "question"}:
+                ours.append(entry)
+            elif "paragraphs" in entry:
+                for p in entry["paragraphs"]:
+                    paragraphs.append((entry["title"], p["context"], p["qas"]))
+            else:
+                key = entry["title"], entry["context"]
+                if key not in rows:
+                    rows[key] = []
+                    paragraphs.append((*key, rows[key]))
+                rows[key].append(entry)
+        except (KeyError, TypeError) as e:
+            raise SystemExit(f"error: {path}: entry {n} is not SQuAD v1.1: {e!r}") from e
+    for title, context, qas in paragraphs:
+        try:
+            entry = {"id": f"{title}-{count[title]}", "title": title.replace("_", " ")}
+            questions = [qa for qa in qas if _answers(qa)]
+        except (AttributeError, TypeError) as e:
+            raise SystemExit(f"error: {path}: {title!r:.60} is not SQuAD v1.1: {e!r}") from e
+        count[title] += 1
+        if questions:
+            ours.append(entry | {"passage": context, "questions": questions})
+    return ours
+
+
+def _answers(question: dict):
+    """The accepted answers as texts, whether they are so, {"text": ...} each, or so together."""
+    found = question.get("answers", [question.get("answer")])
+    if isinstance(found, dict):
+        found = found.get("text")
+    if isinstance(found, list):
+        found = [a.get("text") if isinstance(a, dict) else a for a in found]
+    return found
 
 
 def _passage(entry, n: int, path) -> Passage:
@@ -103,6 +169,11 @@ def _passage(entry, n: int, path) -> Passage:
     if not isinstance(entry, dict):
         raise SystemExit(f"{where} is not an object but {entry!r:.60}")
     where += f" ({entry.get('id') or entry.get('title')!r})"
+    try:
+        json.dumps(entry, ensure_ascii=False).encode()
+    except UnicodeEncodeError as e:
+        half = e.object[e.start : e.end]
+        raise SystemExit(f"{where} has half of a character, {half!r}") from e
     text = entry.get("passage", entry.get("context"))
     for name, field in (("title", entry.get("title")), ("passage", text)):
         if not isinstance(field, str) or not field.strip():
@@ -130,13 +201,15 @@ def _passage(entry, n: int, path) -> Passage:
 def _question(entry, where: str) -> Question:
     if not isinstance(entry, dict) or not isinstance(entry.get("question"), str):
         raise SystemExit(f"{where}: must be an object with a 'question'")
-    answers = entry.get("answers", [entry.get("answer")])
+    answers = _answers(entry)
     if (
         not isinstance(answers, list)
         or not answers
         or not all(isinstance(a, str) and a.strip() for a in answers)
     ):
         raise SystemExit(f"{where}: 'answers' must be a list of non-empty texts")
+    if entry.get("direction", "") not in ("", "forward", "reversed"):
+        raise SystemExit(f"{where}: 'direction' must be 'forward' or 'reversed'")
     return Question(
         entry["question"].strip(), tuple(a.strip() for a in answers), entry.get("direction", "")
     )

