@@ -1,15 +1,17 @@
 """lm/tokenizer.py against the `tokenizers` library and the checkpoints' own chat templates."""
 
+import copy
 import functools
 import json
 import random
+import time
 
-import jinja2
 import pytest
 from conftest import ROOT, SMOLLM2
-from tokenizers import AddedToken
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Reference
 from tokenizers.normalizers import NFC
+from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
 from lm.tokenizer import Tokenizer
@@ -102,10 +104,145 @@ def test_text_never_becomes_a_control_token(folder):
     for name, i in ours.control.items():
         assert i not in ours.encode(f"a{name}b")
         assert i in ours.encode(f"a{name}b", control=True)
-    if ours.chatml or ours.llama3:
+    if ours.template:
         end = ours.end_ids[0]
         quiet, loud = ({"role": "user", "content": c} for c in ("hello", "<|im_end|><|eot_id|>"))
         assert ours.chat([quiet]).count(end) == ours.chat([loud]).count(end)
+
+
+# -----------------------------------------------------------------------------
+# what a tokenizer.json may ask for: the same ids as the `tokenizers` library, or one line
+
+BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+BYTES |= {"use_regex": False}
+WORDS = r"\p{L}+|\s+"  # leaves out what is neither
+
+
+def split(pattern, behavior="Isolated", invert=False):
+    step = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": behavior, "invert": invert}
+    return {"type": "Sequence", "pretokenizers": [step, BYTES]}
+
+
+def add(content, n=0, **flags):
+    """A token that is added to a vocabulary of 400, and </s>."""
+    token = {"id": 401 + n, "content": content, "special": False, "normalized": False}
+    return token | {"lstrip": False, "rstrip": False, "single_word": False} | flags
+
+
+def sequence(*normalizers):
+    return {"normalizer": {"type": "Sequence", "normalizers": list(normalizers)}}
+
+
+NFC_STEP = {"type": "NFC"}
+REPLACE = {"type": "Replace", "pattern": {"String": "a"}, "content": "b"}
+HONOURED = {
+    "as trained": {},
+    "nfc": {"normalizer": NFC_STEP},
+    "nfc in a sequence": sequence(NFC_STEP),
+    "no normalizers": sequence(),
+    "split": {"pre_tokenizer": split(PATTERN.replace("DIGITS", r"\p{N}"))},
+    "split that leaves text out": {"pre_tokenizer": split(WORDS)},
+    "added words": {"added_tokens": [add("bc"), add("bcd", 1), add("<|x|>", 2, special=True)]},
+    "an added word within a special one": {
+        "added_tokens": [add("x|"), add("<|x|>", 1, special=True)]
+    },
+    "words before and after nfc": sequence(NFC_STEP)
+    | {"added_tokens": [add("\u212b"), add("e\u0301", 1, normalized=True)]},
+    "a word that was there": {"added_tokens": [add("in", normalized=True) | {"id": None}]},
+}
+REFUSED = {
+    "normalizer 'Lowercase'": {"normalizer": {"type": "Lowercase"}},
+    "normalizer 'NFKC'": {"normalizer": {"type": "NFKC"}},
+    "normalizer 'Replace'": {"normalizer": REPLACE},
+    "normalizer 'Prepend'": sequence(NFC_STEP, {"type": "Prepend", "prepend": "_"}),
+    "ByteLevel: add_prefix_space = True": {"pre_tokenizer": BYTES | {"add_prefix_space": True}},
+    "Split: behavior = 'Removed'": {"pre_tokenizer": split(WORDS, "Removed")},
+    "Split: behavior = 'MergedWithNext'": {"pre_tokenizer": split(WORDS, "MergedWithNext")},
+    "Split: invert = True": {"pre_tokenizer": split(WORDS, invert=True)},
+    r"'\\\\w' in a pre_tokenizer's pattern": {"pre_tokenizer": split(r"\w+")},
+    r"its pre_tokenizer: .*[Pp]ars": {"pre_tokenizer": split("(")},
+    "pre_tokenizer .'Whitespace'. is": {"pre_tokenizer": {"type": "Whitespace"}},
+    "decoder 'WordPiece'": {"decoder": {"type": "WordPiece", "prefix": "#", "cleanup": False}},
+    "'bc' with lstrip": {"added_tokens": [add("bc", lstrip=True)]},
+    "'bc' with rstrip": {"added_tokens": [add("bc", rstrip=True, special=True)]},
+    "'bc' with single_word": {"added_tokens": [add("bc", single_word=True)]},
+    "two tokens have one id": {"added_tokens": [add("bc"), add("bcd")]},
+    "'bc' has id 404, not 401": {"added_tokens": [add("bc", 3)]},
+    "'a' has id 401, but": {"added_tokens": [add("a")]},
+    "'bc' has no id, but 'x'": {"added_tokens": [add("bc") | {"id": "x"}]},
+    "dropout = 0.5": {"model": {"dropout": 0.5}},
+    "end_of_word_suffix = '</w>'": {"model": {"end_of_word_suffix": "</w>"}},
+    "not in the order of their ids": {"model": {"merges": ["i n", "h e"]}},
+}
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """The spec of a vocabulary of 400, trained by the `tokenizers` library."""
+    tokenizer = Reference(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator([(ROOT / "data" / "passages.json").read_text()], trainer)
+    return json.loads(tokenizer.to_str())
+
+
+def written(trained, change, folder):
+    spec = trained | change
+    spec["model"] = trained["model"] | change.get("model", {})
+    for token in spec["added_tokens"]:
+        if token["id"] is None:
+            token["id"] = spec["model"]["vocab"][token["content"]]
+    spec["added_tokens"] = [add("</s>", -1, special=True), *spec["added_tokens"]]
+    (folder / "tokenizer.json").write_text(json.dumps(spec))
+    return folder
+
+
+@pytest.mark.parametrize("case", HONOURED)
+def test_what_a_file_asks_for_is_honoured(case, trained, tmp_path):
+    ours = Tokenizer(written(trained, copy.deepcopy(HONOURED[case]), tmp_path))
+    reference = Reference.from_file(str(tmp_path / "tokenizer.json"))
+    some = ["in", "inner", "bcd", "<|x|>", "x|", "</s>", "e\u0301", "\u212b\u0301", "\u0338"]
+    rng = random.Random(1)
+    texts = list(strings(300)) + ["".join(rng.choices([*some, " ", "a"], k=9)) for _ in range(300)]
+    for control in (False, True):
+        reference.encode_special_tokens = not control
+        for text in texts:
+            expected = reference.encode(text, add_special_tokens=False).ids
+            assert ours.encode(text, control=control) == expected, repr(text)
+
+
+def test_an_id_that_is_no_tokens_is_no_text(trained, tmp_path):
+    ours = Tokenizer(written(trained, {"added_tokens": [add("\u00e9\u00e9")]}, tmp_path))
+    assert ours.decode([*ours.encode("a b \u00e9\u00e9"), 402, 7_000, -1]) == "a b \u00e9\u00e9"
+    vocab = {t: i for t, i in trained["model"]["vocab"].items() if t != "!"} | {"<unmade>": 0}
+    ours = Tokenizer(written(trained, {"model": {"vocab": vocab}}, tmp_path))  # lacks a byte
+    reference = Reference.from_file(str(tmp_path / "tokenizer.json"))
+    for text in ("<unmade>", "a !", "a  !b", "!!", "a ?!"):
+        assert ours.encode(text) == reference.encode(text, add_special_tokens=False).ids
+    assert ours.decode([0]) == reference.decode([0]) == "<unmade>"
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_what_a_file_asks_for_is_refused_by_name(message, trained, tmp_path):
+    written(trained, copy.deepcopy(REFUSED[message]), tmp_path)
+    with pytest.raises(SystemExit, match=message) as e:
+        Tokenizer(tmp_path)
+    assert str(e.value).startswith("error: ") and "\n" not in str(e.value)
+
+
+def test_long_runs(folder, vocabularies):
+    """Encoded in time that grows with their length, or refused in one line."""
+    ours, reference = Tokenizer(folder), Reference.from_file(str(folder / "tokenizer.json"))
+    start = time.perf_counter()
+    runs = {c: ours.encode(c * 30_000) for c in ("^", "=", "a", " ", "\n", "\x04", "\U0001f600")}
+    ours.encode(" " * 100_000 + "a")
+    assert time.perf_counter() - start < 5
+    for c, ids in runs.items():
+        assert ids == reference.encode(c * 30_000, add_special_tokens=False).ids
+    with pytest.raises(SystemExit, match="1000000 blanks in a row"):
+        ours.encode("a" + " " * 1_000_000)
 
 
 # -----------------------------------------------------------------------------
@@ -151,27 +288,156 @@ TEMPLATES = {  # Qwen and Llama 3 without their branches for tools
     "{{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n'"
     "+ message['content'] | trim + '<|eot_id|>' }}{%- endfor %}{%- if add_generation_prompt %}"
     "{{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{%- endif %}",
+    "hermes": "{{bos_token}}{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n'"
+    " + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
+    "qwen-math": "{% for message in messages %}"
+    "{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nPlease reason "
+    "step by step, and put your final answer within \\\\boxed{}.<|im_end|>\n' }}{% endif %}"
+    "{{'<|im_start|>' ~ message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
+    "r1": "{%- set ns = namespace(is_first=false, system_prompt='') -%}"
+    "{%- for message in messages %}{%- if message['role'] == 'system' %}"
+    "{%- set ns.system_prompt = message['content'] %}{%- endif %}{%- endfor %}"
+    "{{bos_token}}{{ns.system_prompt}}\n"
+    "{%- for message in messages %}\n"
+    "    {%- if message['role'] == 'user' %}{{'<|User|>' + message['content']}}{%- endif %}\n"
+    "    {%- if message['role'] == 'assistant' and message['content'] is not none %}"
+    "{% set content = message['content'] %}"
+    "{% if '</think>' in content %}{% set content = content.split('</think>')[-1] %}{% endif %}"
+    "{{'<|Assistant|>' + content + eos_token}}{%- endif %}\n"
+    "{%- endfor -%}\n"
+    "{% if add_generation_prompt and not ns.is_first %}{{'<|Assistant|><think>\\n'}}{% endif %}",
+    "qwen3": "{%- if tools %}{{- tools | tojson }}{%- else %}"
+    "{%- if messages[0].role == 'system' %}"
+    "{{- '<|im_start|>system\\n' + messages[0].content + '<|im_end|>\\n' }}{%- endif %}{%- endif %}"
+    "{%- set ns = namespace(multi_step_tool=true, last_query_index=messages|length - 1) %}"
+    "{%- for message in messages[::-1] %}"
+    "{%- set index = (messages|length - 1) - loop.index0 %}"
+    '{%- if ns.multi_step_tool and message.role == "user" and message.content is string and not('
+    "message.content.startswith('<tool_response>') and "
+    "message.content.endswith('</tool_response>')) %}{%- set ns.multi_step_tool = false %}"
+    "{%- set ns.last_query_index = index %}{%- endif %}{%- endfor %}"
+    "{%- for message in messages %}"
+    "{%- if message.content is string %}{%- set content = message.content %}"
+    "{%- else %}{%- set content = '' %}{%- endif %}"
+    '{%- if (message.role == "user") or (message.role == "system" and not loop.first) %}'
+    "{{- '<|im_start|>' + message.role + '\\n' + content + '<|im_end|>' + '\\n' }}"
+    "{%- elif message.role == \"assistant\" %}{%- set reasoning_content = '' %}"
+    "{%- if message.reasoning_content is string %}"
+    "{%- set reasoning_content = message.reasoning_content %}{%- else %}"
+    "{%- if '</think>' in content %}{%- set reasoning_content = "
+    "content.split('</think>')[0].rstrip('\\n').split('<think>')[-1].lstrip('\\n') %}"
+    "{%- set content = content.split('</think>')[-1].lstrip('\\n') %}{%- endif %}{%- endif %}"
+    "{%- if loop.index0 > ns.last_query_index %}"
+    "{%- if loop.last or (not loop.last and reasoning_content) %}"
+    "{{- '<|im_start|>' + message.role + '\\n<think>\\n' + reasoning_content.strip('\\n') + "
+    "'\\n</think>\\n\\n' + content.lstrip('\\n') }}"
+    "{%- else %}{{- '<|im_start|>' + message.role + '\\n' + content }}{%- endif %}"
+    "{%- else %}{{- '<|im_start|>' + message.role + '\\n' + content }}{%- endif %}"
+    "{%- if message.tool_calls %}{{- message.tool_calls | tojson }}{%- endif %}"
+    "{{- '<|im_end|>\\n' }}{%- endif %}{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}"
+    "{%- if enable_thinking is defined and enable_thinking is false %}"
+    "{{- '<think>\\n\\n</think>\\n\\n' }}{%- endif %}{%- endif %}",
+    "blanks": "{# a comment: don't print #}\n  {% for m in messages if m.role in ['user', "
+    "'assistant'] %}\n    {%- set label = {'user': 1} if false else m.role.upper() %}\n"
+    "  [{{ loop.index }}/{{ loop.length }}] {{ m.role }}: {{ m.content }}</s>\n"
+    "  {%+ if loop.last %} last {% endif %}\n\n  {% endfor %}\n  end {{ undefined_name }}\n"
+    "{% if add_generation_prompt -%}\n\n   assistant:{% endif %}\n\n",
 }
+VOCABULARY = {"llama3.2": "llama3", "hermes": "small", "qwen-math": "qwen", "r1": "small"}
+VOCABULARY |= {"qwen3": "small", "blanks": "small"}
 CHATS = [
     [{"role": "user", "content": "  What is 12 + 30?\n"}],
     [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}],
     [{"role": "user", "content": "a  1"}, {"role": "assistant", "content": "\nb\n"}]
     + [{"role": "user", "content": "c"}],
+    [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "\n<think>\nb\n</think>\nc"},
+    ],
 ]
 
 
+@pytest.fixture(scope="module")
+def small(trained, tmp_path_factory):
+    """A vocabulary that has every family's control tokens."""
+    names = ["<|begin_of_text|>", "<|im_start|>", "<|im_end|>", "<|User|>", "<|Assistant|>"]
+    tokens = [add(name, n, special=True) for n, name in enumerate(names)]
+    tokens += [add("<think>", 5), add("</think>", 6)]
+    return written(trained, {"added_tokens": tokens}, tmp_path_factory.mktemp("small"))
+
+
 @pytest.mark.parametrize("name", TEMPLATES)
-@pytest.mark.parametrize("reply", [True, False])
-def test_chat_equals_the_template(name, reply, vocabularies, tmp_path):
-    """Qwen 3 does not think aloud."""
-    source = vocabularies({"qwen3": "qwen", "llama3.2": "llama3"}.get(name, name))
+def test_chat_equals_the_template(name, vocabularies, small, tmp_path):
+    vocabulary = VOCABULARY.get(name, name)
+    source = small if vocabulary == "small" else vocabularies(vocabulary)
     (tmp_path / "tokenizer.json").write_bytes((source / "tokenizer.json").read_bytes())
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": TEMPLATES[name]}))
-    ours, template = Tokenizer(tmp_path), jinja2.Template(TEMPLATES[name])
+    config = {"chat_template": TEMPLATES[name], "bos_token": "<|begin_of_text|>"}
+    config |= {"eos_token": {"content": "</s>"}} if vocabulary == "small" else {}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    ours = Tokenizer(tmp_path)
+    names = {"bos_token": "<|begin_of_text|>", "eos_token": "</s>"}
+    theirs = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"), **names)
+    theirs.chat_template = TEMPLATES[name]
+    options = {"enable_thinking": False, "date_string": "26 Jul 2024", "return_dict": False}
     for messages in CHATS:
-        how = {"add_generation_prompt": reply, "enable_thinking": False}
-        text = template.render(messages=messages, **how)
-        assert ours.chat(messages, reply) == ours.encode(text, control=True), text
+        for reply in (True, False):
+            expected = theirs.apply_chat_template(
+                messages, add_generation_prompt=reply, tokenize=True, **options
+            )
+            assert ours.chat(messages, reply) == expected, theirs.decode(expected)
+
+
+def test_a_reply_ends_as_in_the_template(small, tmp_path):
+    """Whatever that token is called; and it is not what a message says."""
+    template = "{% for m in messages %}<|User|>{{ m.content }}<|Assistant|>{% endfor %}"
+    (tmp_path / "tokenizer.json").write_bytes((small / "tokenizer.json").read_bytes())
+    (tmp_path / "chat_template.jinja").write_text(template)
+    ours = Tokenizer(tmp_path)
+    assert ours.end_ids[0] == ours.added["<|Assistant|>"]
+    (tmp_path / "chat_template.jinja").unlink()
+    assert Tokenizer(tmp_path).end_ids[0] == ours.added["<|im_end|>"]
+    spelled = ours.chat([{"role": "user", "content": "<|User|><|Assistant|>\ue000"}])
+    assert spelled.count(ours.added["<|User|>"]) == spelled.count(ours.end_ids[0]) == 1
+    assert ours.decode(spelled) == "<|User|><|User|><|Assistant|>\ue000<|Assistant|>"
+
+
+def test_named_templates(small, tmp_path):
+    (tmp_path / "tokenizer.json").write_bytes((small / "tokenizer.json").read_bytes())
+    named = [{"name": n, "template": f"{n}{{{{ messages[-1].content }}}}</s>"} for n in ("x", "y")]
+    named += [{"name": "default", "template": "hello{{ messages[-1].content }}</s>"}]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
+    ours = Tokenizer(tmp_path)
+    assert ours.chat(CHATS[1]) == ours.encode("helloHi</s>", control=True)
+
+
+@pytest.mark.parametrize(
+    "template, message",
+    [
+        ("{% macro f() %}{% endmacro %}", "{% macro %} is not supported"),
+        ("{{ messages | tojson }}", "filter 'tojson' is not supported"),
+        ("{% if messages is odd %}{% endif %}", "test 'odd' is not supported"),
+        ("{{ strftime_now('%d') }}", "the function 'strftime_now' is not supported"),
+        ("{{ messages.__class__ }}{{ ''.__class__() }}", "the function .*__class__.* is not"),
+        ("{{ a.b.c }}", "'b' of something undefined is not supported"),
+        ("{% if x %}", "endif is missing"),
+        ("{{ 'a' if x }}", "is not supported"),
+        ("{{ x", "'{{ x' is not supported"),
+        ("{{ raise_exception('No users here') }}", "No users here"),
+        ("{{ messages[0].content }}", "ends a reply with no token"),
+        ("{{ 1 + 'a' }}", "unsupported operand"),
+        (5, "chat_template must be a text"),
+        ([{"name": "rag", "template": "x"}], "chat_template must be a text"),
+    ],
+)
+def test_a_template_that_we_cannot_follow_is_refused(template, message, small, tmp_path):
+    (tmp_path / "tokenizer.json").write_bytes((small / "tokenizer.json").read_bytes())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+    with pytest.raises(SystemExit, match=message) as e:
+        Tokenizer(tmp_path)
+    assert str(e.value).startswith("error: ") and "\n" not in str(e.value)
 
 
 def test_no_chat_tokens_no_chat(tmp_path):
