@@ -243,7 +243,8 @@ def run(body: list, names: dict, out: list) -> None:
         else:
             loop = expression(f"[0 for {parts[0]}]").generators[0]  # Python's own syntax for it
             scopes = [names | bound(loop.target, x) for x in value(loop.iter, names)]
-            scopes = [s for s in scopes if all(value(c, s) for c in loop.ifs)]
+            for condition in loop.ifs:
+                scopes = [scope for scope in scopes if value(condition, scope)]
             for n, scope in enumerate(scopes):  # what is set within stays within
                 scope["loop"] = {"index0": n, "index": n + 1, "length": len(scopes)}
                 scope["loop"] |= {"first": n == 0, "last": n == len(scopes) - 1}
