@@ -288,7 +288,10 @@ def generate(
             x = x.repeat_interleave(copies, dim=0)
         batch.extend(max_new)
         for step in range(max_new):
-            tokens = choose(model.head(x), temperature, top_p, u[rows, step]).tolist()
+            logits = model.head(x)
+            if model.unused is not None:
+                logits[:, model.unused] = -torch.inf
+            tokens = choose(logits, temperature, top_p, u[rows, step]).tolist()
             if tick:
                 tick(sum(live))
             for n, t in enumerate(tokens):

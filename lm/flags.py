@@ -65,8 +65,8 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def load(args) -> tuple[Transformer, Tokenizer]:
-    """The model and its tokenizer, as args say. Exits if --compile cannot work on the model's
-    device."""
+    """The model and its tokenizer, as args say. Exits if one does not fit the other, or --compile
+    the model's device."""
     model = load_model(args.model, args.device, args.dtype)
     swap_in(model)
     if args.compile == "cudagraphs" and model.device.type != "cuda":
@@ -80,7 +80,16 @@ def load(args) -> tuple[Transformer, Tokenizer]:
         except Exception as e:
             reason = str(e).strip().splitlines()[0]
             raise SystemExit(f"error: --compile {args.compile} does not work here: {reason}") from e
-    return model, Tokenizer(args.model)
+    tok = Tokenizer(args.model)
+    if (rows := model.config.vocab_size) <= (last := max(tok.ids)):
+        raise SystemExit(
+            f"error: {args.model}: tokenizer.json has the token {tok.decode([last])!r} with id "
+            f"{last}, config.json a vocab_size of {rows}"
+        )
+    # Qwen2.5 has 151,936 rows and 151,665 tokens.
+    unused = [i for i in range(rows) if i not in tok.ids]
+    model.unused = torch.tensor(unused, device=model.device) if unused else None
+    return model, tok
 
 
 def result_head(args, model: Transformer) -> dict:

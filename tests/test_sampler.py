@@ -1,10 +1,14 @@
 """sampler.py: against transformers, and against itself without its cache."""
 
+import shutil
+
 import pytest
 import torch
 import transformers
-from conftest import SMOLLM2
+from conftest import SMOLLM2, write_checkpoint
 
+import lm.flags
+from lm.flags import Parser, add_model_flags
 from lora import PROJECTIONS, Adapters, LoRAConfig
 from sampler import Batch, choose, generate, prefill
 
@@ -168,6 +172,30 @@ def test_a_batch_forks_repeats_takes_back_and_drops_rows(tiny):
         read(*[[33 + n] * (1 + n) for n in range(len(kept))])
         sizes.append((batch.prefix.size(2), batch.own.size(2), batch.counts, batch.owner))
     assert sizes == [(2, 3, [2, 1], [0, 0, 1]), (2, 2, [1, 1], [0, 1]), (1, 1, [1], [1])]
+
+
+def test_an_id_that_no_text_has_is_never_sampled(tiny):
+    first = greedy(tiny, PROMPTS[0], 1)[0]
+    for temperature in (0.0, 50.0):  # nearly flat
+        tiny.unused = torch.tensor([first, *range(100, 49_152)])
+        new = generate(tiny, PROMPTS[:1], 30, (), temperature=temperature, seed=1)[0]
+        assert new != [first] * 30 and first not in new and max(new) < 100
+
+
+def test_the_tokenizer_says_which_ids_no_text_has(tiny_folder, tmp_path):
+    def load(rows):
+        folder = write_checkpoint(tmp_path / str(rows), "smollm2", vocab_size=rows)
+        shutil.copy(tiny_folder / "tokenizer.json", folder)
+        parser = Parser()
+        add_model_flags(parser)
+        options = ["--device", "cpu", "--dtype", "float32"]
+        return lm.flags.load(parser.parse_args(["--model", str(folder), *options]))
+
+    model = load(49_155)[0]
+    assert model.unused.tolist() == [49_152, 49_153, 49_154]
+    assert load(49_152)[0].unused is None
+    with pytest.raises(SystemExit, match=r"'.*' with id 49151, config.json a vocab_size of 49151"):
+        load(49_151)
 
 
 def test_a_prompt_without_room_is_one_clear_line(tiny):
