@@ -46,10 +46,10 @@ def forms(text: str) -> tuple:
     """A text as it is compared, three times, less and less of it left out: "The $5 coin." ->
     ("5 coin", "the 5 coin", "the $5 coin.").
 
-    First as SQuAD has it, lower case, without punctuation and articles, but for any script:
+    First as SQuAD has it, case folded, without punctuation and articles, but for any script:
     composed characters (NFC), Unicode's punctuation and symbols, "他在家。" -> "他 在 家".
     """
-    whole = " ".join(unicodedata.normalize("NFC", text).lower().split())
+    whole = " ".join(unicodedata.normalize("NFC", text).casefold().split())
     plain = "".join(c for c in whole if unicodedata.category(c)[0] not in "PS")
     plain = UNSPACED.sub(r" \g<0> ", plain)
     bare = re.sub(r"\b(a|an|the)\b", " ", plain)

@@ -20,7 +20,7 @@ VOCAB = ROOT / "downloads" / "vocab"
 CONTROL = {
     "llama3": ["<|begin_of_text|>", "<|end_of_text|>"]
     + ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"],
-    "qwen": ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"],
+    "qwen": ["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
 }
 DIGITS = {"llama3": r"\p{N}{1,3}", "qwen": r"\p{N}"}
 PATTERN = (
@@ -252,7 +252,7 @@ SMOLLM2_TEMPLATE = ""
 if SMOLLM2.is_dir():
     SMOLLM2_TEMPLATE = json.loads((SMOLLM2 / "tokenizer_config.json").read_text())["chat_template"]
 QWEN25_DEFAULT = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
-TEMPLATES = {  # Qwen and Llama 3 without their branches for tools
+TEMPLATES = {  # Qwen 2.5 and Llama 3 without their branches for tools
     "smollm2": SMOLLM2_TEMPLATE,
     "qwen": "{%- if messages[0]['role'] == 'system' %}"
     "{{- '<|im_start|>system\\n' + messages[0]['content'] + '<|im_end|>\\n' }}"
@@ -262,15 +262,6 @@ TEMPLATES = {  # Qwen and Llama 3 without their branches for tools
     "{{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>' + '\\n' }}"
     "{%- endif %}{%- endfor %}"
     "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}",
-    "qwen3": "{%- if messages[0].role == 'system' %}"
-    "{{- '<|im_start|>system\\n' + messages[0].content + '<|im_end|>\\n' }}{%- endif %}"
-    "{%- for message in messages %}"
-    "{%- if not (message.role == 'system' and loop.first) %}"
-    "{{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>' + '\\n' }}"
-    "{%- endif %}{%- endfor %}"
-    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}"
-    "{%- if enable_thinking is defined and enable_thinking is false %}"
-    "{{- '<think>\\n\\n</think>\\n\\n' }}{%- endif %}{%- endif %}",
     "llama3": "{% for message in messages %}"
     "{% set content = '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n'"
     " + message['content'] | trim + '<|eot_id|>' %}"
