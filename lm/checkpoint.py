@@ -32,37 +32,80 @@ def read_config(folder) -> Config:
         raise SystemExit(
             f"error: {path}: unknown architecture {family!r}; supported: llama, qwen2, qwen3"
         )
+    if quantised := hf.get("quantization_config"):
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else None
+        raise SystemExit(
+            f"error: {path}: weights quantised by {method or quantised!s:.60} are not supported; "
+            "take the model's bfloat16 or float32 folder"
+        )
     rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise SystemExit(f"error: {path}: the rope parameters must be an object, not {rope!r:.40}")
     rope_type = rope.get("rope_type", rope.get("type", "default"))
+    layers = hf.get("layer_types") or []
     unsupported = {
         "hidden_act": hf.get("hidden_act", "silu") != "silu",
         "attention_bias": bool(hf.get("attention_bias")) and family != "qwen2",
         "mlp_bias": bool(hf.get("mlp_bias")),
         "use_sliding_window": bool(hf.get("use_sliding_window")),
+        "layer_types": not isinstance(layers, list) or {*map(str, layers)} - {"full_attention"},
         "rope_scaling": rope_type not in ("default", "llama3"),
     }
     for key in (k for k, bad in unsupported.items() if bad):
-        raise SystemExit(f"error: {path}: {key} = {hf.get(key, rope_type)!r} is not supported")
+        raise SystemExit(f"error: {path}: {key} = {hf.get(key, rope_type)!r:.80} is not supported")
+
+    def size(key: str, most: int, default=None) -> int:
+        """A whole number up to `most`, far above any model's: a slip ends here, not in memory."""
+        found = default if default and hf.get(key) is None else hf[key]
+        if type(found) is not int or not 1 <= found <= most:
+            raise SystemExit(
+                f"error: {path}: {key} must be a whole number from 1 to {most}, not {found!r:.40}"
+            )
+        return found
+
+    def number(spec: dict, key: str, default=None) -> float:
+        found = spec.get(key, default) if default else spec[key]
+        if type(found) not in (int, float) or not 0 < found < float("inf"):
+            raise SystemExit(f"error: {path}: {key} must be a number above 0, not {found!r:.40}")
+        return found
+
     try:
-        return Config(
-            n_layer=hf["num_hidden_layers"],
-            n_head=hf["num_attention_heads"],
-            n_kv_head=hf.get("num_key_value_heads") or hf["num_attention_heads"],
-            head_dim=hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"],
-            n_embd=hf["hidden_size"],
-            n_inner=hf["intermediate_size"],
-            vocab_size=hf["vocab_size"],
-            max_seq_len=hf["max_position_embeddings"],
-            norm_eps=hf.get("rms_norm_eps", 1e-6),
-            rope_theta=rope.get("rope_theta") or hf.get("rope_theta", 10000.0),
+        n_layer = size("num_hidden_layers", 1_000)
+        n_head, n_embd = size("num_attention_heads", 10_000), size("hidden_size", 1_000_000)
+        if rope_type == "llama3":
+            names = ("factor", "low_freq_factor", "high_freq_factor")
+            _, low, high = (number(rope, name) for name in names)
+            number(rope, "original_max_position_embeddings")
+            if low >= high:
+                raise SystemExit(f"error: {path}: low_freq_factor must be below high_freq_factor")
+        tied = hf.get("tie_word_embeddings") or False
+        if not isinstance(tied, bool):
+            raise SystemExit(f"error: {path}: tie_word_embeddings must be true or false")
+        config = Config(
+            n_layer=n_layer,
+            n_head=n_head,
+            n_kv_head=size("num_key_value_heads", 10_000, n_head),
+            head_dim=size("head_dim", 10_000, n_embd // n_head),
+            n_embd=n_embd,
+            n_inner=size("intermediate_size", 1_000_000),
+            vocab_size=size("vocab_size", 10_000_000),
+            max_seq_len=size("max_position_embeddings", 2**21),  # rope_table() has a row for each
+            norm_eps=number(hf, "rms_norm_eps", 1e-6),
+            rope_theta=number(rope if rope.get("rope_theta") else hf, "rope_theta", 10000.0),
             rope_scaling=rope if rope_type == "llama3" else None,
-            tie_embeddings=hf.get("tie_word_embeddings", False),
+            tie_embeddings=tied,
             qkv_bias=family == "qwen2",
             qk_norm=family == "qwen3",
             hf=hf,
         )
     except KeyError as e:
         raise SystemExit(f"error: {path}: field {e} is missing") from e
+    if n_head % config.n_kv_head or config.head_dim % 2:
+        raise SystemExit(
+            f"error: {path}: head_dim = {config.head_dim} must be even, and num_attention_heads = "
+            f"{n_head} a multiple of num_key_value_heads = {config.n_kv_head}"
+        )
+    return config
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -96,23 +139,41 @@ def pick_dtype(device: torch.device, name: str = "auto") -> torch.dtype:
     return torch.bfloat16 if fast else torch.float32
 
 
+def unreadable(file, e: Exception) -> SystemExit:
+    """The one line to raise for a safetensors file that safetensors cannot read."""
+    with open(file, "rb") as f:
+        if f.read(40).startswith(b"version https://git-lfs.github.com/"):
+            return SystemExit(
+                f"error: {file} is a Git LFS pointer, not the weights: fetch them (git lfs pull)"
+            )
+    return SystemExit(f"error: {file} is damaged or not a safetensors file: {e}")
+
+
 def weight_files(folder: Path) -> dict:
     """{tensor name: file} for one safetensors file or for shards listed in
     model.safetensors.index.json."""
     index = folder / "model.safetensors.index.json"
+    shards = ["model.safetensors"]
     if index.is_file():
-        files = sorted({folder / f for f in read_json(index).get("weight_map", {}).values()})
-    else:
-        files = [folder / "model.safetensors"]
+        listed = read_json(index).get("weight_map")
+        if not isinstance(listed, dict) or not listed:
+            raise SystemExit(f"error: {index}: weight_map must say in which file each tensor is")
+        for shard in listed.values():
+            if not isinstance(shard, str) or Path(shard).name != shard:
+                raise SystemExit(f"error: {index}: {shard!r:.80} is not a file of this folder")
+        shards = sorted({*listed.values()})
     names = {}
-    for file in files:
+    for file in (folder / shard for shard in shards):
         if not file.is_file():
             raise SystemExit(f"error: weights {file} are missing")
         try:
             with safe_open(file, framework="pt") as f:
-                names |= dict.fromkeys(f.keys(), file)
+                for name in f.keys():
+                    if name in names:
+                        raise SystemExit(f"error: {file}: {name} is in {names[name].name} as well")
+                    names[name] = file
         except (SafetensorError, OSError) as e:
-            raise SystemExit(f"error: {file} is damaged or not a safetensors file: {e}") from e
+            raise unreadable(file, e) from e
     return names
 
 
@@ -120,9 +181,9 @@ def read_tensors(files: dict, expected: dict, dtype, device) -> dict:
     """Read the tensors named in `expected` {name: shape} out of `files` {name: file}. Exits on the
     first misfit."""
     folder = next(iter(files.values())).parent if files else "the checkpoint"
-    for name in expected.keys() - files.keys():
+    for name in sorted(expected.keys() - files.keys()):
         raise SystemExit(f"error: {folder}: tensor {name} is missing")
-    for name in files.keys() - expected.keys():
+    for name in sorted(files.keys() - expected.keys()):
         raise SystemExit(
             f"error: {folder}: unexpected tensor {name}; config.json describes a different model"
         )
@@ -132,12 +193,18 @@ def read_tensors(files: dict, expected: dict, dtype, device) -> dict:
             for name in f.keys():
                 if name not in files:
                     continue
-                if (shape := tuple(f.get_slice(name).get_shape())) != expected[name]:
+                stored = f.get_slice(name)
+                if (shape := tuple(stored.get_shape())) != expected[name]:
                     raise SystemExit(
                         f"error: {file}: {name} has shape {shape}, config.json asks for "
                         f"{expected[name]}"
                     )
+                if (kind := stored.get_dtype()) not in ("F64", "F32", "F16", "BF16"):
+                    raise SystemExit(f"error: {file}: {name} holds {kind}, not F32, F16 or BF16")
                 tensors[name] = f.get_tensor(name).to(device=device, dtype=dtype)
+                # The least and the largest are NaN if any is; 20 times faster than to ask each.
+                if not torch.stack(tensors[name].aminmax()).isfinite().all():
+                    raise SystemExit(f"error: {file}: {name} holds infinities or NaN")
     return tensors
 
 
@@ -178,7 +245,10 @@ def save_model(model: Transformer, folder, source) -> None:
     def write(scratch: Path):
         scratch.mkdir()
         save_file(tensors, scratch / "model.safetensors", metadata={"format": "pt"})
-        config = {**model.config.hf, "torch_dtype": str(model.dtype).removeprefix("torch.")}
+        config = dict(model.config.hf)  # transformers 5 says dtype, before it was torch_dtype
+        name = "dtype" if "dtype" in config else "torch_dtype"
+        config.pop("torch_dtype", None)
+        config[name] = str(model.dtype).removeprefix("torch.")
         (scratch / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
         for name in (
             "tokenizer.json",

@@ -7,10 +7,10 @@ import sys
 import pytest
 import torch
 import transformers
-from conftest import ROOT, SMOLLM2, write_checkpoint
+from conftest import LLAMA3_ROPE, ROOT, SMOLLM2, write_checkpoint
 from safetensors.torch import load_file, save_file
 
-from lm.checkpoint import load_model, pick_device, save_model
+from lm.checkpoint import load_model, pick_device, read_config, save_model
 from model import CachedLayer, additive, causal_mask
 
 
@@ -126,11 +126,28 @@ def edit_tensors(folder, change):
     save_file(tensors, folder / "model.safetensors")
 
 
+def write_index(folder, weight_map):
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+def spoil(value):
+    """Put `value` into one tensor."""
+    return lambda f: edit_tensors(f, lambda t: t["model.norm.weight"].__setitem__(3, value))
+
+
+def retype(dtype):
+    def change(tensors):
+        tensors["model.norm.weight"] = tensors["model.norm.weight"].to(dtype)
+
+    return lambda f: edit_tensors(f, change)
+
+
 def edit_config(folder, **fields):
     config = json.loads((folder / "config.json").read_text()) | fields
     (folder / "config.json").write_text(json.dumps(config))
 
 
+LFS_POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 269060552\n"
 BROKEN = {
     "missing tensor": (
         lambda f: edit_tensors(f, lambda t: t.pop("model.layers.2.mlp.up_proj.weight")),
@@ -180,7 +197,63 @@ BROKEN = {
         r"attention_bias = True is not supported",
     ),
     "mlp bias": (lambda f: edit_config(f, mlp_bias=True), r"mlp_bias = True is not supported"),
+    "lfs pointer": (
+        lambda f: (f / "model.safetensors").write_text(LFS_POINTER),
+        r"model\.safetensors is a Git LFS pointer",
+    ),
+    "an index without a map": (lambda f: write_index(f, None), "weight_map must say"),
+    "a shard elsewhere": (
+        lambda f: write_index(f, {"model.norm.weight": "../other/model.safetensors"}),
+        r"'\.\./other/model\.safetensors' is not a file of this folder",
+    ),
+    "a shard at a path": (
+        lambda f: write_index(f, {"model.norm.weight": str(f / "model.safetensors")}),
+        "is not a file of this folder",
+    ),
+    "a shard without a name": (lambda f: write_index(f, {"a": 5}), "5 is not a file of this"),
+    "a tensor twice": (
+        lambda f: (
+            (f / "copy.safetensors").write_bytes((f / "model.safetensors").read_bytes()),
+            write_index(f, {"a": "model.safetensors", "b": "copy.safetensors"}),
+        ),
+        r"is in copy\.safetensors as well",
+    ),
+    "integers": (retype(torch.int64), r"model\.norm\.weight holds I64"),
+    "bools": (retype(torch.bool), r"model\.norm\.weight holds BOOL"),
+    "complex numbers": (retype(torch.complex64), r"model\.norm\.weight holds C64"),
+    "fp8": (retype(torch.float8_e4m3fn), r"model\.norm\.weight holds F8_E4M3"),
+    "nan": (spoil(float("nan")), r"model\.norm\.weight holds infinities or NaN"),
+    "infinity": (spoil(-float("inf")), r"model\.norm\.weight holds infinities or NaN"),
 }
+CONFIGS = [  # fields of config.json, and what is said of them
+    ({"quantization_config": {"quant_method": "gptq"}}, "quantised by gptq are"),
+    ({"quantization_config": {"load_in_4bit": True}}, "quantised by {'load_in_4bit'"),
+    ({"num_hidden_layers": 1_000_000_000}, "num_hidden_layers must be .* not 1000000000"),
+    ({"num_hidden_layers": -1}, "num_hidden_layers must be .* not -1"),
+    ({"hidden_size": 1.5}, "hidden_size must be .* not 1.5"),
+    ({"vocab_size": 1e18}, r"vocab_size must be .* not 1e\+18"),
+    ({"vocab_size": 10**18}, "vocab_size must be .* not 1000000000000000000"),
+    ({"intermediate_size": "96"}, "intermediate_size must be .* not '96'"),
+    ({"max_position_embeddings": 10**9}, "max_position_embeddings must be"),
+    ({"num_attention_heads": True}, "num_attention_heads must be"),
+    ({"num_attention_heads": 0}, "num_attention_heads must be"),
+    ({"num_key_value_heads": 3}, "a multiple of num_key_value_heads = 3"),
+    ({"head_dim": 15}, "head_dim = 15 must be even"),
+    ({"head_dim": []}, r"head_dim must be .* not \[\]"),
+    ({"rms_norm_eps": "small"}, "rms_norm_eps must be a number above 0, not 'small'"),
+    ({"rms_norm_eps": float("nan")}, "rms_norm_eps must be"),
+    ({"rope_parameters": {"rope_theta": float("inf")}}, "rope_theta must be"),
+    ({"rope_parameters": [1]}, r"rope parameters must be an object, not \[1\]"),
+    ({"rope_parameters": {"rope_type": "llama3", "factor": 8}}, "'low_freq_factor' is missing"),
+    ({"rope_parameters": LLAMA3_ROPE | {"factor": 0}}, "factor must be"),
+    ({"rope_parameters": LLAMA3_ROPE | {"low_freq_factor": 4}}, "must be below"),
+    (
+        {"rope_parameters": {k: v for k, v in LLAMA3_ROPE.items() if "original" not in k}},
+        "'original_max_position_embeddings' is missing",
+    ),
+    ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
+    ({"tie_word_embeddings": "no"}, "tie_word_embeddings must be true or false"),
+]
 
 
 @pytest.mark.parametrize("case", BROKEN)
@@ -191,6 +264,30 @@ def test_a_broken_folder_ends_in_one_clear_line(case, tmp_path):
     with pytest.raises(SystemExit, match=message) as e:
         load_model(folder, "cpu")
     assert str(e.value).startswith("error: ") and "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("fields, message", CONFIGS)
+def test_a_config_that_cannot_be_is_refused_at_once(fields, message, tmp_path):
+    """Before weights are looked at: there are none."""
+    transformers.LlamaConfig(vocab_size=211, num_hidden_layers=4).save_pretrained(tmp_path)
+    edit_config(tmp_path, **fields)
+    with pytest.raises(SystemExit, match=message) as e:
+        read_config(tmp_path)
+    assert str(e.value).startswith("error: ") and "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("given", [("dtype",), ("torch_dtype",), ("dtype", "torch_dtype"), ()])
+def test_a_saved_config_names_its_dtype_once(given, tmp_path):
+    folder = write_checkpoint(tmp_path / "model", "smollm2")
+    config = json.loads((folder / "config.json").read_text())
+    config = {k: v for k, v in config.items() if "dtype" not in k} | dict.fromkeys(given, "float32")
+    (folder / "config.json").write_text(json.dumps(config))
+    save_model(load_model(folder, "cpu", "bfloat16"), tmp_path / "saved", folder)
+    saved = json.loads((tmp_path / "saved" / "config.json").read_text())
+    name = "dtype" if "dtype" in given else "torch_dtype"
+    assert {k: v for k, v in saved.items() if "dtype" in k} == {name: "bfloat16"}
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype="auto")
+    assert again.dtype == torch.bfloat16
 
 
 def test_unknown_device():
