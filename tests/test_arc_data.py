@@ -17,6 +17,7 @@ from data.arc import (
     load_tasks,
     recolour,
     shift,
+    task_ids,
     training_tasks,
 )
 
@@ -203,6 +204,11 @@ def test_forms(tmp_path):
         ({"t": {**GOOD, "test": [{**PAIR, "input": [[10]]}]}}, "a colour that is not"),
         ({"t": {**GOOD, "test": [{**PAIR, "input": [[True]]}]}}, "a colour that is not"),
         ({"t": {**GOOD, "test": [{**PAIR, "input": [[0] * 31]}]}}, "1 x 31, larger than 30 x 30"),
+        ({"train": 5, "eval": {}}, "'train' must be an object of tasks"),
+        ({"train": {"t": GOOD}, "eval": None}, "'eval' must be an object of tasks"),
+        ({"train": {"t": GOOD}, "eval": {"t": GOOD}}, "task t is there twice"),
+        ({"t\ud83d": GOOD}, r"task 't\\ud83d' must have a printable id"),
+        ("[" * 100_000, "is nested too deep"),
     ],
 )
 def test_a_malformed_file_names_the_task_and_the_field(value, message, tmp_path):
@@ -210,6 +216,29 @@ def test_a_malformed_file_names_the_task_and_the_field(value, message, tmp_path)
     with pytest.raises(SystemExit, match=message) as e:
         load_tasks(path)
     assert str(e.value).startswith(f"error: {path}") and "\n" not in str(e.value)
+
+
+def test_what_is_wrong_in_a_folder_is_left_out(tmp_path, capsys):
+    good = write(tmp_path / "a.json", GOOD)
+    write(tmp_path / "b.json", {**GOOD, "train": [PAIR]})
+    write(tmp_path / "c.json", {**GOOD, "test": [{**PAIR, "input": [[0] * 31]}]})
+    write(tmp_path / "d.json", {"x": GOOD, "y": {}})
+    (tmp_path / "._x.json").write_bytes(b"\0\5\x16\7\xff Mac OS X")
+    assert [t.id for t in load_tasks(tmp_path)] == ["a", "x"]
+    [line] = capsys.readouterr().err.splitlines()
+    first = f"note: 4 left out; the first: {tmp_path / '._x.json'} is not valid JSON"
+    assert line.startswith(first)
+    write(tmp_path / "e.json", {"a": GOOD})
+    with pytest.raises(SystemExit, match="task a is there twice"):
+        load_tasks(tmp_path)
+    good.unlink()
+    with pytest.raises(SystemExit, match="no task b"):
+        load_tasks(tmp_path, ids=("b",))
+
+
+def test_a_list_of_tasks_that_names_one_twice(tmp_path):
+    with pytest.raises(SystemExit, match="task a is twice under 'train'"):
+        task_ids(write(tmp_path / "t.json", {"train": ["b", "a", "a"]}), "train")
 
 
 def test_an_id_that_is_not_there(tmp_path):
