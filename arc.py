@@ -98,7 +98,8 @@ def task_example(tok: Tokenizer, task: Task, every_token: bool) -> Example:
 # the self-edit
 
 STRATEGIES = ("train_using_all_tokens", "train_using_output_tokens")
-MAX_LR, MAX_EPOCHS, MAX_STEPS, BATCH = 1e-2, 100, 375, 2  # the last two are the paper's
+MIN_LR, MAX_LR = 1e-6, 1e-2  # a smaller one hardly moves a weight
+MAX_EPOCHS, MAX_STEPS, BATCH = 100, 375, 2  # the last two are the paper's
 
 INSTRUCTION = (
     "A model is to learn the rule of a puzzle from the examples below. Decide how it should be "
@@ -186,7 +187,7 @@ def parse_settings(text: str, ended: bool) -> tuple[dict, str]:
             return {}, "malformed"
     except (KeyError, TypeError):
         return {}, "malformed"
-    if not (0 < lr <= MAX_LR and 1 <= epochs <= MAX_EPOCHS):
+    if not (MIN_LR <= lr <= MAX_LR and 1 <= epochs <= MAX_EPOCHS):
         return {}, "out of bounds"
     groups = [g for g in GROUPS if chosen[g]]
     return {

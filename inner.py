@@ -252,8 +252,9 @@ def inner_update(
     """Train adapters.flat[i] on examples[i] (of type Example) as configs[i] says, all together.
 
     The base weights stay as they are. A candidate whose loss or gradient is not finite stops there,
-    flagged `diverged`, and the others do not notice. `tick(tokens, mean loss)` is called after
-    every step.
+    flagged `diverged`, and the others do not notice. So is one that began better than a guess among
+    all tokens, a loss of ln V, and did not end so: its weights are finite, and ruined.
+    `tick(tokens, mean loss)` is called after every step.
     """
     assert len(adapters) == len(examples) == len(configs)
     rows = lay_rows(model, examples, configs, adapters.config.start)
@@ -285,8 +286,11 @@ def inner_update(
             optimizer.zero_grad(set_to_none=True)
             if tick:
                 tick(sum(map(n_tokens, taken)), float(losses.mean()))
+    guess = 0.99 * math.log(model.config.vocab_size)
     for outcome, finite in zip(outcomes, adapters.flat.norm(dim=1).isfinite().tolist()):
-        outcome.diverged |= not finite  # the last step is not followed by a loss that would tell
+        ruined = outcome.steps > 0 and outcome.losses[0] < guess <= outcome.loss
+        # The last step is not followed by a loss that would tell.
+        outcome.diverged |= ruined or not finite
     return outcomes
 
 

@@ -151,6 +151,8 @@ def test_what_is_imitated_is_the_settings_alone():
         (text(num_train_epochs=1.5), True, "malformed"),
         (text(learning_rate=0), True, "out of bounds"),
         (text(learning_rate=0.5), True, "out of bounds"),
+        (text(learning_rate=5e-324), True, "out of bounds"),
+        (text(learning_rate=9e-7), True, "out of bounds"),
         (text(learning_rate=float("nan")), True, "out of bounds"),
         (text(num_train_epochs=0), True, "out of bounds"),
         (text(num_train_epochs=10**9), True, "out of bounds"),

@@ -153,6 +153,19 @@ def test_a_diverged_candidate_stops_alone(model):
         assert same_change(adapters.flat[p], alone.flat[0], Adapters.init(model, TOP, 1, 0).flat[0])
 
 
+def test_a_candidate_that_forgot_everything_diverged(model):
+    """A huge learning rate leaves finite weights with which all tokens are equally likely."""
+    taught = Adapters.init(model, ALL, 1, 0)
+    texts = [[Example((5, 6, 7) * 8, (True,) * 24)]] * 3
+    [first] = inner_update(model, taught, texts[:1], [SFTConfig(lr=1e-2, steps=40)], seed=0)
+    adapters = taught.pick([0, 0, 0])
+    adapters.flat = adapters.flat.clone()
+    configs = [SFTConfig(lr=lr, steps=6) for lr in (1e-2, 1e3, 0.0)]
+    outcomes = inner_update(model, adapters, texts, configs, seed=0)
+    assert not first.diverged and [o.diverged for o in outcomes] == [False, True, False]
+    assert abs(outcomes[1].loss - math.log(211)) < 0.01 and adapters.flat.isfinite().all()
+
+
 def test_packed_rows_give_the_gradients_of_separate_rows(model):
     """One step on a packed row equals one step on the same sequences in rows of their own, all in
     one batch."""
