@@ -23,7 +23,7 @@ from data.text import pieces, question_and_answer, sentences
 from inner import inner_update, learner, lora_config, sft_config
 from lm.adapters import load_adapter, save_adapter
 from lm.checkpoint import save_model
-from lm.files import read_json, run_main, sub_seed, write_json
+from lm.files import check_output, read_json, run_main, sub_seed, write_json
 from lm.flags import Parser, at_least, load
 from lm.tokenizer import Tokenizer
 from lora import Adapters, merge, merged
@@ -182,6 +182,9 @@ def ask(model, tok: Tokenizer, args) -> None:
 
 def main() -> None:
     args = parse_arguments()
+    if args.action == "study":
+        check_output(args.out, folder=True)
+        check_output(args.merged or args.out, folder=True)
     model, tok = load(args)
     study(model, tok, args) if args.action == "study" else ask(model, tok, args)
 

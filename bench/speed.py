@@ -35,7 +35,7 @@ from bench import scaling
 from bench.scaling import timed
 from data.qa import load_passages
 from inner import SFTConfig, inner_update, lora_config, plan_steps, sft_config
-from lm.files import read_json, read_jsonl, run_main, sub_seed, write_json
+from lm.files import check_output, read_json, read_jsonl, run_main, sub_seed, write_json
 from lm.flags import Parser, at_least, load
 from lm.packing import arrange
 from lora import PROJECTIONS, Adapters, LoRAConfig
@@ -468,6 +468,7 @@ def main() -> None:
     args = parse_arguments()
     if args.write_work:
         return write_work(args)
+    check_output(args.out)
     start, b = time.perf_counter(), Bench(args)
     capability = torch.backends.cpu.get_cpu_capability()
     machine = f"{platform.machine()}, {torch.get_num_threads()} threads, {capability}"

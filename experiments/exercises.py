@@ -33,7 +33,7 @@ import selfedit
 from data.qa import counts, load_passages
 from experiments.rewards import correlation
 from inner import inner_update, lora_config, sft_config
-from lm.files import chunks, digest, read_json, run_main, sub_seed, write_json
+from lm.files import check_output, chunks, digest, read_json, run_main, sub_seed, write_json
 from lm.flags import Parser, add_model_flags, at_least, load, result_head
 from lm.intervals import bootstrap, paired_steps
 from lora import Adapters, LoRAConfig, attached, merge, merged
@@ -392,6 +392,7 @@ def main() -> None:
         for name, entry in read_json(args.out)["exercises"].items():
             print(f"{name}:", *figure_lines(entry["measures"]), sep="\n")
         return
+    check_output(args.out)
     settings = {k: v for k, v in vars(args).items() if k not in UNTOUCHED}
     settings |= {"data_sha256": digest(args.data)}
     entries = measured_before(args, settings)

@@ -18,6 +18,7 @@ Each figure is written beside its JSON:
 """
 
 import sys
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run it from anywhere
@@ -31,7 +32,7 @@ from matplotlib.colors import ListedColormap
 
 from arc import read_grid
 from data.arc import GROUPS, load_tasks
-from lm.files import read_json, read_jsonl, run_main
+from lm.files import read_json, read_jsonl, run_main, write_atomic
 from lm.flags import Parser
 from lm.intervals import protocol_title
 
@@ -250,7 +251,8 @@ def main() -> None:
                     raise SystemExit(
                         f"error: {sources[0]} is not as its script writes it: {e!r}"
                     ) from e
-                figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
+                save = partial(figure.savefig, format="svg", metadata={"Date": None})
+                write_atomic(folder / f"{name}.svg", save)
                 plt.close(figure)
                 drawn.append(f"{name}.svg")
     if not drawn:

@@ -32,7 +32,7 @@ import numpy as np
 import data.qa
 from data.qa import Passage, counts, load_passages
 from data.text import sentences
-from lm.files import digest, run_main, write_json
+from lm.files import check_output, digest, run_main, write_json
 from lm.flags import Parser, add_model_flags, load, result_head
 from lm.intervals import bootstrap, paired_steps
 from quiz import score_answer
@@ -110,6 +110,7 @@ def compare(tok, passages, logs: list[Path], seed: int) -> dict:
 
 def main() -> None:
     args = parse_arguments()
+    check_output(args.out)
     passages = load_passages(args.data, args.split, args.skip, args.limit)
     logs = sorted(Path(args.work).glob("*-sampled.jsonl"))
     if not logs:

@@ -19,7 +19,7 @@ import numpy as np
 
 import data.qa
 from data.qa import counts, load_passages
-from lm.files import digest, run_main, write_json
+from lm.files import check_output, digest, run_main, write_json
 from lm.flags import Parser, add_model_flags, load, result_head
 from reward import by_sentence, proxy_scores
 from selfedit import SelfEdit, read_edits
@@ -64,6 +64,7 @@ def compare(passages, edits: list[SelfEdit], seed: int) -> dict:
 
 def main() -> None:
     args = parse_arguments()
+    check_output(args.out)
     passages, log = load_passages(args.data, args.split, args.skip, args.limit), Path(args.work)
     if not (log / "candidates.jsonl").is_file():
         raise SystemExit(f"error: --work {log}: no candidates.jsonl there; give a round's folder")

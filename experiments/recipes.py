@@ -24,7 +24,7 @@ import data.qa
 import reward
 from data.qa import counts, load_passages
 from inner import lora_config, sft_config
-from lm.files import GOES_ON, digest, run_main, sub_seed, write_json
+from lm.files import GOES_ON, check_output, digest, run_main, sub_seed, write_json
 from lm.flags import Parser, at_least, load, result_head
 from lm.intervals import bootstrap
 from lm.log import Log
@@ -142,8 +142,11 @@ def measure_all(model, tok, passages, args, work: Path) -> dict:
 
 def main() -> None:
     args = parse_arguments()
+    check_output(args.out)
     passages = load_passages(args.data, args.split, args.skip, args.limit)
     model, tok = load(args)
+    for k in (args.top_layers, *args.layers):  # complains now rather than after sampling
+        lora_config(SimpleNamespace(**vars(args) | {"top_layers": k}), model)
     lora_config(args, model)  # complains now rather than after sampling
     settings = {k: v for k, v in vars(args).items() if k not in ("work", "out")}
     work = open_run(args.work, settings | {"data_sha256": digest(args.data)})

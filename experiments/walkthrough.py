@@ -17,7 +17,7 @@ from data.qa import load_passages
 from data.text import sentences
 from inner import SFTConfig, inner_update, lay_rows, plan_steps
 from lm.checkpoint import load_model
-from lm.files import run_main, sub_seed, write_atomic
+from lm.files import check_output, run_main, sub_seed, write_atomic
 from lm.flags import Parser
 from lm.kernels import swap_in
 from lm.packing import attend_to
@@ -222,6 +222,7 @@ def main() -> None:
     parser = Parser(description=__doc__)
     parser.add_argument("--out", default="docs/WALKTHROUGH.md", help="where to write it")
     args = parser.parse_args()
+    check_output(args.out)
     text = build()
     write_atomic(args.out, lambda path: path.write_text(text, encoding="utf-8"))
     print(f"written to {args.out}")

@@ -35,7 +35,7 @@ from data.arc import SYMMETRIES, Task, chosen_tasks, recolour
 from inner import SFTConfig, lora_config, update_one
 from lm.adapters import load_adapter, save_adapter
 from lm.checkpoint import save_model
-from lm.files import GOES_ON, run_main, sub_seed
+from lm.files import GOES_ON, check_output, run_main, sub_seed
 from lm.flags import Parser, add_model_flags, at_least, load
 from lm.runs import open_run
 from lora import PROJECTIONS, Adapters, merge
@@ -108,6 +108,7 @@ def main() -> None:
     args = parse_arguments()
     if Path(args.out).exists():
         raise SystemExit(f"error: --out {args.out} exists already; choose another folder")
+    check_output(args.out, folder=True)
     model, tok = load(args)
     config = lora_config(args, model)
     tasks, room = chosen_tasks(args), min(args.longest, model.config.max_seq_len)
