@@ -13,7 +13,7 @@ from conftest import dies_at, run_script, watch_weights
 
 import train_outer
 from inner import learner
-from lm.files import read_jsonl
+from lm.files import read_jsonl, write_jsonl
 from lora import PROJECTIONS, Adapters, LoRAConfig
 from quiz import ask
 from reward import to_imitate
@@ -135,6 +135,74 @@ def test_one_more_round_goes_on_from_the_last_policy(finished, tiny_folder, tmp_
     with pytest.raises(KeyboardInterrupt):
         run(monkeypatch, tiny_folder, data, tmp_path / "out", "--rounds", 3)
     assert [folder for _, folder in loaded] == [tmp_path / "out" / "round-2" / "policy"]
+
+
+def swap(path, change) -> None:
+    records = read_jsonl(path)
+    change(records)
+    write_jsonl(path, records)
+
+
+def two_passages(records):
+    records[0], records[3] = records[3], records[0]
+
+
+def two_of_a_passage(records):
+    records[0], records[1] = records[1], records[0]
+
+
+def two_names(records):
+    records[0]["n"], records[1]["n"] = records[1]["n"], records[0]["n"]
+
+
+def a_part_more(records):
+    records[0]["parts"] *= 2
+
+
+@pytest.mark.parametrize(
+    "name, change, message",
+    [
+        ("sampled", two_passages, "sampled.jsonl: its lines are not the self-edits that are"),
+        ("sampled", two_of_a_passage, "result 0 is not of the self-edit that it stands for"),
+        ("sampled", a_part_more, "sampled.jsonl: its lines are not the self-edits that are"),
+        (
+            "sampled",
+            lambda records: records[4].pop("parts"),
+            "sampled.jsonl line 5 is no self-edit",
+        ),
+        ("sampled", lambda records: records[4].update(x=1), "sampled.jsonl line 5 is no self-edit"),
+        ("sampled", lambda records: records.append(records[0]), "sampled.jsonl: its lines are not"),
+        ("scored", two_names, "is not of the self-edit that it stands for"),
+        ("scored", lambda records: records[1].update(n=0), "scored.jsonl: 0 stands there twice"),
+        ("scored", lambda records: records[1].pop("answers"), "scored.jsonl line 2 is no result"),
+    ],
+)
+def test_a_log_that_was_changed_is_noticed(
+    name, change, message, finished, tiny_folder, tmp_path, monkeypatch
+):
+    """The records are those of a run killed at the end of its first round."""
+    data, out = finished
+    monkeypatch.setattr("selfedit.parse", one_note)
+    dies_at(monkeypatch, "train_outer.select", 1)
+    with pytest.raises(KeyboardInterrupt):
+        run(monkeypatch, tiny_folder, data, tmp_path / "out")
+    swap(tmp_path / "out" / "round-1" / f"{name}.jsonl", change)
+    with pytest.raises(SystemExit, match=message):
+        run(monkeypatch, tiny_folder, data, tmp_path / "out")
+
+
+def test_a_run_without_its_last_record_ends_the_same(finished, tiny_folder, tmp_path, monkeypatch):
+    data, out = finished
+    monkeypatch.setattr("selfedit.parse", one_note)
+    dies_at(monkeypatch, "train_outer.select", 1)
+    with pytest.raises(KeyboardInterrupt):
+        run(monkeypatch, tiny_folder, data, tmp_path / "out")
+    for name in ("sampled.jsonl", "scored.jsonl"):
+        path = tmp_path / "out" / "round-1" / name
+        path.write_bytes(path.read_bytes()[:-20])
+    run(monkeypatch, tiny_folder, data, tmp_path / "out")
+    expected, got = files(out), files(tmp_path / "out")
+    assert expected.keys() == got.keys() and all(expected[k] == got[k] for k in expected)
 
 
 def test_a_finished_run_does_nothing_more(finished, tiny_folder, monkeypatch):
