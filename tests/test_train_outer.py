@@ -181,7 +181,7 @@ def test_a_log_that_was_changed_is_noticed(
     name, change, message, finished, tiny_folder, tmp_path, monkeypatch
 ):
     """The records are those of a run killed at the end of its first round."""
-    data, out = finished
+    data, _ = finished
     monkeypatch.setattr("selfedit.parse", one_note)
     dies_at(monkeypatch, "train_outer.select", 1)
     with pytest.raises(KeyboardInterrupt):
