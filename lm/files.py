@@ -12,6 +12,7 @@ import os
 import shutil
 import stat
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -74,8 +75,7 @@ def parse_json(data: bytes, where):
     def unique(pairs: list) -> dict:
         value = dict(pairs)
         if len(value) < len(pairs):
-            keys = [key for key, _ in pairs]
-            twice = next(key for key in keys if keys.count(key) > 1)
+            [(twice, _)] = Counter(key for key, _ in pairs).most_common(1)
             raise SystemExit(f"error: {where}: {twice!r:.60} stands twice in one object")
         return value
 
