@@ -9,6 +9,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from lm.checkpoint import numbers, unreadable
 from lm.files import read_json, write_atomic
 from lora import PROJECTIONS, Adapters, LoRAConfig
 from model import Transformer
@@ -51,41 +52,88 @@ def save_adapter(adapters: Adapters, folder, base: str, row: int = 0) -> None:
     write_atomic(folder / "adapter_config.json", lambda p: p.write_text(text, encoding="utf-8"))
 
 
+# Fields of adapter_config.json that do not change what a trained adapter computes (lora_dropout is
+# for training), or that its tensors tell as well.
+WITHOUT_EFFECT = """task_type auto_mapping peft_version base_model_name_or_path revision
+inference_mode exclude_modules lora_dropout layers_pattern megatron_core loftq_config eva_config
+corda_config lora_ga_config qalora_group_size runtime_config ensure_weight_tying""".split()
+# The others of PEFT's ways to begin ("pissa", "olora", ...) change the weights under the adapter.
+INITS = (True, False, None, "gaussian", "eva", "orthogonal")
+
+
+def read_adapter_config(path) -> dict:
+    """An adapter_config.json of a plain LoRA adapter. Exits with one line that names any field that
+    asks for more."""
+    config = read_json(path)
+    if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none":
+        raise SystemExit(f"error: {path} is not a plain LoRA adapter's (peft_type LORA, bias none)")
+    honoured = {"peft_type", "bias", "r", "lora_alpha", "target_modules", "layers_to_transform"}
+    for key in config.keys() - honoured - {*WITHOUT_EFFECT}:
+        plain = INITS if key == "init_lora_weights" else (None, False, "", [], {})
+        if config[key] not in plain:
+            raise SystemExit(f"error: {path}: {key} = {config[key]!r:.80} is not supported")
+    for key, kinds in (("r", (int,)), ("lora_alpha", (int, float))):
+        if key not in config:
+            raise SystemExit(f"error: {path}: field {key!r} is missing")
+        if type(config[key]) not in kinds or not 0 < config[key] < 2**31:
+            what = "a whole number" if key == "r" else "a number"
+            raise SystemExit(f"error: {path}: {key} = {config[key]!r:.40} is not {what} above 0")
+    for key in ("target_modules", "layers_to_transform"):
+        if not isinstance(config.get(key), list | (str if key == "target_modules" else int) | None):
+            raise SystemExit(f"error: {path}: {key} = {config[key]!r:.40} is not a list")
+    return config
+
+
+def aimed_at(config: dict, path: str) -> bool:
+    """Does an adapter's config name the module at `path`? (PEFT reads no tensor that it does not;
+    a target that is no list, such as "all-linear", is taken at its tensors' word.)"""
+    targets, layers = config.get("target_modules"), config.get("layers_to_transform")
+    layers = [layers] if isinstance(layers, int) else layers
+    if isinstance(targets, list) and not any(f".model.{path}".endswith(f".{t}") for t in targets):
+        return False
+    return not layers or int(path.split(".")[1]) in layers
+
+
 def load_adapter(model: Transformer, folder) -> Adapters:
     """Read a PEFT LoRA folder for `model`, as a population of one. Exits with one line if it does
     not fit."""
     folder = Path(folder)
-    config, file = read_json(folder / "adapter_config.json"), folder / "adapter_model.safetensors"
-    for key in ("use_rslora", "use_dora", "modules_to_save", "rank_pattern", "alpha_pattern"):
-        if config.get(key):
-            raise SystemExit(f"error: {folder}: {key} = {config[key]!r} is not supported")
-    if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none":
-        raise SystemExit(f"error: {folder} is not a plain LoRA adapter (peft_type LORA, bias none)")
+    config = read_adapter_config(folder / "adapter_config.json")
+    file, rank = folder / "adapter_model.safetensors", config["r"]
+    if not file.is_file():
+        raise SystemExit(f"error: cannot read {file}: there is no such file")
     try:
-        tensors, rank, alpha = load_file(file), config["r"], config["lora_alpha"]
+        tensors = load_file(file)
     except (SafetensorError, OSError) as e:
-        raise SystemExit(f"error: cannot read {file}: {e}") from e
-    except KeyError as e:
-        raise SystemExit(f"error: {folder / 'adapter_config.json'}: field {e} is missing") from e
+        raise unreadable(file, e) from e
     layers = sorted({int(n) for name in tensors for n in re.findall(r"\.layers\.(\d+)\.", name)})
     named = " ".join(tensors)
     targets = tuple(t for t in PROJECTIONS if f".{t}.lora_" in named)
     if not layers or not targets:
         raise SystemExit(f"error: {file} has no LoRA tensors for {', '.join(PROJECTIONS)}")
-    adapters = Adapters(model, LoRAConfig(rank, alpha, targets, layers[0], layers[-1] + 1))
-    flat = torch.zeros(1, adapters.size)
-    expected = {}
-    for path in adapters.places:
-        a, b = adapters.views(flat, path)
-        expected |= {peft_name(path, "A"): a, peft_name(path, "B"): b}
-    for name in expected.keys() ^ tensors.keys():
+    shape = LoRAConfig(rank, config["lora_alpha"], targets, layers[0], layers[-1] + 1)
+    adapters = Adapters(model, shape)
+    expected = {}  # name -> (module, is it B?, shape)
+    for path, (_, a, _, b) in adapters.places.items():
+        pair = {peft_name(path, "A"): (path, 0, a), peft_name(path, "B"): (path, 1, b)}
+        if pair.keys() & tensors.keys():  # what is not adapted has neither, and stays zero
+            expected |= pair
+            if not aimed_at(config, path):
+                raise SystemExit(
+                    f"error: {file}: {path} is adapted, but not by adapter_config.json"
+                )
+    for name in sorted(expected.keys() ^ tensors.keys()):
         raise SystemExit(
             f"error: {file}: tensor {name} is {'missing' if name in expected else 'unexpected'}"
         )
-    for name, view in expected.items():
-        shape, needed = tuple(tensors[name].shape), tuple(view.shape[1:])
-        if shape != needed:
-            raise SystemExit(f"error: {file}: {name} has shape {shape}, the model needs {needed}")
-        view[0] = tensors[name]
+    for name, (_, _, needed) in expected.items():
+        if (shape := tuple(tensors[name].shape)) != needed:
+            raise SystemExit(
+                f"error: {file}: {name} has shape {shape}, the model and r = {rank} need {needed}"
+            )
+    flat = torch.zeros(1, adapters.size)
+    for name, (path, part, _) in expected.items():
+        values = numbers(file, name, tensors[name], torch.float32, "cpu")
+        adapters.views(flat, path)[part][0] = values
     adapters.flat = flat.to(model.device)
     return adapters

@@ -177,6 +177,18 @@ def weight_files(folder: Path) -> dict:
     return names
 
 
+def numbers(file, name: str, tensor, dtype, device):
+    """`tensor`, of `file`, as `dtype` on `device`. Exits if it does not hold finite numbers."""
+    if tensor.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+        kind = str(tensor.dtype).removeprefix("torch.")
+        raise SystemExit(f"error: {file}: {name} holds {kind}, not float32, float16 or bfloat16")
+    tensor = tensor.to(device=device, dtype=dtype)
+    # The least and the largest are NaN if any is; 20 times faster than to ask each number.
+    if tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():
+        raise SystemExit(f"error: {file}: {name} holds infinities or NaN")
+    return tensor
+
+
 def read_tensors(files: dict, expected: dict, dtype, device) -> dict:
     """Read the tensors named in `expected` {name: shape} out of `files` {name: file}. Exits on the
     first misfit."""
@@ -193,18 +205,12 @@ def read_tensors(files: dict, expected: dict, dtype, device) -> dict:
             for name in f.keys():
                 if name not in files:
                     continue
-                stored = f.get_slice(name)
-                if (shape := tuple(stored.get_shape())) != expected[name]:
+                if (shape := tuple(f.get_slice(name).get_shape())) != expected[name]:
                     raise SystemExit(
                         f"error: {file}: {name} has shape {shape}, config.json asks for "
                         f"{expected[name]}"
                     )
-                if (kind := stored.get_dtype()) not in ("F64", "F32", "F16", "BF16"):
-                    raise SystemExit(f"error: {file}: {name} holds {kind}, not F32, F16 or BF16")
-                tensors[name] = f.get_tensor(name).to(device=device, dtype=dtype)
-                # The least and the largest are NaN if any is; 20 times faster than to ask each.
-                if not torch.stack(tensors[name].aminmax()).isfinite().all():
-                    raise SystemExit(f"error: {file}: {name} holds infinities or NaN")
+                tensors[name] = numbers(file, name, f.get_tensor(name), dtype, device)
     return tensors
 
 

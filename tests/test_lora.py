@@ -1,17 +1,21 @@
 """lora.py and lm/adapters.py: attaching, merging, and PEFT's format in both directions."""
 
 import json
+from dataclasses import fields
 
 import peft
 import pytest
 import torch
 import transformers
 from conftest import dies_at, write_checkpoint
+from safetensors.torch import load_file, save_file
 
-from lm.adapters import load_adapter, save_adapter
+from lm.adapters import WITHOUT_EFFECT, load_adapter, peft_name, save_adapter
 from lm.checkpoint import load_model
 from lora import PROJECTIONS, Adapters, LoRAConfig, attached, merged
 
+ADAPTER = "adapter_model.safetensors"
+LFS_POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 269060552\n"
 CONFIGS = [
     LoRAConfig(4, 8.0, tuple(PROJECTIONS), 0, 4),
     LoRAConfig(3, 16.0, ("q_proj", "v_proj"), 2, 4),
@@ -101,7 +105,7 @@ def test_an_adapter_without_tensors_has_no_config(model, folder, tmp_path, monke
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("layers", [None, [1, 2]])
+@pytest.mark.parametrize("layers", [None, [1, 2], [0, 2], 3])  # 0 and 2: none between
 def test_we_load_pefts(model, folder, layers, tmp_path):
     base = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     options = {"target_modules": ["k_proj", "up_proj"], "layers_to_transform": layers}
@@ -134,6 +138,13 @@ def edit(folder, **fields):
     (folder / "adapter_config.json").write_text(json.dumps(config))
 
 
+def edit_tensors(folder, change):
+    tensors = load_file(folder / "adapter_model.safetensors")
+    name = peft_name("layers.2.self_attn.q_proj", "A")
+    tensors[name] = change(tensors[name])
+    save_file({n: t for n, t in tensors.items() if t is not None}, folder / ADAPTER)
+
+
 def rewrite(folder, text):
     (folder / "adapter_config.json").write_text(text)
 
@@ -149,8 +160,20 @@ def rewrite(folder, text):
         (lambda f: edit(f, bias="all"), "not a plain LoRA"),
         (lambda f: edit(f, peft_type="IA3"), "not a plain LoRA"),
         (lambda f: edit(f, r=7), "shape"),
+        (lambda f: edit(f, r=10**9), "shape"),
         (lambda f: rewrite(f, '{"peft_type": "LORA"}'), "field 'r' is missing"),
-        (lambda f: (f / "adapter_model.safetensors").write_bytes(b"x"), "cannot read"),
+        (lambda f: (f / "adapter_model.safetensors").write_bytes(b"x"), "damaged"),
+        (lambda f: (f / "adapter_model.safetensors").unlink(), "cannot read"),
+        (lambda f: (f / ADAPTER).write_text(LFS_POINTER), "Git LFS pointer"),
+        (lambda f: edit_tensors(f, lambda t: None), r"q_proj\.lora_A\.weight is missing"),
+        (lambda f: edit_tensors(f, lambda t: t.long()), r"lora_A\.weight holds int64"),
+        (lambda f: edit_tensors(f, lambda t: t / 0), r"lora_A\.weight holds infinities or NaN"),
+        (
+            lambda f: edit(f, layers_to_transform=[3]),
+            r"layers\.2\.self_attn\.q_proj is adapted, but",
+        ),
+        (lambda f: edit(f, target_modules=["v_proj"]), r"q_proj is adapted, but not by"),
+        (lambda f: edit(f, target_modules=5), "target_modules = 5 is not a list"),
         (lambda f: (f / "adapter_config.json").unlink(), "cannot read"),
     ],
 )
@@ -159,6 +182,46 @@ def test_broken_adapter_folders(model, folder, breakage, message, tmp_path):
     breakage(tmp_path / "adapter")
     with pytest.raises(SystemExit, match=message):
         load_adapter(model, tmp_path / "adapter")
+
+
+HARMLESS = {  # other than PEFT's own values, and yet the same computation
+    "task_type": "CAUSAL_LM",
+    "base_model_name_or_path": "x",
+    "lora_dropout": 0.1,
+    "init_lora_weights": "gaussian",
+    "inference_mode": True,
+    "exclude_modules": ["o_proj"],
+}
+FIELDS = {  # name -> a value that asks for something else
+    "init_lora_weights": ["pissa", "pissa_niter_4", "olora", "loftq", "corda", "lora_ga", "new"],
+    "r": ["4", 0, -1, 2.0, True, None, [], float("nan")],
+    "lora_alpha": ["8", None, {}, float("nan"), float("inf"), 0, True],
+    "alora_invocation_tokens": [[1, 2]],
+    "use_rslora": [True],
+    "fan_in_fan_out": [True],
+    "bias": ["all"],
+    "a_later_version's": [1],
+}
+DECIDED = {"peft_type", "target_modules", "layers_to_transform"}  # tested above
+
+
+@pytest.mark.parametrize("name", sorted({f.name for f in fields(peft.LoraConfig)} | {*FIELDS}))
+def test_each_field_of_pefts_config(name, model, folder, tmp_path):
+    """Without effect and loaded, or refused by name; one that PEFT adds is refused."""
+    save_adapter(random_adapters(model, CONFIGS[1]), tmp_path / "adapter", folder)
+    before = (tmp_path / "adapter" / "adapter_config.json").read_text()
+    load_adapter(model, tmp_path / "adapter")
+    edit(tmp_path / "adapter", **{name: HARMLESS.get(name, json.loads(before).get(name))})
+    load_adapter(model, tmp_path / "adapter")
+    if name in DECIDED or name in WITHOUT_EFFECT:
+        return
+    for value in FIELDS.get(name, [True, {"a": 1}, ["a"]]):
+        rewrite(tmp_path / "adapter", before)
+        edit(tmp_path / "adapter", **{name: value})
+        message = r"bias none" if name == "bias" else rf"adapter_config\.json: {name} = "
+        with pytest.raises(SystemExit, match=message) as e:
+            load_adapter(model, tmp_path / "adapter")
+        assert "\n" not in str(e.value)
 
 
 def test_bad_settings_are_refused(model):
