@@ -274,6 +274,6 @@ def render(template: str, names: dict) -> str:
     functions = {"raise_exception": raise_exception, "namespace": dict}
     try:
         run(parsed(template), functions | names, out)
-    except (TypeError, KeyError, AttributeError, IndexError, RecursionError) as e:
+    except (TypeError, LookupError, AttributeError, ArithmeticError, RecursionError) as e:
         raise ValueError(str(e)) from e
     return "".join(out)

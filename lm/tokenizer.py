@@ -330,7 +330,8 @@ class Tokenizer:
         try:
             return render(self.template, self.names | names | {"tools": None, "documents": None})
         except ValueError as e:
-            raise SystemExit(f"error: {self.template_file}: its chat_template: {e}") from e
+            what = " ".join(str(e).split())
+            raise SystemExit(f"error: {self.template_file}: its chat_template: {what}") from e
 
     def chat(self, messages: list[dict], reply: bool = True) -> list[int]:
         """Ids of a chat, [{"role": "user", "content": ...}, ...]; with `reply`, opened for the
