@@ -323,6 +323,8 @@ class Tokenizer:
             ends.insert(0, first[0])
         # The first one ends a chat turn.
         self.end_ids = list(dict.fromkeys(self.added[t] for t in ends if t in self.added))
+        if not self.end_ids:
+            raise SystemExit(f"error: {self.path}: no token ends a text: {', '.join(ENDS)}")
 
     def _render(self, messages: list[dict], reply: bool) -> str:
         # Qwen3 thinks aloud before it answers, unless its reply opens with an empty thought.

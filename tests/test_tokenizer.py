@@ -213,6 +213,17 @@ def test_what_a_file_asks_for_is_honoured(case, trained, tmp_path):
             assert ours.encode(text, control=control) == expected, repr(text)
 
 
+def test_a_vocabulary_without_an_end_is_refused(trained, tmp_path):
+    (tmp_path / "tokenizer.json").write_text(json.dumps(trained))
+    with pytest.raises(SystemExit, match="no token ends a text"):
+        Tokenizer(tmp_path)
+    named = {"eos_token": {"content": "in"}}  # whatever it is called
+    spec = trained | {"added_tokens": [add("in") | {"id": trained["model"]["vocab"]["in"]}]}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(named))
+    assert Tokenizer(tmp_path).end_ids == [trained["model"]["vocab"]["in"]]
+
+
 def test_an_id_that_is_no_tokens_is_no_text(trained, tmp_path):
     ours = Tokenizer(written(trained, {"added_tokens": [add("\u00e9\u00e9")]}, tmp_path))
     assert ours.decode([*ours.encode("a b \u00e9\u00e9"), 402, 7_000, -1]) == "a b \u00e9\u00e9"
