@@ -19,7 +19,7 @@ from pathlib import Path
 import inner
 import reward
 from data.qa import Passage
-from data.text import pieces, question_and_answer, sentences
+from data.text import question_and_answer, sentences
 from inner import inner_update, learner, lora_config, sft_config
 from lm.adapters import load_adapter, save_adapter
 from lm.checkpoint import save_model
@@ -28,7 +28,7 @@ from lm.flags import Parser, at_least, load
 from lm.tokenizer import Tokenizer
 from lora import Adapters, merge, merged
 from quiz import ANSWER_LEN, quiz_prompt, score_answer
-from reward import LONGEST, passage_examples
+from reward import passage_examples, short_pieces
 from sampler import generate
 from selfedit import QA_PAIR, settle, write_self_edits
 
@@ -143,7 +143,7 @@ def study(model, tok: Tokenizer, args) -> None:
     refuse_to_replace(args, about)
     policy = load_adapter(model, args.policy) if args.policy else None
 
-    parts = pieces(text, lambda piece: len(tok.encode(piece)) <= LONGEST)
+    parts = short_pieces(tok, text)
     passages = [Passage(f"text-{n}", args.title, part, ()) for n, part in enumerate(parts)]
     with merged(model, policy):
         edits = write_self_edits(model, tok, passages, args.samples, args, sub_seed(args.seed, 0))
@@ -183,8 +183,8 @@ def ask(model, tok: Tokenizer, args) -> None:
 def main() -> None:
     args = parse_arguments()
     if args.action == "study":
-        check_output(args.out, folder=True)
-        check_output(args.merged or args.out, folder=True)
+        for folder in filter(None, (args.out, args.merged)):
+            check_output(folder, folder=True)
     model, tok = load(args)
     study(model, tok, args) if args.action == "study" else ask(model, tok, args)
 

@@ -66,6 +66,11 @@ class Candidate:
 LONGEST = 512  # most tokens of a text that is trained on as one sequence
 
 
+def short_pieces(tok: Tokenizer, text: str) -> list[str]:
+    """The pieces() of a text that are trained on as a sequence each, of at most LONGEST tokens."""
+    return pieces(text, lambda piece: len(tok.encode(piece)) <= LONGEST)
+
+
 def passage_examples(tok: Tokenizer, title: str, texts: list[str]) -> list[Example]:
     """One training sequence for each text, each with the token that ends a turn; one for each of
     its pieces() if it is longer than LONGEST tokens, so that memory does not grow with its length.
@@ -80,7 +85,7 @@ def passage_examples(tok: Tokenizer, title: str, texts: list[str]) -> list[Examp
     for text in texts:
         pair = QA_PAIR.fullmatch(text)
         prompt = quiz_prompt(tok, title, pair[1]) if pair else []
-        for piece in pieces(pair[2] if pair else text, lambda t: len(tok.encode(t)) <= LONGEST):
+        for piece in short_pieces(tok, pair[2] if pair else text):
             # The end is counted, so that the model learns to stop (and pads there are none).
             reply = [*tok.encode(piece if pair else f"{title}\n{piece}"), tok.end_ids[0]]
             examples.append(Example.reply(prompt, reply))
@@ -219,9 +224,9 @@ def score_by_proxy(edits: list[SelfEdit], passages: dict) -> None:
         e.score = {"proxy": e.reward}
         pairs = [(m[1], m[0], m[2]) for note in e.notes if (m := QA_PAIR.fullmatch(note))]
         for part, text, part_credit in zip(e.parts, texts, by_sentence(passage, scores)):
-            part.credit = part_credit
+            part.credit, (_, quoted) = part_credit, question_and_answer(text)
             for question, note, answer in pairs:
-                if answer == question_and_answer(text)[1]:
+                if answer == quoted:
                     part.note_credits[question] = proxy_scores(passage, [note])
 
 
