@@ -195,7 +195,7 @@ class Transformer(nn.Module):
         self.norm = RMSNorm(config.n_embd, config.norm_eps)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.rope = None  # (cos, sin), made on first use on the right device
-        self.unused = None  # ids that no text has, so that none is sampled; lm/flags.py finds them
+        self.unused = []  # ids that no text has, so that none is sampled; Tokenizer.unused()
         self.attention = attention  # lm/kernels.py swaps it
         self.train_block = Block.forward  # compile_blocks() swaps it
 

@@ -289,8 +289,7 @@ def generate(
         batch.extend(max_new)
         for step in range(max_new):
             logits = model.head(x)
-            if model.unused is not None:
-                logits[:, model.unused] = -torch.inf
+            logits[:, model.unused] = -torch.inf
             tokens = choose(logits, temperature, top_p, u[rows, step]).tolist()
             if tick:
                 tick(sum(live))

@@ -31,6 +31,7 @@ import torch.nn.functional as F
 
 from data.qa import load_passages
 from lm.checkpoint import load_model
+from lm.files import run_main, sub_seed
 from lm.tokenizer import Tokenizer
 from lora import PROJECTIONS, Adapters, LoRAConfig, attached, merged
 from model import CachedLayer
@@ -54,10 +55,6 @@ class Settings:
     outer_lr: float = setting(5e-4, "outer peak learning rate; the paper: 3e-4")
     outer_epochs: int = setting(2, "passes over what is imitated; the paper: 2")
     seed: int = setting(0, "same seed, same output")
-
-
-def sub_seed(*keys: int) -> int:  # (seed, round, purpose): an independent seed for each purpose
-    return int(np.random.SeedSequence(keys).generate_state(1)[0])
 
 
 # ---- (1) sample: SE ~ LM_theta( . | C) -----------------------------------------------------------
@@ -97,6 +94,7 @@ def generate(model, prompts: list, max_new: int, ends, temperature=0.0, u=None) 
     read = [prompt[: min(map(len, prompts))] for prompt in prompts]
     while any(live):
         logits = model(torch.tensor(read, device=model.device), cache)[:, -1].float()  # (R, V)
+        logits[:, model.unused] = -torch.inf
         length = cache[0].length
         for n, row in enumerate(rows):
             if live[n] and len(row) == length:
@@ -224,6 +222,7 @@ def study(model, tok, passage, notes: list[str], s: Settings) -> dict:
 
 def main(s: Settings) -> dict:
     start, model, tok = time.time(), load_model(s.model), Tokenizer(s.model)
+    model.unused = tok.unused(model.config.vocab_size)
     passages, n_layer = load_passages(s.data, "train", 0, s.passages), model.config.n_layer
     if not 1 <= s.top_layers <= n_layer:
         raise SystemExit(f"error: --top-layers {s.top_layers}: the model has {n_layer} layers")
@@ -277,4 +276,5 @@ if __name__ == "__main__":
     for f in dataclasses.fields(Settings):
         flag, about = f"--{f.name.replace('_', '-')}", f"{f.metadata['help']} [%(default)s]"
         parser.add_argument(flag, type=f.type, default=f.default, help=about)
-    main(Settings(**vars(parser.parse_args())))
+    settings = Settings(**vars(parser.parse_args()))
+    run_main(lambda: main(settings))

@@ -86,9 +86,7 @@ def load(args) -> tuple[Transformer, Tokenizer]:
             f"error: {args.model}: tokenizer.json has the token {tok.decode([last])!r} with id "
             f"{last}, config.json a vocab_size of {rows}"
         )
-    # Qwen2.5 has 151,936 rows and 151,665 tokens.
-    unused = [i for i in range(rows) if i not in tok.ids]
-    model.unused = torch.tensor(unused, device=model.device) if unused else None
+    model.unused = torch.tensor(tok.unused(rows), dtype=torch.long, device=model.device)
     return model, tok
 
 

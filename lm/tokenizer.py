@@ -288,6 +288,11 @@ class Tokenizer:
         nothing."""
         return self.encoding.decode([i for i in ids if i in self.ids], errors="replace")
 
+    def unused(self, rows: int) -> list[int]:
+        """Ids of the embedding's rows that stand for no token: Qwen2.5 has 151,936 rows and 151,665
+        tokens."""
+        return [i for i in range(rows) if i not in self.ids]
+
     # -------------------------------------------------------------------------
     # chat
 

@@ -113,13 +113,22 @@ def test_the_prompts_and_scores_are_the_engines(tok):
             assert seal.is_right(answer, accepted) == expected
 
 
+def test_an_id_that_no_text_has_is_never_sampled(tiny_folder, cpu_float32):
+    model = seal.load_model(tiny_folder)
+    model.unused = [i for i in range(49_152) if i not in (7, 8, 9)]
+    u = [[0.3] * 6, [0.9] * 6]
+    for temperature in (0.0, 50.0):
+        rows = seal.generate(model, [[5, 6], [5]], 6, (), temperature, u)
+        assert {len(row) for row in rows} == {6} and {*rows[0], *rows[1]} <= {7, 8, 9}
+
+
 def test_twelve_settings_and_no_engine():
     source = (ROOT / "seal.py").read_text()
     assert len(seal.dataclasses.fields(seal.Settings)) <= 12
     assert len(source.splitlines()) <= 280
     imported = re.findall(r"^(?:from|import) (\w+)(\.\w+)?", source, re.MULTILINE)
     own = {name + rest for name, rest in imported if (ROOT / name).is_dir()}
-    assert own == {"data.qa", "lm.checkpoint", "lm.tokenizer"}
+    assert own == {"data.qa", "lm.checkpoint", "lm.files", "lm.tokenizer"}
     assert {name for name, _ in imported if (ROOT / f"{name}.py").is_file()} == {"model", "lora"}
 
 
