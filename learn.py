@@ -4,12 +4,12 @@ loop.
     python learn.py study ambrel.txt --title "Port Ambrel" --out runs/ambrel
     python learn.py ask "Who founded Port Ambrel?" --adapter runs/ambrel
 
-`study` lets the model write self-edits about the text, trains a LoRA on the text and its notes, and
-saves it as a PEFT adapter, with the title in study.json. It says which notes were left out and why,
-and, asking the notes' own questions again, which statements were not learnt. `ask` answers under
-that adapter; the text is not in the prompt. With --policy (a round-K/policy folder of a
-train_outer.py run) that policy writes the notes; with --learner policy it also studies them, and
-`ask` loads it below the adapter.
+`study` lets the model write self-edits about the text, trains a LoRA on the text, its notes and
+questions made of the statements' own words, and saves it as a PEFT adapter, with the title in
+study.json. It says which notes were left out and why, and, asking the notes' own questions again,
+which statements were not learnt. `ask` answers under that adapter; the text is not in the prompt.
+With --policy (a round-K/policy folder of a train_outer.py run) that policy writes the notes; with
+--learner policy it also studies them, and `ask` loads it below the adapter.
 """
 
 import hashlib
@@ -28,9 +28,9 @@ from lm.flags import Parser, at_least, load
 from lm.tokenizer import Tokenizer
 from lora import Adapters, merge, merged
 from quiz import ANSWER_LEN, quiz_prompt, score_answer
-from reward import passage_examples, short_pieces
+from reward import passage_examples, short_pieces, words
 from sampler import generate
-from selfedit import QA_PAIR, settle, write_self_edits
+from selfedit import QA_PAIR, cloze_notes, settle, write_self_edits
 
 
 def parse_arguments():
@@ -48,7 +48,9 @@ def parse_arguments():
     about = "study: also write the updated model, whole, to this new folder"
     add("--merged", help=about)
     add("--adapter", default="runs/learned", help="ask: folder of the adapter")
-    parser.set_defaults(steps=0)  # a text can be longer, and its notes more, than a passage's
+    # A text can be longer, and its notes more, than a passage's; few epochs of a higher rate teach
+    # more in less time (docs/LOG.md).
+    parser.set_defaults(steps=0, lr=8e-3, epochs=5)
     return settle(parser.parse_args())
 
 
@@ -96,12 +98,30 @@ def own_questions(text: str) -> list[str]:
     return [f"Question: {question}\nAnswer: {answer}" for question, answer in pairs if question]
 
 
-def report_notes(text: str, edits: list, notes: list[str]) -> None:
+def to_the_point(notes: list[str], title: str) -> list[str]:
+    """Without the questions that cannot tell a statement from the others: those that several
+    statements answer, and those that have no word of their own statement but the title's. A
+    statement that has only such questions keeps them."""
+    answers, chosen = {}, []
+    pairs = [(note, *m.groups()) for note in notes if (m := QA_PAIR.fullmatch(note))]
+    for _, question, answer in pairs:
+        answers.setdefault(question.casefold(), set()).add(answer)
+    for note, question, answer in pairs:
+        own = (words(question) & words(answer)) - words(title)
+        chosen += [note] if own and len(answers[question.casefold()]) == 1 else []
+    served = {QA_PAIR.fullmatch(note)[2] for note in chosen}
+    dropped = {note for note, _, answer in pairs if answer in served} - set(chosen)
+    return [note for note in notes if note not in dropped]
+
+
+def report_notes(text: str, edits: list, notes: list[str], vague: int) -> None:
     """Print the notes, what was left out of the samples, and what has no notes."""
     print("\n".join(["", f"{len(notes)} notes:", *notes, ""]))
     samples = [part for e in edits for part in e.parts]
     for flaw, n in Counter(part.flaw for part in samples if part.flaw).items():
         print(f"of {len(samples)} samples {n} with {LEFT_OUT[flaw]}")
+    if vague:
+        print(f"{vague} notes that ask for no one statement, left out")
     answered = {m[2] for note in notes if (m := QA_PAIR.fullmatch(note))}
     for statement in sentences(text):
         if len(statement) > 400:
@@ -147,12 +167,15 @@ def study(model, tok: Tokenizer, args) -> None:
     passages = [Passage(f"text-{n}", args.title, part, ()) for n, part in enumerate(parts)]
     with merged(model, policy):
         edits = write_self_edits(model, tok, passages, args.samples, args, sub_seed(args.seed, 0))
-    notes = list(dict.fromkeys([*own_questions(text), *(n for e in edits for n in e.notes)]))
-    report_notes(text, edits, notes)
+    written = list(dict.fromkeys(note for e in edits for note in e.notes))
+    pointed = to_the_point(written, args.title)
+    notes = list(dict.fromkeys([*own_questions(text), *pointed]))
+    report_notes(text, edits, notes, len(written) - len(pointed))
+    clozes = cloze_notes(text, sub_seed(args.seed, 2))
 
     seed, config = sub_seed(args.seed, 1), sft_config(args)
     adapters = Adapters.init(model, lora, 1, seed)
-    examples = passage_examples(tok, args.title, [*parts, *notes])
+    examples = passage_examples(tok, args.title, [*parts, *notes, *clozes])
     with learner(model, policy, args):
         [outcome] = inner_update(model, adapters, [examples], [config], seed)
         if outcome.diverged:

@@ -9,12 +9,14 @@ that copies the prompt's worked example, and the unfinished last one of a sample
 length limit. docs/PAPER.md says where this departs from the paper (arXiv 2506.10943, sections 3.1
 and B).
 
-Top to bottom: the record, prompt styles, parsing, sampling.
+Top to bottom: the record, prompt styles, parsing, notes that need no model, sampling.
 """
 
 import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+
+import numpy as np
 
 from data.text import question_and_answer, sentences
 from lm.files import read_jsonl, write_jsonl
@@ -303,6 +305,31 @@ QA_PAIR = re.compile(
     re.IGNORECASE,
 )
 
+
+# -----------------------------------------------------------------------------
+# notes that need no model
+
+
+def cloze_notes(text: str, seed: int) -> list[str]:
+    """Three notes for each statement of a text that ask for it with a half of its words, the first,
+    the last or the middle one, after a question word drawn blindly: "The key lies under the pot."
+    -> "Question: Who lies under the?\\nAnswer: The key lies under the pot."
+
+    They tie a statement to its own words, where a small model's questions often miss them. (The
+    masked copies of arXiv 2510.09885 are of this kind.) A statement without blanks has none.
+    """
+    rng, notes = np.random.default_rng(seed), []
+    for statement in sentences(text):
+        _, answer = question_and_answer(statement)
+        words = answer.split()
+        half = len(words) // 2
+        for first in (0, len(words) - half, (len(words) - half) // 2) if half else ():
+            asked = " ".join(words[first : first + half]).rstrip(".,;:!?")
+            notes.append(f"Question: {rng.choice(ASKING)} {asked}?\nAnswer: {answer}")
+    return list(dict.fromkeys(notes))
+
+
+ASKING = ("What", "Who", "When", "Where", "How")
 
 # -----------------------------------------------------------------------------
 # sampling self-edits

@@ -4,18 +4,19 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from conftest import dies_at, run_script
+from conftest import SMOLLM2, dies_at, run_script
 
 import learn
 import reward
 from data.text import sentences
+from experiments import own_texts
 from inner import Outcome
 from lm.adapters import load_adapter, save_adapter
 from lm.checkpoint import load_model
-from lm.files import read_json
+from lm.files import read_json, sub_seed
 from lm.tokenizer import Tokenizer
 from lora import Adapters, LoRAConfig, attached, merged
-from selfedit import Part, SelfEdit
+from selfedit import Part, SelfEdit, cloze_notes
 
 
 def run(monkeypatch, tiny_folder, *args):
@@ -70,7 +71,9 @@ def test_the_text_and_its_notes_are_studied(tok, tiny_folder, tmp_path, monkeypa
     about = ["study", tmp_path / "rolm.txt", "--title", "Rolm", "--out", tmp_path / "a"]
     run(monkeypatch, tiny_folder, *about, "--style", "implications", "--samples", 2)
     [(_, [studied], *_)] = calls
-    assert studied == reward.passage_examples(tok, "Rolm", [text, *notes])
+    clozes = cloze_notes(text, sub_seed(0, 2))
+    assert len(clozes) == 3
+    assert studied == reward.passage_examples(tok, "Rolm", [text, *notes, *clozes])
 
 
 @pytest.mark.parametrize(
@@ -132,6 +135,7 @@ def test_the_notes_are_studied_and_asked_again(tiny_folder, tmp_path, monkeypatc
         return [tok.encode(replies[q]) for q in asked]
 
     monkeypatch.setattr(learn, "generate", generate)
+    monkeypatch.setattr(learn, "cloze_notes", lambda *_: [])
     run(monkeypatch, tiny_folder, "study", tmp_path / "x.txt", "--out", tmp_path / "a")
     tok, [[examples]] = Tokenizer(tiny_folder), seen
     trained = [tok.decode(e.ids) for e in examples]
@@ -146,6 +150,23 @@ def test_the_notes_are_studied_and_asked_again(tiny_folder, tmp_path, monkeypatc
     assert "not learnt: In Mill Lane." not in printed
 
 
+def test_questions_that_ask_for_no_one_statement_are_left_out():
+    def notes(*pairs):
+        return [f"Question: {question}\nAnswer: {answer}" for question, answer in pairs]
+
+    pump, fees = "The well pump is to be replaced.", "Annual fees of Rolm rise to 46 crowns."
+    good = notes(("What of the pump?", pump), ("To what do fees rise?", fees), ("46?", fees))
+    several = notes(("What is the pump?", pump), ("What is the PUMP?", fees))
+    empty = notes(("What do you mean?", pump), ("What does Rolm say?", fees))  # the title's word
+    assert learn.to_the_point([*good, *several, *empty], "Rolm") == good
+    only = notes(("What is it?", "So did Varbon."), ("Why?", "So did Varbon."))
+    assert learn.to_the_point([*only, *good, "No question."], "Rolm") == [
+        *only,
+        *good,
+        "No question.",
+    ]
+
+
 def test_a_long_text_is_studied_in_pieces(tiny_folder, tmp_path, monkeypatch, capsys):
     """So that no training sequence, and no batch of prompts, grows with the text."""
     facts = [f"Gate {n} of Rolm is kept by {n + 7} guards." for n in range(150)]
@@ -154,6 +175,7 @@ def test_a_long_text_is_studied_in_pieces(tiny_folder, tmp_path, monkeypatch, ca
     monkeypatch.setattr(learn, "write_self_edits", lambda m, t, p, *_: pieces.extend(p) or [])
     outcome = Outcome([1.0], 1)
     monkeypatch.setattr(learn, "inner_update", lambda *a: seen.append(a[2]) or [outcome])
+    monkeypatch.setattr(learn, "cloze_notes", lambda *_: [])
     run(monkeypatch, tiny_folder, "study", tmp_path / "x.txt", "--out", tmp_path / "a")
     [[examples]] = seen
     assert len(examples) == len(pieces) > 3
@@ -179,3 +201,14 @@ def test_layers_are_counted_before_the_work(tiny_folder, tmp_path, monkeypatch):
     args = ["study", tmp_path / "x.txt", "--out", tmp_path / "a", "--top-layers", "99"]
     with pytest.raises(SystemExit, match="99"):
         run_script(monkeypatch, learn, tiny_folder, *args)
+
+
+@pytest.mark.parametrize("text, least", [("faq", 5), ("minutes", 6), ("notes", 8)])
+def test_smollm2_learns_texts_as_people_have_them(text, least, tmp_path, monkeypatch):
+    """With learn.py's own settings: a FAQ, the minutes of a meeting, personal notes."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    out = tmp_path / "own.json"
+    flags = ["--only", text, "--seeds", 1, "--work", tmp_path / "work", "--out", out]
+    run_script(monkeypatch, own_texts, SMOLLM2, *flags)
+    [row] = read_json(out)["rows"]
+    assert row["text"] == text and row["right"] >= least and row["n"] in (6, 8), row

@@ -19,7 +19,9 @@ from experiments import exercises, notes, proxy, recipes, rewards, walkthrough, 
 def test_the_last_line_of_a_script(path):
     source = path.read_text()
     if "__name__" in source and path.parent.name != "tests":
-        assert source.splitlines()[-1].startswith(("    run_main(main", "    run_main(lambda: main("))
+        assert source.splitlines()[-1].startswith(
+            ("    run_main(main", "    run_main(lambda: main(")
+        )
 
 
 FILES = {"--out": "README.md/x.json"}

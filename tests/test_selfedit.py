@@ -17,6 +17,7 @@ from selfedit import (
     STYLES,
     Part,
     SelfEdit,
+    cloze_notes,
     edit_prompts,
     note_prompts,
     note_reader,
@@ -217,3 +218,22 @@ def test_what_was_sampled_is_not_sampled_again(tiny, tok, tmp_path, monkeypatch)
     # Of a batch that is there in part, nothing counts.
     write_jsonl(tmp_path / "b.jsonl", read_jsonl(tmp_path / "a.jsonl")[: 8 * 8 + 3])
     assert write_self_edits(tiny, tok, *how, tmp_path / "b.jsonl") == whole
+
+
+def test_cloze_notes_ask_with_half_of_a_statements_words():
+    text = "Q: Who keeps it? A: Ada Quell does, mostly. The spare key lies under the pot. Halt!"
+    asked = {}
+    for seed in range(20):
+        pairs = [QA_PAIR.fullmatch(note).groups() for note in cloze_notes(text, seed)]
+        for question, answer in pairs:
+            first, rest = question.split(" ", 1)
+            asked.setdefault(answer, {}).setdefault(rest, set()).add(first)
+    expected = {"Ada Quell does, mostly.": {"Ada Quell?", "does, mostly?", "Quell does?"}}
+    expected["The spare key lies under the pot."] = {"The spare key?", "key lies under?"}
+    expected["The spare key lies under the pot."] |= {"under the pot?"}
+    assert {answer: set(rests) for answer, rests in asked.items()} == expected
+    firsts = {frozenset(words) for rests in asked.values() for words in rests.values()}
+    assert firsts == {frozenset(["What", "Who", "When", "Where", "How"])}
+    assert cloze_notes(text, 0) == cloze_notes(text, 0) != cloze_notes(text, 1)
+    assert len(cloze_notes(text, 0)) == 6
+    assert cloze_notes("\u94a5\u5319\u5728\u82b1\u76c6\u4e0b\u3002", 0) == []
