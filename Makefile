@@ -55,6 +55,7 @@ studies: .venv/dev model
 	$(PY) experiments/proxy.py --limit 24 --work runs/studied/round-1
 	$(PY) experiments/rewards.py --seeds 2
 	$(PY) experiments/recipes.py --limit 16
+	$(PY) experiments/own_texts.py
 
 model: checkpoints/smollm2-135m-instruct
 data: downloads/arc

@@ -286,14 +286,17 @@ def own_recipes(args, methods) -> dict:
     the ladder needs."""
     if not args.recipes:
         return {}
-    best = read_json(args.recipes).get("best", {})
+    given, best = read_json(args.recipes).get("best"), {}
+    for method, recipe in given.items() if isinstance(given, dict) else ():
+        lr, steps = map(recipe.get, ("lr", "steps")) if isinstance(recipe, dict) else (0, 0)
+        if type(lr) in (int, float) and 0 < lr < np.inf and type(steps) is int and steps > 0:
+            best[method] = {"lr": lr, "steps": steps}
     for method in ("passage", "passage+unrelated", "passage+self-edit"):
-        if not {"lr", "steps"} <= best.get(method, {}).keys():
+        if method not in best:
             raise SystemExit(
                 f"error: {args.recipes}: no 'lr' and 'steps' for {method!r} under 'best'; "
                 "see experiments/recipes.py"
             )
-    best = {method: {"lr": r["lr"], "steps": r["steps"]} for method, r in best.items()}
     others = ("passage+pooled", *methods, "stronger-editor")
     return best | dict.fromkeys(others, best["passage+self-edit"])
 

@@ -214,8 +214,12 @@ def test_recipes_and_a_stronger_editor(tiny_folder, passages_file, tmp_path, mon
     recipes = tmp_path / "recipes.json"
     recipes.write_text(json.dumps({"best": best}))
     extra = ["--match", "steps", "--recipes", recipes, "--samples", 2]
-    with pytest.raises(SystemExit, match=r"no 'lr' and 'steps' for 'passage\+self-edit'"):
-        ladder(monkeypatch, tiny_folder, passages_file, tmp_path, *extra)
+    unlike = [{"lr": 1e-3}, {"lr": "x", "steps": 2}, {"lr": 1e-3, "steps": 0}, [], 7]
+    unlike += [{"lr": float("inf"), "steps": 2}, {"lr": 1e-3, "steps": 2.5}]
+    for wrong in [best, [], None, *(best | {"passage+self-edit": recipe} for recipe in unlike)]:
+        recipes.write_text(json.dumps({"best": wrong}).replace("Infinity", "1e999"))
+        with pytest.raises(SystemExit, match="no 'lr' and 'steps' for 'passage"):
+            ladder(monkeypatch, tiny_folder, passages_file, tmp_path, *extra)
     best |= {"passage+self-edit": {"lr": 4e-3, "steps": 4, "accuracy": 0.5}}
     recipes.write_text(json.dumps({"best": best}))
     ladder(monkeypatch, tiny_folder, passages_file, tmp_path, *extra)
