@@ -162,7 +162,6 @@ def main() -> None:
     passages = load_passages(args.data, args.split, args.skip, args.limit)
     model, tok = load(args)
     lora_config(args, model)  # complains now rather than after sampling
-    lora_config(args, model)  # complains now rather than after sampling
     settings = {k: v for k, v in vars(args).items() if k not in ("work", "out")}
     work = open_run(args.work, settings | {"data_sha256": digest(args.data)})
     result = measure(model, tok, passages, args, work)

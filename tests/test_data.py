@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 
 from data import prepare
 from data.qa import load_passages
+from lm.files import read_json
 from quiz import normalize
 
 PASSAGES = load_passages(ROOT / "data" / "passages.json")
@@ -61,6 +62,43 @@ def test_each_passage(p):
         assert re.search(r"[a-z] [A-Z]", q.question) and "passage" not in q.question.lower(), (
             q.question
         )
+
+
+OTHER_HAND = load_passages(ROOT / "data" / "other_hand.json", "")
+
+
+def test_the_other_hand_wrote_enough_and_names_nothing_of_ours():
+    kinds = Counter(p["kind"] for p in read_json(ROOT / "data" / "other_hand.json")["passages"])
+    assert kinds == dict.fromkeys(["encyclopedia", "newspaper", "manual", "notes"], 8)
+    inside = re.compile(r"(?<=[a-z,;] )[A-Z][a-z]{4,}")
+    ours = {name for p in PASSAGES for name in inside.findall(p.text)}
+    shared = ours & {name for p in OTHER_HAND for name in inside.findall(p.text)}
+    ordinary = (
+        "Tuesday Thursday Friday Sunday March August October November Admiral Bridge Brothers"
+    )
+    ordinary += " Doctor Guild Marshes Street Supper Tower"
+    assert shared <= set(ordinary.split()), shared
+
+
+@pytest.mark.parametrize("p", OTHER_HAND, ids=lambda p: p.id)
+def test_each_passage_by_the_other_hand(p):
+    assert 45 <= len(p.text.split()) <= 80 and 4 <= len(p.questions) <= 5
+    for q in p.questions:
+        assert normalize(q.answers[0]) in normalize(p.text)
+        assert not any(f" {normalize(a)} " in f" {normalize(q.question)} " for a in q.answers)
+
+
+def test_the_first_training_passages_have_two_more_wordings_of_each_question():
+    wordings = read_json(ROOT / "data" / "wordings.json")["wordings"]
+    passages = load_passages(ROOT / "data" / "passages.json", "train", limit=48)
+    assert list(wordings) == [p.id for p in passages]
+    for p in passages:
+        for q, pair in zip(p.questions, wordings[p.id], strict=True):
+            assert len({*pair, q.question}) == 3
+            for wording in pair:
+                asked = f" {normalize(wording)} "
+                assert wording.endswith("?") and wording.count("?") == 1
+                assert not any(f" {normalize(a)} " in asked for a in q.answers), wording
 
 
 def test_train_and_heldout_share_no_invented_name():

@@ -19,7 +19,7 @@ FLOORS = [
     "train_outer.py eval_qa.py eval_arc.py learn.py report.py",
     "experiments/rewards.py experiments/proxy.py experiments/recipes.py experiments/notes.py",
     "experiments/warm.py experiments/figures.py experiments/walkthrough.py",
-    "experiments/exercises.py experiments/own_texts.py",
+    "experiments/exercises.py experiments/own_texts.py experiments/noise.py",
     "bench/baselines.py bench/scaling.py bench/speed.py",
 ]
 ORDER = " ".join(FLOORS).split()
