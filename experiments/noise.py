@@ -173,15 +173,20 @@ def correlation_over(sums: list[np.ndarray], seed: int) -> dict:
     return {"value": float(ratio(sums.sum(axis=0))), "ci95": [float(low), float(high)]}
 
 
+def of_passage(scores: np.ndarray, key: str) -> np.ndarray:
+    """One score of each answer."""
+    values = [a[key] for a in scores.flat]
+    return np.array(values, float).reshape(scores.shape)
+
+
 def judge(table: list, passages, key: str, seed: int) -> dict:
     """table[passage] (candidates, seeds, 3 * questions) of dicts -> the row of one score."""
     split, whole, by_part = [], {}, {}
     for scores, p in zip(table, passages):
-        pick = np.vectorize(lambda a: float(a[key]), otypes=[float])
-        accuracy = np.vectorize(lambda a: float(a["accuracy"]), otypes=[float])
         n, statements = len(p.questions) // 3, sentences(p.text)
         about = np.array([sentence_about(q, statements) for q in p.questions[:n]])
-        own, other = pick(scores[..., :n]), accuracy(scores[:, -1, n:])  # the last seed judges
+        own = of_passage(scores[..., :n], key)
+        other = of_passage(scores[:, -1, n:], "accuracy")  # the last seed judges
         other = (other[:, :n] + other[:, n:]) / 2
         if n > 1:
             split.append(components(own))
@@ -228,7 +233,7 @@ def measure(model, tok, passages, args, work: Path) -> list[dict]:
         for n in range(0, len(edits), args.samples):
             studies = [own[n : n + args.samples] for own in by_seed]
             table.append(np.array(studies, dtype=object).swapaxes(0, 1))
-        accuracy = np.array([np.mean([a["accuracy"] for a in t.flat]) for t in table])
+        accuracy = np.array([of_passage(scores, "accuracy").mean() for scores in table])
         row = {"recipe": recipe, "lr": config.lr, "steps": config.steps, "epochs": config.epochs}
         row |= {"accuracy": float(accuracy.mean()), "ci95": bootstrap(accuracy, args.seed)}
         row["scores"] = {name: judge(table, longer, key, args.seed) for name, key in SCORES.items()}
