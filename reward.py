@@ -24,6 +24,7 @@ import selfedit
 from data.qa import Passage, Question
 from data.text import pieces, question_and_answer, sentences
 from inner import Outcome, SFTConfig, inner_update
+from lm.files import sub_seed
 from lm.flags import add_model_flags
 from lm.log import Log
 from lm.packing import Example
@@ -268,6 +269,83 @@ def credit(e: SelfEdit, passage: Passage, result: dict, reward: str) -> None:
         credits = by_sentence(passage, [a[reward] for a in result["answers"]])
     for part, value in zip(e.parts, credits, strict=True):
         part.credit = value
+
+
+# -----------------------------------------------------------------------------
+# credit of single notes, by studies of random halves (the estimator of Data Banzhaf, 2205.15466)
+
+
+def random_halves(n: int, count: int, seed: int) -> list[tuple]:
+    """`count` random halves of n notes, as numbers, in complementary pairs: [half, the rest, half,
+    the rest, ...]. Of an odd n the one or the other has one more."""
+    rng, halves = np.random.default_rng(seed), []
+    for _ in range(count // 2):
+        order, middle = rng.permutation(n).tolist(), int(n + rng.integers(2)) // 2
+        halves += [tuple(sorted(order[:middle])), tuple(sorted(order[middle:]))]
+    return halves
+
+
+def pools(edits: list[SelfEdit], passages: dict, count: int, seed: int) -> list[tuple]:
+    """(passage, its self-edits, their notes pooled, random_halves() of these) for each passage; of
+    one with fewer than two notes there are no halves."""
+    found = []
+    for n, (id, passage) in enumerate(passages.items()):
+        own = [e for e in edits if e.passage == id]
+        pool = pooled([e.notes for e in own])
+        halves = random_halves(len(pool), count, sub_seed(seed, n)) if len(pool) > 1 else []
+        found.append((passage, own, pool, halves))
+    return found
+
+
+def note_credits(halves: list[tuple], scores: np.ndarray, n: int) -> np.ndarray:
+    """(n, 2): what each of n notes brings, and its standard error. scores (count) of the halves;
+    NaN where a study diverged: that pair says nothing.
+
+    A note is in one half of each pair, so its credit is the mean over pairs of the score with it
+    minus the score without it. With fewer than two pairs the error is infinite.
+    """
+    differences = scores[0::2] - scores[1::2]  # (pairs)
+    signs = np.full((len(differences), n), -1.0)
+    for pair, half in enumerate(halves[0::2]):
+        signs[pair, list(half)] = 1.0
+    sound = np.isfinite(differences)
+    with_minus_without = signs[sound] * differences[sound, None]
+    if len(with_minus_without) < 2:
+        return np.tile([0.0, np.inf], (n, 1))
+    error = with_minus_without.std(axis=0, ddof=1) / math.sqrt(len(with_minus_without))
+    return np.stack([with_minus_without.mean(axis=0), error], axis=1)
+
+
+def credit_by_halves(pool_of: tuple, results: list[dict], metric: str) -> None:
+    """Fill in what the studies of random halves say of one passage's self-edits: scores and reward,
+    the means over the halves; the credit of each note, by the questions about its sentence, or 0
+    unless its 95 % interval is clear of zero; and the credit of each part, the mean of its notes'.
+    """
+    passage, edits, pool, halves = pool_of
+    of_half = []
+    for r in results:
+        values = by_sentence(passage, [a[metric] for a in r["answers"]])
+        of_half.append([math.nan if v is None or r["diverged"] else v for v in values])
+    sound = [mean_scores(r["answers"]) for r in results if not r["diverged"]]
+    statements = [question_and_answer(text)[1] for text in sentences(passage.text)]
+    for e in edits:
+        names = ("accuracy", "em", "f1", "logprob")
+        e.score = {m: float(np.mean([s[m] for s in sound])) if sound else 0.0 for m in names}
+        e.reward = e.score[metric]
+    for k, statement in enumerate(statements):
+        asked = any(sentence_about(q, statements) == k for q in passage.questions)
+        if not (asked and halves):
+            continue
+        credits = note_credits(halves, np.array(of_half)[:, k], len(pool))
+        worth = {}
+        for note, (credit, error) in zip(pool, credits):
+            pair = QA_PAIR.fullmatch(note)
+            if pair and pair[2] == statement:
+                worth[note] = float(credit) if abs(credit) > 1.96 * error else 0.0
+        for part in (e.parts[k] for e in edits):
+            own = {note: worth[note] for note in part.notes if note in worth}
+            part.note_credits = {QA_PAIR.fullmatch(note)[1]: [w] for note, w in own.items()}
+            part.credit = float(np.mean(list(own.values()))) if own else None
 
 
 # -----------------------------------------------------------------------------

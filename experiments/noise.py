@@ -199,7 +199,7 @@ def judge(table: list, passages, key: str, seed: int) -> dict:
                 products(mean.mean(axis=1)[:, None], other.mean(axis=1)[:, None])
             )
             by_part.setdefault(seeds, []).append(products(credit, truth))
-    variance = dict(zip(PARTS, map(float, np.mean(split, axis=0))))
+    variance = dict(zip(PARTS, map(float, np.mean(split or [[0.0] * 5], axis=0))))
     predicts = {
         str(n): {
             "whole": correlation_over(whole[n], seed),
