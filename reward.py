@@ -15,7 +15,7 @@ Top to bottom: flags, candidates, quizzing them, the proxy, credit, selection.
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 
@@ -136,6 +136,9 @@ def populations(candidates: list[Candidate], size: int) -> list[list[Candidate]]
 # the quiz of a population
 
 
+NOTHING = {"accuracy": 0.0, "em": 0.0, "f1": 0.0, "logprob": -100.0}  # of one that diverged
+
+
 def quiz_candidates(
     model, tok, candidates: list[Candidate], adapters: Adapters, outcomes: list[Outcome]
 ) -> list[dict]:
@@ -151,8 +154,7 @@ def quiz_candidates(
         answers = [next(scores) for _ in items]
         diverged = outcome.diverged or not all(math.isfinite(a["logprob"]) for a in answers)
         if diverged:
-            nothing = {"accuracy": 0.0, "em": 0.0, "f1": 0.0, "logprob": -100.0}
-            answers = [a | nothing for a in answers]
+            answers = [a | NOTHING for a in answers]
         results.append(outcome.record() | {"diverged": diverged, "answers": answers})
     return results
 
@@ -275,77 +277,90 @@ def credit(e: SelfEdit, passage: Passage, result: dict, reward: str) -> None:
 # credit of single notes, by studies of random halves (the estimator of Data Banzhaf, 2205.15466)
 
 
-def random_halves(n: int, count: int, seed: int) -> list[tuple]:
-    """`count` random halves of n notes, as numbers, in complementary pairs: [half, the rest, half,
-    the rest, ...]. Of an odd n the one or the other has one more."""
-    rng, halves = np.random.default_rng(seed), []
-    for _ in range(count // 2):
-        order, middle = rng.permutation(n).tolist(), int(n + rng.integers(2)) // 2
-        halves += [tuple(sorted(order[:middle])), tuple(sorted(order[middle:]))]
-    return halves
+@dataclass(frozen=True)
+class Pool:
+    """The notes of all self-edits on one passage, and the halves of them that are studied."""
+
+    passage: Passage
+    edits: list[SelfEdit]
+    notes: tuple
+    halves: list[tuple]
 
 
-def pools(edits: list[SelfEdit], passages: dict, count: int, seed: int) -> list[tuple]:
-    """(passage, its self-edits, their notes pooled, random_halves() of these) for each passage; of
-    one with fewer than two notes there are no halves."""
+def pools(edits: list[SelfEdit], passages: dict, count: int, seed: int) -> list[Pool]:
+    """One for each of passages {id: passage}; fewer than two notes have no halves."""
     found = []
     for n, (id, passage) in enumerate(passages.items()):
         own = [e for e in edits if e.passage == id]
-        pool = pooled([e.notes for e in own])
-        halves = random_halves(len(pool), count, sub_seed(seed, n)) if len(pool) > 1 else []
-        found.append((passage, own, pool, halves))
+        notes = pooled([e.notes for e in own])
+        halves = random_halves(notes, count, sub_seed(seed, n)) if len(notes) > 1 else []
+        found.append(Pool(passage, own, notes, halves))
     return found
 
 
-def note_credits(halves: list[tuple], scores: np.ndarray, n: int) -> np.ndarray:
-    """(n, 2): what each of n notes brings, and its standard error. scores (count) of the halves;
-    NaN where a study diverged: that pair says nothing.
+def random_halves(notes: tuple, count: int, seed: int) -> list[tuple]:
+    """`count` random halves of notes, in complementary pairs: [half, the rest, half, the rest,
+    ...]. Of an odd number the one or the other has one more."""
+    rng, halves = np.random.default_rng(seed), []
+    for _ in range(count // 2):
+        chosen = set(rng.permutation(len(notes))[: (len(notes) + rng.integers(2)) // 2].tolist())
+        halves.append(tuple(note for i, note in enumerate(notes) if i in chosen))
+        halves.append(tuple(note for i, note in enumerate(notes) if i not in chosen))
+    return halves
+
+
+def note_credits(halves: list[tuple], scores, notes) -> dict:
+    """{note: (what it brings, standard error)}. scores (count) of the halves; NaN where a study
+    diverged: that pair says nothing.
 
     A note is in one half of each pair, so its credit is the mean over pairs of the score with it
     minus the score without it. With fewer than two pairs the error is infinite.
     """
-    differences = scores[0::2] - scores[1::2]  # (pairs)
-    signs = np.full((len(differences), n), -1.0)
-    for pair, half in enumerate(halves[0::2]):
-        signs[pair, list(half)] = 1.0
-    sound = np.isfinite(differences)
-    with_minus_without = signs[sound] * differences[sound, None]
-    if len(with_minus_without) < 2:
-        return np.tile([0.0, np.inf], (n, 1))
-    error = with_minus_without.std(axis=0, ddof=1) / math.sqrt(len(with_minus_without))
-    return np.stack([with_minus_without.mean(axis=0), error], axis=1)
+    pairs = np.array(scores, float).reshape(-1, 2)
+    sound = np.isfinite(pairs).all(axis=1)
+    difference, found = (pairs[:, 0] - pairs[:, 1])[sound], {}
+    for note in notes:
+        sign = np.array([1.0 if note in half else -1.0 for half in halves[0::2]])[sound]
+        brought = sign * difference
+        error = brought.std(ddof=1) / math.sqrt(len(brought)) if len(brought) > 1 else math.inf
+        found[note] = (float(brought.mean()) if len(brought) else 0.0, float(error))
+    return found
 
 
-def credit_by_halves(pool_of: tuple, results: list[dict], metric: str) -> None:
-    """Fill in what the studies of random halves say of one passage's self-edits: scores and reward,
-    the means over the halves; the credit of each note, by the questions about its sentence, or 0
-    unless its 95 % interval is clear of zero; and the credit of each part, the mean of its notes'.
-    """
-    passage, edits, pool, halves = pool_of
-    of_half = []
+def credit_by_halves(pools: list[Pool], results: list[dict], metric: str, config) -> None:
+    """Fill in what the studies of all pools' halves say of the self-edits: scores and reward, the
+    means over the passage's halves; the credit of each note, by the questions about its sentence,
+    or 0 unless its 95 % interval is clear of zero; and the credit of each part, the mean of its
+    notes'."""
+    left = iter(results)
+    for pool in pools:
+        own = [next(left) for _ in pool.halves]
+        answers = [a for r in own if not r["diverged"] for a in r["answers"]]
+        for e in pool.edits:
+            e.config = asdict(config)
+            e.score = mean_scores(answers or [NOTHING])
+            e.reward = e.score[metric]
+        credit_sentences(pool, own, metric)
+
+
+def credit_sentences(pool: Pool, results: list[dict], metric: str) -> None:
+    scores = []  # of each half: by sentence
     for r in results:
-        values = by_sentence(passage, [a[metric] for a in r["answers"]])
-        of_half.append([math.nan if v is None or r["diverged"] else v for v in values])
-    sound = [mean_scores(r["answers"]) for r in results if not r["diverged"]]
-    statements = [question_and_answer(text)[1] for text in sentences(passage.text)]
-    for e in edits:
-        names = ("accuracy", "em", "f1", "logprob")
-        e.score = {m: float(np.mean([s[m] for s in sound])) if sound else 0.0 for m in names}
-        e.reward = e.score[metric]
-    for k, statement in enumerate(statements):
-        asked = any(sentence_about(q, statements) == k for q in passage.questions)
-        if not (asked and halves):
-            continue
-        credits = note_credits(halves, np.array(of_half)[:, k], len(pool))
-        worth = {}
-        for note, (credit, error) in zip(pool, credits):
-            pair = QA_PAIR.fullmatch(note)
-            if pair and pair[2] == statement:
-                worth[note] = float(credit) if abs(credit) > 1.96 * error else 0.0
-        for part in (e.parts[k] for e in edits):
-            own = {note: worth[note] for note in part.notes if note in worth}
-            part.note_credits = {QA_PAIR.fullmatch(note)[1]: [w] for note, w in own.items()}
-            part.credit = float(np.mean(list(own.values()))) if own else None
+        values = by_sentence(pool.passage, [a[metric] for a in r["answers"]])
+        scores.append([math.nan if r["diverged"] and v is not None else v for v in values])
+    for k, statement in enumerate(sentences(pool.passage.text) if results else ()):
+        _, answer = question_and_answer(statement)
+        pairs = {note: QA_PAIR.fullmatch(note) for note in pool.notes}
+        about = [note for note, m in pairs.items() if m and m[2] == answer]
+        if scores[0][k] is None:
+            continue  # nothing is asked about this sentence
+        found, worth = note_credits(pool.halves, [of[k] for of in scores], about), {}
+        for note, (value, error) in found.items():
+            worth[note] = value if abs(value) > 1.96 * error else 0.0
+        for part in (e.parts[k] for e in pool.edits):
+            own = [note for note in part.notes if note in worth]
+            part.note_credits = {pairs[note][1]: [worth[note]] for note in own}
+            part.credit = float(np.mean([worth[note] for note in own])) if own else None
 
 
 # -----------------------------------------------------------------------------

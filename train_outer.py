@@ -24,7 +24,6 @@ and, of the one it was in, batches that are sampled and populations that are sco
 selection and the outer update are made again.
 """
 
-import itertools
 import time
 from collections import Counter
 from dataclasses import asdict
@@ -90,8 +89,7 @@ def parse_arguments(argv=None):
     add_loop_flags(sub["qa"], "runs/qa", ["accuracy", "logprob", "proxy"], list(RULES))
     about = "--select notes: most notes imitated about each sentence"
     sub["qa"].add_argument("--keep", type=at_least(1), default=6, help=about)
-    about = "study N random halves of each passage's pooled notes, in pairs, which gives each note "
-    about += "a credit; 0: each self-edit as it is"
+    about = "study N random halves of a passage's pooled notes, in pairs; 0: each self-edit"
     sub["qa"].add_argument("--halves", type=at_least(0), default=0, help=about)
     add_loop_flags(sub["arc"], "runs/arc", ["accuracy", "logprob"], ["improving", "best", "parts"])
     sub["arc"].set_defaults(**arc.DEFAULTS, outer_row_len=0, outer_batch=2, keep=0, halves=0)
@@ -129,28 +127,20 @@ def refuse_contradictions(parser, args) -> None:
     if args.domain == "arc":
         data.arc.refuse_other_source(parser, args)
         if args.reward == "logprob" and args.select == "improving":
-            parser.error(
-                "--reward logprob needs --select best: nothing says what doing nothing earns"
-            )
+            told = "nothing says what doing nothing earns"
+            parser.error(f"--reward logprob needs --select best: {told}")
         return
     if args.reward == "proxy" and (args.select == "improving" or not STYLES[args.style].quotes):
         parser.error("--reward proxy is for --style questions, and not for --select improving")
     if args.select == "notes" and args.reward != "proxy" and not args.halves:
-        tell = "--reward proxy or --halves, which tell what each note is worth"
-        parser.error(f"--select notes needs {tell}")
-    if args.halves:
-        refuse_halves(parser, args)
+        parser.error("--select notes needs --reward proxy or --halves, which judge single notes")
+    if args.halves and (args.halves < 4 or args.halves % 2):
+        parser.error(f"--halves {args.halves}: studies come in pairs, and two at least: 4, 6, ...")
+    by_study = args.select == "notes" and args.reward != "proxy" and STYLES[args.style].quotes
+    if args.halves and not by_study:
+        parser.error("--halves needs --select notes, --style questions, and a reward by study")
     if args.select != "notes":
         refuse_unused(parser, args, ["keep"], f"with --select {args.select}")
-
-
-def refuse_halves(parser, args) -> None:
-    if args.halves < 4 or args.halves % 2:
-        parser.error(f"--halves {args.halves}: studies come in pairs, and two at least: 4, 6, ...")
-    if args.select != "notes":
-        parser.error("--halves gives credit to notes: it needs --select notes")
-    if args.reward == "proxy" or not STYLES[args.style].quotes:
-        parser.error("--halves is for --style questions, and not for --reward proxy")
 
 
 # -----------------------------------------------------------------------------
@@ -175,15 +165,14 @@ class Passages:
         return Log(path, reward.accuracy_of)
 
     def candidates(self, edits: list[SelfEdit], seed: int) -> list[Candidate]:
-        """One for each self-edit, the same one for the same notes, so that they earn the same (in
-        bfloat16 a row of a batch is not rounded like the next); then, if --select compares with
-        them, the passages alone. With --halves: one for each half of a passage's pooled notes."""
+        """One for each self-edit, or half of a pool; then, if --select compares with them, for the
+        passages alone. The same one for the same notes, so that they earn the same (in bfloat16 a
+        row of a batch is not rounded like the next)."""
         if self.args.reward == "proxy":
             return []
         if self.args.halves:
-            contents, self.pools = [], reward.pools(edits, self.passages, self.args.halves, seed)
-            for passage, _, pool, halves in self.pools:
-                contents += [(passage, [pool[i] for i in half]) for half in halves]
+            self.pools = reward.pools(edits, self.passages, self.args.halves, seed)
+            contents = [(pool.passage, half) for pool in self.pools for half in pool.halves]
         else:
             passages = self.passages.values() if self.args.select == "improving" else ()
             contents = [(self.passages[e.passage], e.notes) for e in edits]
@@ -208,12 +197,8 @@ class Passages:
             reward.score_by_proxy(edits, self.passages)
             return {}
         if self.args.halves:
-            for e in edits:
-                e.config = asdict(sft_config(self.args))
-            results = (log[c] for c in candidates)
-            for pool_of in self.pools:
-                own = list(itertools.islice(results, len(pool_of[-1])))
-                reward.credit_by_halves(pool_of, own, self.args.reward)
+            how = (self.args.reward, sft_config(self.args))
+            reward.credit_by_halves(self.pools, [log[c] for c in candidates], *how)
             return {}
         for e, c in zip(edits, candidates):
             e.config = asdict(c.config)

@@ -36,6 +36,11 @@ def pytest_configure(config):
         lm.kernels.swap_in = lm.flags.swap_in = lambda model: None
 
 
+def pytest_collection_modifyitems(items):
+    """The slow ones first, so that no worker is left with one at the end."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 LLAMA3_ROPE = {"rope_type": "llama3", "factor": 8.0, "rope_theta": 10000.0}
 LLAMA3_ROPE |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LLAMA3_ROPE |= {"original_max_position_embeddings": 32}

@@ -6,6 +6,7 @@ from conftest import run_script
 
 import train_outer
 from data.qa import Passage, Question
+from inner import SFTConfig
 from lm.files import read_jsonl
 from reward import credit_by_halves, note_credits, pools, random_halves, select, to_imitate
 from selfedit import Part, SelfEdit
@@ -13,37 +14,42 @@ from selfedit import Part, SelfEdit
 
 @pytest.mark.parametrize("n", [2, 7, 8])
 def test_halves_come_in_complementary_pairs(n):
-    halves = random_halves(n, 40, 0)
-    assert len(halves) == 40 and random_halves(n, 40, 0) == halves != random_halves(n, 40, 1)
+    notes = tuple("abcdefgh"[:n])
+    halves = random_halves(notes, 40, 0)
+    assert len(halves) == 40 and halves == random_halves(notes, 40, 0)
+    assert halves != random_halves(notes, 40, 1)
     for half, rest in zip(halves[0::2], halves[1::2]):
-        assert sorted([*half, *rest]) == list(range(n)) and abs(len(half) - len(rest)) <= n % 2
+        assert sorted([*half, *rest]) == list(notes) and abs(len(half) - len(rest)) <= n % 2
+        assert list(half) == sorted(half) and list(rest) == sorted(rest)
     assert {len(half) for half in halves} == {n // 2, n - n // 2}
-    assert set().union(*halves[0::2]) == set(range(n))  # each note is drawn
+    assert set().union(*halves[0::2]) == set(notes)  # each note is drawn
 
 
 def test_a_notes_credit_is_the_score_with_it_minus_without():
     """Scores that are sums of the notes' worth give it back, with an interval that holds it."""
-    rng, worth = np.random.default_rng(0), np.array([0.4, -0.2, 0.0, 0.1, 0.0, 0.3])
-    halves = random_halves(len(worth), 4000, 0)
-    scores = np.array([worth[list(half)].sum() for half in halves])
-    exact = note_credits(halves, scores, len(worth))
-    # With a note there are 2 of the other 5, without it 3: their mean is less.
-    others = (worth.sum() - worth) / 5
-    assert exact[:, 0] == pytest.approx(worth - others, abs=0.02)
-    noisy = note_credits(halves, scores + rng.normal(0, 0.5, len(scores)), len(worth))
-    assert np.all(np.abs(noisy[:, 0] - exact[:, 0]) < 4 * noisy[:, 1])
-    few = note_credits(halves[:40], (scores + rng.normal(0, 0.5, len(scores)))[:40], len(worth))
-    assert few[:, 1] == pytest.approx(noisy[:, 1] * 10, rel=0.5)  # a hundredth of the pairs
+    rng, worth = np.random.default_rng(0), {"a": 0.4, "b": -0.2, "c": 0.0, "d": 0.1, "e": 0.3}
+    halves = random_halves(tuple(worth), 4000, 0)
+    scores = np.array([sum(map(worth.get, half)) for half in halves])
+    exact, noise = note_credits(halves, scores, worth), rng.normal(0, 0.5, len(scores))
+    noisy = note_credits(halves, scores + noise, worth)
+    few = note_credits(halves[:40], (scores + noise)[:40], worth)
+    for note, own in worth.items():
+        # Beside it are 1.6 of the other four on average (it is oftener in the half of three), and
+        # 2.4 in the half without it.
+        others = (sum(worth.values()) - own) / 4
+        assert exact[note][0] == pytest.approx(own + (1.6 - 2.4) * others, abs=0.02)
+        assert abs(noisy[note][0] - exact[note][0]) < 4 * noisy[note][1]
+        assert few[note][1] == pytest.approx(10 * noisy[note][1], rel=0.5)  # of 1/100 of the pairs
 
 
 def test_a_pair_with_a_diverged_study_says_nothing():
-    halves = random_halves(4, 8, 0)
+    halves = random_halves(tuple("abcd"), 8, 0)
     scores = np.arange(8.0) ** 2
-    without = note_credits(halves[2:], scores[2:], 4)
+    without = note_credits(halves[2:], scores[2:], "abcd")
     scores[1] = np.nan
-    assert note_credits(halves, scores, 4) == pytest.approx(without)
+    assert note_credits(halves, scores, "abcd") == without
     scores[3:] = np.nan
-    assert note_credits(halves, scores, 4).tolist() == [[0.0, np.inf]] * 4
+    assert note_credits(halves, scores, "abcd") == dict.fromkeys("abcd", (0.0, np.inf))
 
 
 PASSAGE = Passage(
@@ -68,10 +74,10 @@ def edits_of(*questions) -> list[SelfEdit]:
     return edits
 
 
-def results_of(halves, pool, score) -> list[dict]:
+def results_of(pool, score) -> list[dict]:
     results = []
-    for half in halves:
-        cast, rang = score([pool[i] for i in half])
+    for half in pool.halves:
+        cast, rang = score(half)
         answers = [{"em": 0.0, "f1": 0.0, "logprob": -1.0} | {"accuracy": x} for x in (cast, rang)]
         results.append({"diverged": False, "answers": answers})
     return results
@@ -80,11 +86,12 @@ def results_of(halves, pool, score) -> list[dict]:
 def test_notes_that_help_are_imitated():
     """Only "Who cast?" teaches who cast it. What no question of the quiz is about has no credit."""
     edits = edits_of(["Who cast?", "Why?"], ["Why?", "Who cast?"], ["Where?"])
-    [(passage, own, pool, halves)] = pools(edits, {"p": PASSAGE}, 24, 0)
-    assert passage is PASSAGE and own == edits and len(pool) == 5 and len(halves) == 24
+    [pool] = pools(edits, {"p": PASSAGE}, 24, 0)
+    assert pool.passage is PASSAGE and pool.edits == edits
+    assert len(pool.notes) == 5 and len(pool.halves) == 24
     good = note("Who cast?", "Ada cast it.")
-    results = results_of(halves, pool, lambda notes: (float(good in notes), 0.5))
-    credit_by_halves((passage, own, pool, halves), results, "accuracy")
+    results = results_of(pool, lambda notes: (float(good in notes), 0.5))
+    credit_by_halves([pool], results, "accuracy", SFTConfig())
     first, _, third = (e.parts[0].note_credits for e in edits)
     assert first["Who cast?"] == [1.0] and first["Why?"][0] < 0.5 and third["Where?"][0] < 0.5
     assert edits[0].parts[0].credit == pytest.approx((1 + first["Why?"][0]) / 2)
@@ -103,12 +110,13 @@ def test_noise_is_no_credit():
     the same."""
     edits, rng, kept = edits_of(["Who cast?", "Why?"], ["Where?"]), np.random.default_rng(0), 0
     for seed in range(50):
-        [pool_of] = pools(edits, {"p": PASSAGE}, 16, seed)
-        results = results_of(pool_of[3], pool_of[2], lambda _: rng.integers(0, 2, 2).tolist())
-        credit_by_halves(pool_of, results, "accuracy")
+        [pool] = pools(edits, {"p": PASSAGE}, 16, seed)
+        results = results_of(pool, lambda _: rng.integers(0, 2, 2).tolist())
+        credit_by_halves([pool], results, "accuracy", SFTConfig())
         kept += sum(v != [0.0] for e in edits for v in e.parts[0].note_credits.values())
     assert kept <= 0.15 * 150
-    credit_by_halves(pool_of, results_of(*pool_of[3:1:-1], lambda _: (1.0, 1.0)), "accuracy")
+    same = results_of(pool, lambda _: (1.0, 1.0))
+    credit_by_halves([pool], same, "accuracy", SFTConfig())
     select(edits, {}, "notes", 6)
     assert not any(e.kept for e in edits)
 
@@ -144,9 +152,9 @@ def test_a_round(tiny_folder, passages_file, tmp_path, monkeypatch):
     [
         (["--halves", 2, "--select", "notes"], "studies come in pairs, and two at least"),
         (["--halves", 5, "--select", "notes"], "studies come in pairs"),
-        (["--halves", 4], "needs --select notes"),
-        (["--halves", 4, "--select", "notes", "--reward", "proxy"], "not for --reward proxy"),
-        (["--halves", 4, "--select", "notes", "--style", "self-qa"], "for --style questions"),
+        (["--halves", 4], "--halves needs --select notes"),
+        (["--halves", 4, "--select", "notes", "--reward", "proxy"], "a reward by study"),
+        (["--halves", 4, "--select", "notes", "--style", "self-qa"], "--style questions, and"),
         (["--select", "notes"], "--reward proxy or --halves"),
     ],
 )

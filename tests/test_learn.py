@@ -203,6 +203,7 @@ def test_layers_are_counted_before_the_work(tiny_folder, tmp_path, monkeypatch):
         run_script(monkeypatch, learn, tiny_folder, *args)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text, least", [("faq", 5), ("minutes", 6), ("notes", 8)])
 def test_smollm2_learns_texts_as_people_have_them(text, least, tmp_path, monkeypatch):
     """With learn.py's own settings: a FAQ, the minutes of a meeting, personal notes."""

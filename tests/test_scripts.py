@@ -18,7 +18,7 @@ from experiments import exercises, notes, proxy, recipes, rewards, walkthrough, 
 @pytest.mark.parametrize("path", [*ROOT.glob("*.py"), *ROOT.glob("*/*.py")], ids=lambda p: p.name)
 def test_the_last_line_of_a_script(path):
     source = path.read_text()
-    if "__name__" in source and path.parent.name != "tests":
+    if "\nif __name__" in source and path.parent.name != "tests":
         assert source.splitlines()[-1].startswith(
             ("    run_main(main", "    run_main(lambda: main(")
         )

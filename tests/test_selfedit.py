@@ -221,9 +221,9 @@ def test_what_was_sampled_is_not_sampled_again(tiny, tok, tmp_path, monkeypatch)
 
 
 def test_cloze_notes_ask_with_half_of_a_statements_words():
-    text = "Q: Who keeps it? A: Ada Quell does, mostly. The spare key lies under the pot. Halt!"
+    text = "Who keeps it? Ada Quell does, mostly. The spare key lies under the pot. Halt!"
     asked = {}
-    for seed in range(20):
+    for seed in range(60):
         pairs = [QA_PAIR.fullmatch(note).groups() for note in cloze_notes(text, seed)]
         for question, answer in pairs:
             first, rest = question.split(" ", 1)

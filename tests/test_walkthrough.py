@@ -2,6 +2,7 @@
 
 import re
 
+import pytest
 from conftest import ROOT
 
 from experiments import walkthrough
@@ -9,6 +10,7 @@ from experiments import walkthrough
 NUMBER = re.compile(r"(?<![\w.])\d+\.\d+(?![\w.])")
 
 
+@pytest.mark.slow
 def test_the_walkthrough_is_what_the_code_does():
     """Losses are compared with a tolerance: processors round sums differently."""
     committed = (ROOT / "docs" / "WALKTHROUGH.md").read_text()
