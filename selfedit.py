@@ -39,7 +39,8 @@ class Part:
     target: str = ""  # what of it may be imitated: the text of its notes, or ""
     flaw: str = ""  # "", "empty", "malformed", "endless", "repeats" or "copied"
     credit: float | None = None  # its own reward; None where no question is about it
-    # --reward proxy: {question of a note: its closeness to each of the quiz's}
+    # {question of a note: its closeness to each of the quiz's (--reward proxy), or what the note
+    # brings (--halves)}
     note_credits: dict = field(default_factory=dict)
     kept: bool = False  # is it imitated?
 
