@@ -15,7 +15,6 @@ As in the paper a self-edit is a list of facts, each line one training sequence,
 equal epochs, so that more notes mean more steps. Unlike there, the policy theta only writes, while
 the untrained theta_0 studies and answers (docs/PAPER.md). train_outer.py does the same fast, for
 populations, and with questions for notes by default; tests/test_seal.py holds the two together.
-
 The ladder at the end stands on the same passages: no result. docs/RESULTS.md has those.
 """
 
@@ -45,15 +44,15 @@ def setting(default, about: str):
 class Settings:
     model: str = setting("checkpoints/smollm2-135m-instruct", "Hugging Face folder")
     data: str = setting("data/passages.json", "passages with questions")
-    passages: int = setting(4, "how many training passages; the paper: 50")
+    passages: int = setting(4, "how many training passages, the last ones; the paper: 50")
     samples: int = setting(2, "self-edits per passage, M; the paper: 5")
     temperature: float = setting(0.7, "of sampling; the paper: 1")
-    max_new: int = setting(160, "longest self-edit, in tokens")
+    max_new: int = setting(96, "longest self-edit, in tokens")
     top_layers: int = setting(10, "the inner update adapts the last K layers; the paper: all")
     lr: float = setting(4e-3, "inner peak learning rate, decays linearly; the paper: 1e-3")
     epochs: int = setting(3, "inner passes over passage and notes; the paper: 10")
     outer_lr: float = setting(5e-4, "outer peak learning rate; the paper: 3e-4")
-    outer_epochs: int = setting(2, "passes over what is imitated; the paper: 2")
+    outer_epochs: int = setting(1, "passes over what is imitated; the paper: 2")
     seed: int = setting(0, "same seed, same output")
 
 
@@ -151,8 +150,7 @@ def sft(model, adapter: Adapters, examples: list[tuple], lr: float, epochs: int,
     optimizer = torch.optim.AdamW([weights], lr=lr, weight_decay=0.0)
     order, losses = [], []
     for epoch in range(epochs):
-        rng = np.random.default_rng([seed, epoch])
-        order += rng.random(len(examples)).argsort().tolist()
+        order += np.random.default_rng([seed, epoch]).random(len(examples)).argsort().tolist()
     with attached(model, adapter) as lora:
         for step, i in enumerate(order):
             prompt, reply = examples[i]
@@ -172,6 +170,8 @@ def sft(model, adapter: Adapters, examples: list[tuple], lr: float, epochs: int,
 
 # ---- (3) quiz: A ~ LM_theta'( . | tau), and (4) reward -------------------------------------------
 
+ANSWER_LEN = 32  # most tokens of an answer
+
 
 def quiz_prompt(tok, title: str, question: str) -> list[int]:
     topic = f"Topic: {title}\n" if title else ""
@@ -189,14 +189,15 @@ def is_right(answer: str, accepted) -> bool:
     return any(f" {normalize(a)} " in f" {normalize(answer)} " for a in accepted)
 
 
-def ask(model, tok, passage) -> list[tuple]:
+def ask(model, tok, passages) -> list[tuple]:
     """(answer, is it right?) to each question, asked without a title that gives the answer away."""
+    asked = [(p.title, q) for p in passages for q in p.questions]
     answers, prompts = [], []
-    for q in passage.questions:
-        told = any(normalize(a) in normalize(passage.title) for a in q.answers)
-        prompts.append(quiz_prompt(tok, "" if told else passage.title, q.question))
-    replies = generate(model, prompts, 48, {*tok.end_ids, *tok.newline_ids})
-    for q, ids in zip(passage.questions, replies):
+    for title, q in asked:
+        told = any(normalize(a) in normalize(title) for a in q.answers)
+        prompts.append(quiz_prompt(tok, "" if told else title, q.question))
+    replies = generate(model, prompts, ANSWER_LEN, {*tok.end_ids, *tok.newline_ids})
+    for (_, q), ids in zip(asked, replies):
         answer = tok.decode([t for t in ids if t not in tok.end_ids]).strip().split("\n")[0]
         answers.append((answer, is_right(answer, q.answers)))
     return answers
@@ -212,7 +213,7 @@ def study(model, tok, passage, notes: list[str], s: Settings) -> dict:
         examples.append(([], [*tok.encode(f"{passage.title}\n{text}"), tok.end_ids[0]]))
     losses = sft(model, adapter, examples, s.lr, s.epochs, seed)
     with attached(model, adapter):
-        answers = ask(model, tok, passage)
+        answers = ask(model, tok, [passage])
     reward = float(np.mean([right for _, right in answers]))
     return {"adapter": adapter.flat[0], "losses": losses, "answers": answers, "reward": reward}
 
@@ -223,16 +224,16 @@ def study(model, tok, passage, notes: list[str], s: Settings) -> dict:
 def main(s: Settings) -> dict:
     start, model, tok = time.time(), load_model(s.model), Tokenizer(s.model)
     model.unused = tok.unused(model.config.vocab_size)
-    passages, n_layer = load_passages(s.data, "train", 0, s.passages), model.config.n_layer
+    passages, n_layer = load_passages(s.data, "train")[-s.passages :], model.config.n_layer
     if not 1 <= s.top_layers <= n_layer:
         raise SystemExit(f"error: --top-layers {s.top_layers}: the model has {n_layer} layers")
     lora = LoRAConfig(64, 128.0, tuple(PROJECTIONS), 0, n_layer)
     policy = Adapters.init(model, lora, 1, sub_seed(s.seed, 0))  # theta is theta_0 and this adapter
     edits = write(model, tok, passages, s.samples, s, sub_seed(s.seed, 1, 0))  # (1)
     ladder = {"base": [], "passage": [], "passage+self-edit": [], "seal-1": []}
-    candidates, examples = [], []
+    candidates, examples, known = [], [], iter(ask(model, tok, passages))
     for passage, of_passage in zip(passages, edits):
-        before = ask(model, tok, passage)
+        before = [next(known) for _ in passage.questions]
         alone = study(model, tok, passage, [], s)  # without notes: what notes have to beat
         studied = [study(model, tok, passage, notes, s) for notes in of_passage]  # (2), (3), (4)
         ladder["base"].append(np.mean([right for _, right in before]))
@@ -276,5 +277,4 @@ if __name__ == "__main__":
     for f in dataclasses.fields(Settings):
         flag, about = f"--{f.name.replace('_', '-')}", f"{f.metadata['help']} [%(default)s]"
         parser.add_argument(flag, type=f.type, default=f.default, help=about)
-    settings = Settings(**vars(parser.parse_args()))
-    run_main(lambda: main(settings))
+    run_main(lambda: main(Settings(**vars(parser.parse_args()))))

@@ -9,13 +9,14 @@ import pytest
 from conftest import run_script
 
 import eval_qa
+import reward
 from data.qa import Passage, Question, load_passages
-from experiments import notes, proxy, recipes, rewards
+from experiments import notes, proxy, recipes, rewards, tools
 from experiments.notes import measure
 from experiments.rewards import correlation, judge_reward
 from lm.files import read_jsonl, write_jsonl
 from quiz import ask
-from selfedit import STYLES, Part, SelfEdit
+from selfedit import QA_PAIR, STYLES, Part, SelfEdit
 
 # -----------------------------------------------------------------------------
 # statistics
@@ -232,3 +233,44 @@ def test_the_best_recipe_is_the_most_accurate(monkeypatch):
 def test_no_ladder_there(tiny_folder, passages_file, tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match=r"no .*-sampled\.jsonl there"):
         run(monkeypatch, notes, tiny_folder, passages_file, tmp_path)
+
+
+def test_tools_make_copies_of_the_text():
+    text = "Ada cast it. Bo rang it. So it was."
+    orders = tools.orders(text, 0)
+    assert len(orders) == 5 and len(set(orders)) > 1 and orders == tools.orders(text, 0)
+    for order in orders:
+        assert sorted(order.split()) == sorted(text.split()) and "Ada cast it." in order
+    for note in tools.masked(text, 0):
+        asked, answer = QA_PAIR.fullmatch(note).groups()
+        shown = asked.removeprefix("What is the whole text? ").split()
+        assert answer == text and shown.count("___") == 4  # of nine words
+        assert all(a in ("___", b) for a, b in zip(shown, text.split(), strict=True))
+    assert len(set(tools.masked(text, 0))) > 1
+
+
+def test_tools(tiny_folder, passages_file, tmp_path, monkeypatch):
+    """Each row is trained on what its tool makes, beside the passage and, if so, its notes."""
+    small = ["--max-new", 12, "--top-layers", 2, "--steps", 1, "--limit", 3]
+    seen, update = [], reward.inner_update
+
+    def spy(model, adapters, examples, *more):
+        seen.append([len(own) for own in examples])
+        return update(model, adapters, examples, *more)
+
+    monkeypatch.setattr("reward.inner_update", spy)
+    edit = lambda p: SelfEdit(p.id, [Part("x", ["Rolm fell."])])  # noqa: E731
+    monkeypatch.setattr(tools, "write_self_edits", lambda m, t, ps, *_: list(map(edit, ps)))
+    result = run(monkeypatch, tools, tiny_folder, passages_file, tmp_path, *small)
+    names = ["nothing", "orders", "masked", "clozes", "all"]
+    rows = [*names, *(f"notes+{name}" for name in names)]
+    assert [r["row"] for r in result["rows"]] == rows
+    # Three passages of two sentences, one population; "It sells red bricks." has three clozes.
+    per_row = [1, 6, 6, 7, 17]
+    assert seen == [[n] * 3 for n in [*per_row, *(n + 1 for n in per_row)]]
+    pairs = [(s["from"], s["to"]) for s in result["steps"]]
+    assert pairs[:4] == [("nothing", name) for name in names[1:]]
+    assert pairs[4:] == [("notes+nothing", f"notes+{name}") for name in names[1:]]
+    for name in ("orders", "x"):
+        with pytest.raises(SystemExit):
+            run(monkeypatch, tools, tiny_folder, passages_file, tmp_path, "--tools", name)

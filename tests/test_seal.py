@@ -15,7 +15,7 @@ from lm.adapters import load_adapter
 from lm.checkpoint import load_model
 from lm.files import read_jsonl, sub_seed
 from lora import Adapters
-from quiz import quiz_prompt, score_answer
+from quiz import ANSWER_LEN, quiz_prompt, score_answer
 from selfedit import edit_prompts, parse
 
 
@@ -32,6 +32,7 @@ def test_the_lesson_is_the_engine(
     """Three passages, two self-edits each, all layers but one adapted. The temperature is low,
     since a random model's tokens are nearly alike: their order would hang on rounding."""
     sizes = {"passages": 3, "samples": 2, "max_new": 12, "top_layers": 3, "epochs": 2}
+    sizes |= {"outer_epochs": 2}
     settings = seal.Settings(str(tiny_folder), str(passages_file), **sizes, temperature=0.05)
     # A random model never ends its reply nor writes lines, and answers nothing right. So that there
     # are notes and rewards: every two words are a note, and right is what a letter count says.
@@ -44,6 +45,7 @@ def test_the_lesson_is_the_engine(
     scores = lambda a, golds: nothing | {"accuracy": float(is_right(a, golds))}  # noqa: E731
     monkeypatch.setattr("quiz.score_answer", scores)
 
+    monkeypatch.setattr(seal, "ANSWER_LEN", ANSWER_LEN)
     lesson = seal.main(settings)
     adapters, update = {}, train_outer.inner_update
 

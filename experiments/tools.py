@@ -1,0 +1,127 @@
+"""Do notes that need no model help, beside the model's own or instead of them?
+
+    python experiments/tools.py --limit 16          # -> results/tools.json
+
+On training passages, in equally many steps for every row (so at about equal trained tokens):
+    nothing     the passage alone, or with the untrained model's notes
+    orders      + five copies of the passage with its sentences in another order (arXiv 2309.14316)
+    masked      + five copies with every other word hidden, to be restored (arXiv 2510.09885)
+    clozes      + each sentence asked for by a half of its words, three times (selfedit.py)
+    all         + all of these
+each without and with the model's own notes. "steps" are the differences from the row without a
+tool, on the same passages.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run it from anywhere
+
+import numpy as np
+
+import data.qa
+import reward
+from data.qa import counts, load_passages
+from data.text import sentences
+from inner import lora_config, sft_config
+from lm.files import GOES_ON, check_output, digest, run_main, sub_seed, write_json
+from lm.flags import Parser, load, result_head
+from lm.intervals import bootstrap, paired_steps
+from lm.log import Log
+from lm.runs import open_run
+from reward import (
+    accuracy_of,
+    passage_candidate,
+    populations,
+    quiz_candidates,
+    update_and_quiz,
+)
+from selfedit import cloze_notes, settle, write_self_edits
+
+COPIES = 5
+
+
+def orders(text: str, seed: int) -> list[str]:
+    """COPIES of a text with its sentences in random orders."""
+    rng, parts = np.random.default_rng(seed), sentences(text)
+    return [" ".join(rng.permutation(parts)) for _ in range(COPIES)]
+
+
+def masked(text: str, seed: int) -> list[str]:
+    """COPIES of the task to restore a text, of which a random half of the words are hidden."""
+    rng, words, notes = np.random.default_rng(seed), text.split(), []
+    for _ in range(COPIES):
+        hidden = set(rng.permutation(len(words))[: len(words) // 2].tolist())
+        shown = " ".join("___" if i in hidden else word for i, word in enumerate(words))
+        notes.append(f"Question: What is the whole text? {shown}\nAnswer: {' '.join(words)}")
+    return notes
+
+
+TOOLS = {
+    "nothing": [],
+    "orders": [orders],
+    "masked": [masked],
+    "clozes": [cloze_notes],
+    "all": [orders, masked, cloze_notes],
+}
+
+
+def parse_arguments():
+    parser = Parser(description=__doc__)
+    reward.add_flags(parser)
+    data.qa.add_flags(parser, "train", limit=48)
+    add = parser.add_argument_group("experiment").add_argument
+    add("--tools", nargs="+", default=list(TOOLS), choices=TOOLS, help="rows to make")
+    add("--work", default="runs/tools", help="folder for progress, to resume a killed run")
+    add("--out", default="results/tools.json", help="result file")
+    parser.set_defaults(lr=8e-3, steps=32)  # the best of results/recipes.json
+    args = settle(parser.parse_args())
+    if not args.steps:
+        parser.error("--steps 0: the rows are compared at equal steps")
+    if args.tools[0] != "nothing":
+        parser.error("--tools: the first one is nothing, which the others are compared with")
+    return args
+
+
+def measure(model, tok, passages, args, work: Path) -> dict:
+    log, seed = work / "sampled.jsonl", sub_seed(args.seed, 0)
+    edits = write_self_edits(model, tok, passages, 1, args, seed, log)
+    table, rows, lora = {}, [], lora_config(args, model)
+    for written in (False, True):
+        for tool in args.tools:
+            name, candidates = f"notes+{tool}" if written else tool, []
+            for n, (passage, e) in enumerate(zip(passages, edits)):
+                notes = list(e.notes) if written else []
+                for make in TOOLS[tool]:
+                    notes += make(passage.text, sub_seed(args.seed, 2, n))
+                candidate = passage_candidate(tok, n, passage, notes, sft_config(args))
+                candidates.append(candidate)
+            log = Log(work / f"{name}.jsonl", accuracy_of)
+            how = (lora, sub_seed(args.seed, 1), log, quiz_candidates, name)
+            update_and_quiz(model, tok, populations(candidates, args.population), *how)
+            table[name] = np.array([accuracy_of(log[c]) for c in candidates])
+            tokens = float(np.mean([log[c]["tokens"] for c in candidates]))
+            row = {"row": name, "accuracy": float(table[name].mean())}
+            rows.append(row | {"ci95": bootstrap(table[name], args.seed), "tokens": tokens})
+            print(f"{name:14} {100 * row['accuracy']:.1f} %  {tokens:.0f} tokens", flush=True)
+    pairs = []
+    for base in ("nothing", "notes+nothing"):
+        pairs += [(base, base.replace("nothing", tool)) for tool in args.tools[1:]]
+    return {"rows": rows, "steps": paired_steps(table, pairs, args.seed)}
+
+
+def main() -> None:
+    args = parse_arguments()
+    check_output(args.out)
+    passages = load_passages(args.data, args.split, args.skip, args.limit)
+    model, tok = load(args)
+    lora_config(args, model)  # complains now rather than after sampling
+    settings = {k: v for k, v in vars(args).items() if k not in ("work", "out", "tools")}
+    work = open_run(args.work, settings | {"data_sha256": digest(args.data)})
+    result = measure(model, tok, passages, args, work)
+    head = result_head(args, model) | counts(passages) | {"settings": vars(args)}
+    write_json(args.out, head | result)
+
+
+if __name__ == "__main__":
+    run_main(main, GOES_ON)
