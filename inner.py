@@ -297,8 +297,8 @@ def inner_update(
 def update_one(
     model, adapter: Adapters, examples: list[Example], config: SFTConfig, seed: int, label: str
 ) -> Outcome:
-    """An inner update of one adapter, in place, with a progress line in tokens."""
-    progress = Progress(label, config.epochs * n_tokens(laid_out(examples, config.row_len)))
-    tick = lambda tokens, loss: progress.step(tokens, loss=loss)  # noqa: E731
+    """An inner update of one adapter, in place, with a progress line in steps."""
+    progress = Progress(label, config.total_steps(len(laid_out(examples, config.row_len))))
+    tick = lambda tokens, loss: progress.step(loss=loss)  # noqa: E731
     [outcome] = inner_update(model, adapter, [examples], [config], seed, tick)
     return outcome

@@ -20,10 +20,10 @@ import inner
 import reward
 from data.qa import Passage
 from data.text import question_and_answer, sentences
-from inner import inner_update, learner, lora_config, sft_config
+from inner import learner, lora_config, sft_config, update_one
 from lm.adapters import load_adapter, save_adapter
 from lm.checkpoint import save_model
-from lm.files import check_output, read_json, run_main, sub_seed, write_json
+from lm.files import check_output, chunks, read_json, run_main, sub_seed, write_json
 from lm.flags import Parser, at_least, load
 from lm.tokenizer import Tokenizer
 from lora import Adapters, merge, merged
@@ -61,6 +61,7 @@ LEFT_OUT = {
     "empty": "nothing in it",
     "repeats": "notes said twice, left out",
 }
+BATCH = 64  # questions asked at a time
 LONGEST_TEXT = 50_000  # characters; what is longer would take hours
 
 
@@ -141,10 +142,10 @@ def report_learnt(model, tok: Tokenizer, title: str, notes: list[str], adapters:
             answers.append(answer)
     if not pairs:
         return
-    owner = [0] * len(prompts)
-    replies = generate(
-        model, prompts, ANSWER_LEN, {*tok.end_ids, *tok.newline_ids}, adapters=adapters, owner=owner
-    )
+    replies, ends = [], {*tok.end_ids, *tok.newline_ids}
+    for batch in chunks(prompts, BATCH):
+        owner = [0] * len(batch)
+        replies += generate(model, batch, ANSWER_LEN, ends, adapters=adapters, owner=owner)
     learnt = dict.fromkeys(answers, False)
     for answer, ids in zip(answers, replies):
         said = tok.decode([t for t in ids if t not in tok.end_ids])
@@ -177,7 +178,7 @@ def study(model, tok: Tokenizer, args) -> None:
     adapters = Adapters.init(model, lora, 1, seed)
     examples = passage_examples(tok, args.title, [*parts, *notes, *clozes])
     with learner(model, policy, args):
-        [outcome] = inner_update(model, adapters, [examples], [config], seed)
+        outcome = update_one(model, adapters, examples, config, seed, "study")
         if outcome.diverged:
             raise SystemExit(
                 f"error: training diverged at step {outcome.steps}; try a lower --lr than {args.lr}"

@@ -2,6 +2,7 @@
 teach them."""
 
 import math
+from dataclasses import replace
 
 import peft
 import pytest
@@ -286,13 +287,15 @@ def test_bfloat16_base_learns_like_float32(folder):
 
 
 def test_one_adapter_with_a_progress_line(model, capsys):
-    """update_one() trains as inner_update() does, in place, and counts the tokens of all epochs."""
+    """update_one() trains as inner_update() does, in place, and counts the steps."""
     examples, sft = [example(20, 1), example(13, 2)], SFTConfig(lr=1e-2, epochs=3, row_len=24)
     alone, expected = (Adapters.init(model, TOP, 1, 0) for _ in range(2))
     outcome = update_one(model, alone, examples, sft, 0, "update")
     [theirs] = inner_update(model, expected, [examples], [sft], seed=0)
     assert torch.equal(alone.flat, expected.flat) and outcome == theirs and outcome.tokens == 99
-    assert capsys.readouterr().out.splitlines()[-1].startswith("update 99/99  loss ")
+    assert capsys.readouterr().out.splitlines()[-1].startswith("update 6/6  loss ")
+    update_one(model, alone, examples, replace(sft, steps=4), 0, "update")
+    assert capsys.readouterr().out.splitlines()[-1].startswith("update 4/4  loss ")
 
 
 def test_plans():

@@ -1,5 +1,6 @@
 """learn.py: study a text, ask about it, keep the result as an adapter and as a whole model."""
 
+import subprocess
 from contextlib import nullcontext
 
 import pytest
@@ -8,6 +9,7 @@ from conftest import SMOLLM2, dies_at, run_script
 
 import learn
 import reward
+from data.qa import Passage, Question
 from data.text import sentences
 from experiments import own_texts
 from inner import Outcome
@@ -16,6 +18,7 @@ from lm.checkpoint import load_model
 from lm.files import read_json, sub_seed
 from lm.tokenizer import Tokenizer
 from lora import Adapters, LoRAConfig, attached, merged
+from quiz import ask, quiz_items
 from selfedit import Part, SelfEdit, cloze_notes
 
 
@@ -125,19 +128,21 @@ def test_the_notes_are_studied_and_asked_again(tiny_folder, tmp_path, monkeypatc
     text = "Q: Where is the hall?\nA: In Mill Lane.\n\nRolm fell. Varbon did, too."
     (tmp_path / "x.txt").write_text("\ufeff" + text, encoding="utf-8")
     monkeypatch.setattr(learn, "write_self_edits", write_notes)
-    seen, update = [], learn.inner_update
-    monkeypatch.setattr(learn, "inner_update", lambda *a: seen.append(a[2]) or update(*a))
+    seen, update = [], learn.update_one
+    monkeypatch.setattr(learn, "update_one", lambda *a: seen.append(a[2]) or update(*a))
     replies = {"Where is the hall?": "In Mill Lane.", "In which lane?": "No.", "What fell?": "Ada."}
 
-    def generate(model, prompts, *_, **__):
+    def generate(model, prompts, *_, owner, **__):
+        assert len(prompts) == len(owner) <= 2  # so that memory does not grow with the text
         tok = Tokenizer(tiny_folder)
         asked = [next(q for q in replies if q in tok.decode(ids)) for ids in prompts]
         return [tok.encode(replies[q]) for q in asked]
 
     monkeypatch.setattr(learn, "generate", generate)
+    monkeypatch.setattr(learn, "BATCH", 2)
     monkeypatch.setattr(learn, "cloze_notes", lambda *_: [])
     run(monkeypatch, tiny_folder, "study", tmp_path / "x.txt", "--out", tmp_path / "a")
-    tok, [[examples]] = Tokenizer(tiny_folder), seen
+    tok, [examples] = Tokenizer(tiny_folder), seen
     trained = [tok.decode(e.ids) for e in examples]
     assert len(trained) == 4 and text in trained[0] and "\ufeff" not in trained[0]
     for sequence, question in zip(trained[1:], replies):
@@ -174,10 +179,10 @@ def test_a_long_text_is_studied_in_pieces(tiny_folder, tmp_path, monkeypatch, ca
     seen, pieces = [], []
     monkeypatch.setattr(learn, "write_self_edits", lambda m, t, p, *_: pieces.extend(p) or [])
     outcome = Outcome([1.0], 1)
-    monkeypatch.setattr(learn, "inner_update", lambda *a: seen.append(a[2]) or [outcome])
+    monkeypatch.setattr(learn, "update_one", lambda *a: seen.append(a[2]) or outcome)
     monkeypatch.setattr(learn, "cloze_notes", lambda *_: [])
     run(monkeypatch, tiny_folder, "study", tmp_path / "x.txt", "--out", tmp_path / "a")
-    [[examples]] = seen
+    [examples] = seen
     assert len(examples) == len(pieces) > 3
     assert max(len(e.ids) for e in examples) < reward.LONGEST + 20
     assert " ".join(" ".join(p.text for p in pieces).split()) == " ".join(facts)
@@ -203,13 +208,66 @@ def test_layers_are_counted_before_the_work(tiny_folder, tmp_path, monkeypatch):
         run_script(monkeypatch, learn, tiny_folder, *args)
 
 
+MIXED = """# Minutes of the Lindmoor allotment society
+
+- Chair: Bettina Orlow
+- Absent with apologies: Runa Vesk
+
+1. The well pump is to be replaced before the end of April
+
+Q: When does the tool library open?
+A: It opens on Tuesdays and Fridays from four to eight.
+
+Q: Who repairs the tools?
+A: Ottmar Fenn does, on Wednesday evenings.
+
+I am allergic to hazelnuts. My sister Ilka lives in Torvund."""
+
+QUIZ = {
+    "Who was the chair?": "Bettina Orlow",
+    "Who was absent?": "Runa Vesk",
+    "What is to be replaced before the end of April?": "pump",
+    "When can I get a tool at the library?": "Tuesdays",
+    "Who mends the tools?": "Ottmar Fenn",
+    "What am I allergic to?": "hazelnuts",
+    "Where does my sister Ilka live?": "Torvund",
+}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("text, least", [("faq", 5), ("minutes", 6), ("notes", 8)])
-def test_smollm2_learns_texts_as_people_have_them(text, least, tmp_path, monkeypatch):
-    """With learn.py's own settings: a FAQ, the minutes of a meeting, personal notes."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    out = tmp_path / "own.json"
-    flags = ["--only", text, "--seeds", 1, "--work", tmp_path / "work", "--out", out]
-    run_script(monkeypatch, own_texts, SMOLLM2, *flags)
-    [row] = read_json(out)["rows"]
-    assert row["text"] == text and row["right"] >= least and row["n"] in (6, 8), row
+def test_smollm2_learns_texts_as_people_have_them(tmp_path, monkeypatch, smollm2):
+    """Minutes, a FAQ and personal notes in one text, with learn.py's own settings; whole ones are
+    in results/own_texts.json."""
+    (tmp_path / "text.txt").write_text(MIXED)
+    about = ["--title", "Rolm", "--out", tmp_path / "a"]
+    run_script(monkeypatch, learn, SMOLLM2, "study", tmp_path / "text.txt", *about)
+    questions = tuple(Question(question, (answer,)) for question, answer in QUIZ.items())
+    items = quiz_items(Tokenizer(SMOLLM2), Passage("text", "Rolm", MIXED, questions))
+    answers = ask(smollm2, Tokenizer(SMOLLM2), items, load_adapter(smollm2, tmp_path / "a"))
+    assert sum(a["accuracy"] for a in answers) >= 6, [a["answer"] for a in answers]
+
+
+def test_the_experiment_on_own_texts(tiny_folder, tmp_path, monkeypatch):
+    """learn.py itself runs, and what it wrote is found again."""
+    passages = [Passage("faq", "Rolm", "Ada cast it.", (Question("Who cast it?", ("Ada",)),))]
+    monkeypatch.setattr(own_texts, "load_passages", lambda *_: passages)
+    out, work, real = tmp_path / "own.json", tmp_path / "work", subprocess.run
+
+    def study(command):
+        """As it is run, but for fewer layers."""
+        assert command[1].endswith("learn.py") and command[2] == "study"
+        return real([*command, "--top-layers", "2", "--max-new", "4"], cwd=tmp_path)
+
+    monkeypatch.setattr("subprocess.run", study)
+    flags = ["--seeds", 2, "--work", work, "--out", out]
+    with pytest.raises(SystemExit, match=r"no text of data/own_texts\.json"):
+        run_script(monkeypatch, own_texts, tiny_folder, *flags, "--only", "faq", "nothing")
+    for _ in range(2):
+        run_script(monkeypatch, own_texts, tiny_folder, *flags)
+        result = read_json(out)
+        assert [(r["text"], r["seed"], r["n"]) for r in result["rows"]] == [
+            ("faq", 0, 1),
+            ("faq", 1, 1),
+        ]
+        assert result["in_view"]["n_texts"] == 1 and "other_hand" not in result
+        monkeypatch.setattr("subprocess.run", None)
