@@ -27,17 +27,14 @@ SMALL = "--limit 2 --steps 2 --max-new 2 --top-layers 2 --rank 2".split()
 
 
 def test_the_document_has_the_figures():
+    """Of each exercise in the result file; of the others, how to get them."""
     shown = re.findall(r"^(?:figure: |change: |Not measured yet: ).*$", DOCUMENT, re.MULTILINE)
-    if not RESULT.is_file():
-        command = "Not measured yet: `python experiments/exercises.py --only {}`."
-        assert shown == [command.format(name) for name in EXERCISES]
-        pytest.skip("nothing is measured yet")
-    entries = read_json(RESULT)["exercises"]
-    assert list(entries) == list(EXERCISES)
+    entries = read_json(RESULT)["exercises"] if RESULT.is_file() else {}
     lines = []
-    for entry in entries.values():
-        lines += figure_lines(entry["measures"])
-    assert shown == lines
+    for name in EXERCISES:
+        command = f"Not measured yet: `python experiments/exercises.py --only {name}`."
+        lines += figure_lines(entries[name]["measures"]) if name in entries else [command]
+    assert shown == lines and set(entries) <= set(EXERCISES)
     assert max(map(len, lines)) <= 100
 
 
