@@ -103,15 +103,16 @@ def to_the_point(notes: list[str], title: str) -> list[str]:
     """Without the questions that cannot tell a statement from the others: those that several
     statements answer, and those that have no word of their own statement but the title's. A
     statement that has only such questions keeps them."""
-    answers, chosen = {}, []
+    answers, chosen, served = {}, set(), set()
     pairs = [(note, *m.groups()) for note in notes if (m := QA_PAIR.fullmatch(note))]
     for _, question, answer in pairs:
         answers.setdefault(question.casefold(), set()).add(answer)
     for note, question, answer in pairs:
         own = (words(question) & words(answer)) - words(title)
-        chosen += [note] if own and len(answers[question.casefold()]) == 1 else []
-    served = {QA_PAIR.fullmatch(note)[2] for note in chosen}
-    dropped = {note for note, _, answer in pairs if answer in served} - set(chosen)
+        if own and len(answers[question.casefold()]) == 1:
+            chosen.add(note)
+            served.add(answer)
+    dropped = {note for note, _, answer in pairs if answer in served} - chosen
     return [note for note in notes if note not in dropped]
 
 

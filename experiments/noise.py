@@ -50,7 +50,7 @@ from lm.files import (
     write_json,
 )
 from lm.flags import Parser, at_least, load, result_head
-from lm.intervals import bootstrap
+from lm.intervals import bootstrap, of_sums
 from lm.log import Log
 from lm.runs import open_run
 from lora import attached
@@ -160,17 +160,10 @@ def products(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.array([(a * b).sum(), (a * a).sum(), (b * b).sum()])
 
 
-def correlation_over(sums: list[np.ndarray], seed: int) -> dict:
-    """Correlation of all passages' products(), with a bootstrap interval over passages."""
-    sums = np.array(sums)
-    at = np.random.default_rng(seed).integers(0, len(sums), (10_000, len(sums)))
-
-    def ratio(of):
-        scale = np.sqrt(of[..., 1] * of[..., 2])
-        return np.divide(of[..., 0], scale, out=np.zeros_like(scale), where=scale > 0)
-
-    low, high = np.quantile(ratio(sums[at].sum(axis=1)), [0.025, 0.975])
-    return {"value": float(ratio(sums.sum(axis=0))), "ci95": [float(low), float(high)]}
+def correlation_of(sums: np.ndarray) -> np.ndarray:
+    """Of sums of products() (3, ...); 0 where a score does not vary."""
+    scale = np.sqrt(sums[1] * sums[2])
+    return np.divide(sums[0], scale, out=np.zeros_like(scale), where=scale > 0)
 
 
 def of_passage(scores: np.ndarray, key: str) -> np.ndarray:
@@ -202,18 +195,17 @@ def judge(table: list, passages, key: str, seed: int) -> dict:
     variance = dict(zip(PARTS, map(float, np.mean(split or [[0.0] * 5], axis=0))))
     predicts = {
         str(n): {
-            "whole": correlation_over(whole[n], seed),
-            "part": correlation_over(by_part[n], seed),
+            "whole": of_sums(correlation_of, whole[n], seed),
+            "part": of_sums(correlation_of, by_part[n], seed),
         }
         for n in whole
     }
     return {"variance": variance, "predicts": predicts}
 
 
-def measure(model, tok, passages, args, work: Path) -> list[dict]:
+def measure(model, tok, passages, longer, args, work: Path) -> list[dict]:
     log, seed = work / "sampled.jsonl", sub_seed(args.seed, 0)
     edits = write_self_edits(model, tok, passages, args.samples, args, seed, log)
-    longer = with_wordings(passages, args.wordings)
     subjects, rows = {p.id: p for p in longer}, []
     for recipe in args.recipe:
         config, candidates = replace(sft_config(args), **RECIPES[recipe]), []
@@ -258,14 +250,17 @@ def main() -> None:
     args = parse_arguments()
     check_output(args.out)
     passages = load_passages(args.data, args.split, args.skip, args.limit)
-    with_wordings(passages, args.wordings)  # complains now rather than after sampling
+    longer = with_wordings(passages, args.wordings)
     model, tok = load(args)
     lora_config(args, model)
     unpinned = ("work", "out", "recipe")
     settings = {k: v for k, v in vars(args).items() if k not in unpinned}
     digests = {"data_sha256": digest(args.data), "wordings_sha256": digest(args.wordings)}
     work = open_run(args.work, settings | digests)
-    result = {"settings": vars(args) | digests, "rows": measure(model, tok, passages, args, work)}
+    result = {
+        "settings": vars(args) | digests,
+        "rows": measure(model, tok, passages, longer, args, work),
+    }
     write_json(args.out, result_head(args, model) | counts(passages) | result)
 
 

@@ -48,7 +48,7 @@ def study(passage, args, seed: int) -> Path:
         text.parent.mkdir(parents=True, exist_ok=True)
         text.write_text(passage.text, encoding="utf-8")
         flags = ["--title", passage.title, "--seed", seed, "--out", out, "--model", args.model]
-        flags += ["--device", args.device, "--dtype", args.dtype]
+        flags += ["--device", args.device, "--dtype", args.dtype, "--compile", args.compile]
         command = [sys.executable, ROOT / "learn.py", "study", text, *flags]
         if subprocess.run(list(map(str, command))).returncode:
             raise SystemExit(f"error: {shlex.join(map(str, command))} failed")

@@ -21,6 +21,7 @@ import data.qa
 from data.qa import counts, load_passages
 from lm.files import check_output, digest, run_main, write_json
 from lm.flags import Parser, add_model_flags, load, result_head
+from lm.intervals import of_sums
 from reward import by_sentence, proxy_scores
 from selfedit import SelfEdit, read_edits
 
@@ -49,17 +50,11 @@ def compare(passages, edits: list[SelfEdit], seed: int) -> dict:
             xx, xy, yy = xx + x @ x, xy + x @ y, yy + y @ y
             parts += len(own)
         sums.append([xx, xy, yy])
-    at = np.random.default_rng(seed).integers(0, len(sums), (10_000, len(sums)))
-    drawn = np.array(sums)[at].sum(axis=1).T
-    whole = np.sum(sums, axis=0)
-    result = {"n_parts": parts}
-    for name, f in (
-        ("slope", lambda s: s[1] / s[0]),
-        ("correlation", lambda s: s[1] / np.sqrt(s[0] * s[2])),
-    ):
-        low, high = np.quantile(f(drawn), [0.025, 0.975])
-        result[name] = {"value": float(f(whole)), "ci95": [float(low), float(high)]}
-    return result
+    return {
+        "n_parts": parts,
+        "slope": of_sums(lambda s: s[1] / s[0], sums, seed),
+        "correlation": of_sums(lambda s: s[1] / np.sqrt(s[0] * s[2]), sums, seed),
+    }
 
 
 def main() -> None:

@@ -11,6 +11,15 @@ def bootstrap(values: np.ndarray, seed: int, n: int = 10_000) -> list[float]:
     return [float(q) for q in np.quantile(means, [0.025, 0.975])]
 
 
+def of_sums(f, sums, seed: int, n: int = 10_000) -> dict:
+    """{"value", "ci95"} of f(sums over passages), as a ratio of them. sums (passages, K); f takes
+    (K, ...), one such sum or many."""
+    sums = np.array(sums)
+    at = np.random.default_rng(seed).integers(0, len(sums), (n, len(sums)))
+    low, high = np.quantile(f(sums[at].sum(axis=1).T), [0.025, 0.975])
+    return {"value": float(f(sums.sum(axis=0))), "ci95": [float(low), float(high)]}
+
+
 def paired_steps(values: dict, pairs, seed: int) -> list[dict]:
     """The mean difference of each pair (from, to) of rows, on the same passages; values {method:
     one per passage}."""
