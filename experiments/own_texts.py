@@ -22,6 +22,7 @@ from lm.adapters import load_adapter
 from lm.files import GOES_ON, check_output, digest, run_main, write_json
 from lm.flags import Parser, add_model_flags, at_least, load, result_head
 from lm.intervals import bootstrap
+from lm.runs import open_run
 from quiz import ask, quiz_items
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -58,12 +59,13 @@ def study(passage, args, seed: int) -> Path:
 def main() -> None:
     args = parse_arguments()
     check_output(args.out)
-    check_output(args.work, folder=True)
     texts = load_passages(DATA, "", 0, 0)
     if unknown := set(args.only or ()) - {p.id for p in texts}:
         raise SystemExit(f"error: --only {' '.join(sorted(unknown))}: no text of {DATA}")
     texts = [p for p in texts if not args.only or p.id in args.only]
     model, tok = load(args)
+    settings = {k: v for k, v in vars(args).items() if k not in ("work", "out", "only", "seeds")}
+    open_run(args.work, settings | {"data_sha256": digest(DATA)})  # adapters are found again there
     rows = []
     for p in texts:
         for seed in range(args.seed, args.seed + args.seeds):
