@@ -130,12 +130,8 @@ def learner(model: Transformer, policy: Adapters | None, args):
 @torch.no_grad()
 def with_lower_states(model: Transformer, rows: list[Row], stop: int, tokens: int = 2048) -> list:
     """The rows, on the model's device, with x after layers 0 .. stop-1. Equal rows are computed
-    once; `tokens` bounds one batch. Exits with one line if one is longer than the model's context.
+    once; `tokens` bounds one batch.
     """
-    longest = max((int(row.pos.max()) + 1 for row in rows), default=0)
-    if longest > model.config.max_seq_len:
-        limit = f"the model's context of {model.config.max_seq_len}"
-        raise SystemExit(f"error: a training sequence of {longest} tokens is longer than {limit}")
     keys, moved = [row.key for row in rows], [row.to(model.device) for row in rows]
     states, batch = {}, {}
     for key, row in sorted(dict(zip(keys, moved)).items(), key=lambda item: len(item[1].ids)):
@@ -164,9 +160,21 @@ def laid_out(examples: list[Example], row_len: int) -> list[Row]:
     return rows
 
 
+KEPT_STATES = 1 << 16  # tokens; memory must not grow with the length of a text
+
+
 def lay_rows(model, examples: list[list], configs: list[SFTConfig], start: int) -> list[list[Row]]:
-    """Each candidate's rows, with what the layers below `start` make of them."""
+    """Each candidate's rows, with what the layers below `start` make of them; without, if they are
+    more than KEPT_STATES tokens: then every step computes it for its own rows. Exits with one line
+    if a sequence is longer than the model's context."""
     rows = [laid_out(own, config.row_len) for own, config in zip(examples, configs)]
+    longest = max((len(e.ids) for own in examples for e in own), default=0)
+    if longest > model.config.max_seq_len:
+        limit = f"the model's context of {model.config.max_seq_len}"
+        raise SystemExit(f"error: a training sequence of {longest} tokens is longer than {limit}")
+    lengths = {row.key: len(row.ids) for own in rows for row in own}
+    if sum(lengths.values()) > KEPT_STATES:
+        return rows
     ready = with_lower_states(model, [row for own in rows for row in own], start)
     ends = np.cumsum([len(own) for own in rows]).tolist()
     return [ready[end - len(own) : end] for own, end in zip(rows, ends)]
@@ -227,9 +235,11 @@ def train_step(model: Transformer, lora: attached, active: list[int], taken: lis
     candidate's own counted tokens, and gradients (p, N) in float32.
     """
     rows, device = [row for own in taken for row in own], model.device
+    start = lora.adapters.config.start
+    rows = rows if rows[0].x is not None else with_lower_states(model, rows, start)
     x, pos = torch.cat([row.x for row in rows])[None], torch.cat([row.pos for row in rows])[None]
     first = np.cumsum([0, *(len(row.ids) for row in rows)]).tolist()  # where each row starts
-    at = torch.cat([row.at + start for row, start in zip(rows, first)])
+    at = torch.cat([row.at + n for row, n in zip(rows, first)])
     target = torch.cat([row.target for row in rows])
     per_row = torch.arange(len(taken)).repeat_interleave(torch.tensor(list(map(len, taken))))
     predicted = torch.tensor([len(row.at) for row in rows])
@@ -240,7 +250,7 @@ def train_step(model: Transformer, lora: attached, active: list[int], taken: lis
 
     lora.bind(active, train=True)
     lora.share_out(ragged_or_even(list(map(n_tokens, taken)), device))
-    hidden = model.run_layers(x, pos, attend_to(rows, model), start=lora.adapters.config.start)
+    hidden = model.run_layers(x, pos, attend_to(rows, model), start=start)
     nll = backward_through_head(model, hidden[0, at], target, weight)
     losses = torch.zeros(len(taken), device=device).index_add_(0, owner, nll * weight)
     return losses, lora.gradients()

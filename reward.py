@@ -10,28 +10,30 @@
 quiz asks, closest_question(). (arc.py has what a self-edit on a puzzle earns; selection is the
 same.)
 
-Top to bottom: flags, candidates, quizzing them, the proxy, credit, selection.
+Top to bottom: flags, candidates, quizzing them, the proxy, credit, selection, and Passages, which
+puts them together for train_outer.py.
 """
 
 import math
 import re
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import numpy as np
 
 import inner
 import selfedit
-from data.qa import Passage, Question
+from data.qa import Passage, Question, load_passages
 from data.text import pieces, question_and_answer, sentences
-from inner import Outcome, SFTConfig, inner_update
-from lm.files import sub_seed
+from inner import Outcome, SFTConfig, inner_update, sft_config
+from lm.files import digest, sub_seed
 from lm.flags import add_model_flags
 from lm.log import Log
 from lm.packing import Example
 from lm.tokenizer import Tokenizer
 from lora import Adapters, LoRAConfig
 from quiz import ask, mean_scores, normalize, quiz_items, quiz_prompt, score_answer
-from selfedit import QA_PAIR, SelfEdit
+from selfedit import QA_PAIR, SelfEdit, note_prompts, note_reader
 
 # -----------------------------------------------------------------------------
 # flags
@@ -445,3 +447,69 @@ def to_imitate(prompts: dict, edits: list[SelfEdit], rule: str, keep: int) -> li
         for k, prompt in enumerate(prompts[passage]):
             pairs.append((prompt, "\n".join(best_notes(group, k, keep))))
     return [(prompt, text) for prompt, text in pairs if text]
+
+
+# -----------------------------------------------------------------------------
+# the domain of passages (arc.Puzzles is the other)
+
+
+class Passages:
+    """What train_outer.py asks of a domain: prompts, reading replies, candidates, the quiz,
+    credit."""
+
+    def __init__(self, args, model, tok):
+        self.args, self.tok = args, tok
+        passages = load_passages(args.data, args.split, args.skip, args.limit)
+        self.passages = {p.id: p for p in passages}
+        self.prompts, self.read = note_prompts(tok, passages, args), note_reader(passages, args)
+        self.pinned = {"data_sha256": digest(args.data)}  # what a resumed run must find unchanged
+
+    def seed(self, k: int) -> int:
+        """Of round k's inner updates."""
+        return sub_seed(self.args.seed, k, 1)
+
+    def log(self, path: Path) -> Log:
+        return Log(path, accuracy_of)
+
+    def candidates(self, edits: list[SelfEdit], seed: int) -> list[Candidate]:
+        """One for each self-edit, or half of a pool; then, if --select compares with them, for the
+        passages alone. The same one for the same notes, so that they earn the same (in bfloat16 a
+        row of a batch is not rounded like the next)."""
+        if self.args.reward == "proxy":
+            return []
+        if self.args.halves:
+            self.pools = pools(edits, self.passages, self.args.halves, seed)
+            contents = [(pool.passage, half) for pool in self.pools for half in pool.halves]
+        else:
+            passages = self.passages.values() if self.args.select == "improving" else ()
+            contents = [(self.passages[e.passage], e.notes) for e in edits]
+            contents += [(p, ()) for p in passages]
+        config, made, candidates = sft_config(self.args), {}, []
+        for n, (passage, notes) in enumerate(contents):
+            key = (passage.id, *notes)
+            if key not in made:
+                made[key] = passage_candidate(self.tok, n, passage, notes, config)
+            candidates.append(made[key])
+        return candidates
+
+    def populations(self, candidates: list[Candidate], log: Log) -> list[list[Candidate]]:
+        return populations(candidates, self.args.population)
+
+    def quiz(self, model, tok, group, adapters, outcomes) -> list[dict]:
+        return quiz_candidates(model, tok, group, adapters, outcomes)
+
+    def credit(self, edits: list[SelfEdit], candidates: list[Candidate], log: Log) -> dict:
+        """Fill in rewards and credits; returns {passage id: reward of the passage alone}."""
+        if self.args.reward == "proxy":
+            score_by_proxy(edits, self.passages)
+            return {}
+        if self.args.halves:
+            how = (self.args.reward, sft_config(self.args))
+            credit_by_halves(self.pools, [log[c] for c in candidates], *how)
+            return {}
+        for e, c in zip(edits, candidates):
+            e.config = asdict(c.config)
+            credit(e, c.subject, log[c], self.args.reward)
+        alone = candidates[len(edits) :]
+        sound = [c for c in alone if not log[c]["diverged"]]
+        return {c.subject.id: mean_scores(log[c]["answers"])[self.args.reward] for c in sound}

@@ -26,8 +26,6 @@ selection and the outer update are made again.
 
 import time
 from collections import Counter
-from dataclasses import asdict
-from pathlib import Path
 
 import numpy as np
 
@@ -37,25 +35,14 @@ import data.qa
 import inner
 import reward
 import selfedit
-from data.qa import load_passages
-from inner import SFTConfig, inner_update, learner, lora_config, sft_config, update_one
+from inner import SFTConfig, inner_update, learner, lora_config, update_one
 from lm.adapters import load_adapter, save_adapter
-from lm.files import GOES_ON, digest, run_main, sub_seed, write_jsonl
+from lm.files import GOES_ON, run_main, sub_seed, write_jsonl
 from lm.flags import Parser, add_model_flags, at_least, load, refuse_unused
-from lm.log import Log
 from lm.runs import Rounds, open_run
 from lora import PROJECTIONS, Adapters, LoRAConfig, merged
-from quiz import mean_scores
-from reward import Candidate, select
-from selfedit import (
-    STYLES,
-    SelfEdit,
-    note_prompts,
-    note_reader,
-    policy_example,
-    sample_self_edits,
-    settle,
-)
+from reward import select
+from selfedit import STYLES, SelfEdit, policy_example, sample_self_edits, settle
 
 # -----------------------------------------------------------------------------
 # settings
@@ -144,74 +131,9 @@ def refuse_contradictions(parser, args) -> None:
 
 
 # -----------------------------------------------------------------------------
-# the domain of passages (arc.Puzzles is the other)
-
-
-class Passages:
-    """What the loop asks of a domain: prompts, reading replies, candidates, the quiz, credit."""
-
-    def __init__(self, args, model, tok):
-        self.args, self.tok = args, tok
-        passages = load_passages(args.data, args.split, args.skip, args.limit)
-        self.passages = {p.id: p for p in passages}
-        self.prompts, self.read = note_prompts(tok, passages, args), note_reader(passages, args)
-        self.pinned = {"data_sha256": digest(args.data)}  # what a resumed run must find unchanged
-
-    def seed(self, k: int) -> int:
-        """Of round k's inner updates."""
-        return sub_seed(self.args.seed, k, 1)
-
-    def log(self, path: Path) -> Log:
-        return Log(path, reward.accuracy_of)
-
-    def candidates(self, edits: list[SelfEdit], seed: int) -> list[Candidate]:
-        """One for each self-edit, or half of a pool; then, if --select compares with them, for the
-        passages alone. The same one for the same notes, so that they earn the same (in bfloat16 a
-        row of a batch is not rounded like the next)."""
-        if self.args.reward == "proxy":
-            return []
-        if self.args.halves:
-            self.pools = reward.pools(edits, self.passages, self.args.halves, seed)
-            contents = [(pool.passage, half) for pool in self.pools for half in pool.halves]
-        else:
-            passages = self.passages.values() if self.args.select == "improving" else ()
-            contents = [(self.passages[e.passage], e.notes) for e in edits]
-            contents += [(p, ()) for p in passages]
-        config, made, candidates = sft_config(self.args), {}, []
-        for n, (passage, notes) in enumerate(contents):
-            key = (passage.id, *notes)
-            if key not in made:
-                made[key] = reward.passage_candidate(self.tok, n, passage, notes, config)
-            candidates.append(made[key])
-        return candidates
-
-    def populations(self, candidates: list[Candidate], log: Log) -> list[list[Candidate]]:
-        return reward.populations(candidates, self.args.population)
-
-    def quiz(self, model, tok, group, adapters, outcomes) -> list[dict]:
-        return reward.quiz_candidates(model, tok, group, adapters, outcomes)
-
-    def credit(self, edits: list[SelfEdit], candidates: list[Candidate], log: Log) -> dict:
-        """Fill in rewards and credits; returns {passage id: reward of the passage alone}."""
-        if self.args.reward == "proxy":
-            reward.score_by_proxy(edits, self.passages)
-            return {}
-        if self.args.halves:
-            how = (self.args.reward, sft_config(self.args))
-            reward.credit_by_halves(self.pools, [log[c] for c in candidates], *how)
-            return {}
-        for e, c in zip(edits, candidates):
-            e.config = asdict(c.config)
-            reward.credit(e, c.subject, log[c], self.args.reward)
-        alone = candidates[len(edits) :]
-        sound = [c for c in alone if not log[c]["diverged"]]
-        return {c.subject.id: mean_scores(log[c]["answers"])[self.args.reward] for c in sound}
-
-
-DOMAINS = {"qa": Passages, "arc": arc.Puzzles}
-
-# -----------------------------------------------------------------------------
 # the loop
+
+DOMAINS = {"qa": reward.Passages, "arc": arc.Puzzles}
 
 
 def reinforce(model, tok, pairs: list[tuple], policy: Adapters, args, seed: int, label: str):

@@ -211,9 +211,10 @@ def kernels(b) -> None:
                 module.__class__ = torch.nn.Linear
             if isinstance(module, RMSNorm) and name in ("norms", "all three"):
                 module.__class__ = RMSNorm
-    for _ in range(b.args.repeats):
-        for name, model in models.items():
-            b.model = model
+    for turn in range(b.args.repeats):
+        order = list(models)[turn % len(models) :] + list(models)[: turn % len(models)]
+        for name in order:  # each comes first, and last, in its turn
+            b.model = models[name]
             spent = timed(partial(b.train, b.longest, lora, sft))
             seconds.setdefault(name, []).append(spent)
     b.model = models.pop("all")

@@ -3,8 +3,8 @@ of it.
 
     weights      F.linear brings a weight into the layout that its product wants, in every call:
                  with 50 rows that takes as long as the product. Here oneDNN's form of it is kept,
-                 and its transpose's where it is trained through; that takes two or three times the
-                 memory.
+                 which takes memory once more; in bfloat16 also its transpose's, where it is trained
+                 through. (In float32 a training step is so long that the layout costs nothing.)
     norms        autograd's version of RMSNorm costs as much as a projection; here its backward pass
                  is written out.
     attention    most of what attention writes are the scores; here they have one buffer and not
@@ -71,7 +71,8 @@ class KeptLinear(nn.Linear):
         ):
             return F.linear(x, self.weight, self.bias)
         if x.requires_grad and torch.is_grad_enabled():
-            return KeptProduct.apply(x, self)
+            half = self.weight.dtype == torch.bfloat16
+            return KeptProduct.apply(x, self) if half else F.linear(x, self.weight, self.bias)
         return kept_product(x, self.form(), self.bias)
 
     def form(self, transposed: bool = False):

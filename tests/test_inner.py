@@ -337,3 +337,17 @@ def test_compiled_blocks_teach_the_same(model, backend, targets):
         flats.append(adapters.flat)
         model.compile_blocks(backend)
     assert same_change(*flats, Adapters.init(model, config, 2, 0).flat)
+
+
+def test_with_too_many_tokens_lower_states_are_computed_in_each_step(model, monkeypatch):
+    """Memory must not grow with the length of a text; what is learnt stays the same."""
+    examples, flats = [[example(n, i) for n in range(3, 9)] for i in range(2)], []
+    sft = SFTConfig(lr=1e-2, epochs=2, row_len=12)
+    for limit in (1 << 16, 0):
+        monkeypatch.setattr(inner, "KEPT_STATES", limit)
+        rows = inner.lay_rows(model, examples, [sft] * 2, start=2)
+        assert all((row.x is None) is (limit == 0) for own in rows for row in own)
+        adapters = Adapters.init(model, TOP, 2, seed=0)
+        inner_update(model, adapters, examples, [sft] * 2, seed=0)
+        flats.append(adapters.flat)
+    torch.testing.assert_close(flats[0], flats[1], atol=1e-5, rtol=1e-4)

@@ -8,7 +8,7 @@ from conftest import swap_in, write_checkpoint
 import lm.kernels
 from inner import SFTConfig, inner_update
 from lm.checkpoint import load_model, save_model
-from lm.kernels import FastRMSNorm, KeptLinear, Normalize, OneBuffer, has_kept_products
+from lm.kernels import FastRMSNorm, KeptLinear, KeptProduct, Normalize, OneBuffer, has_kept_products
 from lm.packing import Example, Packed, Ragged
 from lora import PROJECTIONS, Adapters, LoRAConfig, attached, merged
 from model import RMSNorm, additive, attention, causal_mask
@@ -138,7 +138,7 @@ def test_a_merge_is_noticed_and_so_is_its_end(tmp_path):
 
 
 def test_training_after_a_merge_runs_on_the_merged_weights(tmp_path):
-    """The transposed form is kept, too: a learner whose weights are a policy's trains like that."""
+    """A learner whose weights are a policy's trains like that."""
     folder = write_checkpoint(tmp_path / "base", "smollm2")
     ids, flats = tuple(ids_for(1)[0].tolist()), []
     examples, config = [[Example(ids, (True,) * 40)]], SFTConfig(lr=1e-2, steps=3)
@@ -166,18 +166,21 @@ def test_a_kept_weight_gives_the_same_product_and_gradient_and_follows_the_weigh
     linear = kept_linear(48, 80, dtype=dtype, bias=bias)
     x, grad = draw(2, 7, 48).to(dtype), draw(2, 7, 80, seed=1).to(dtype)
     plainly = lambda x: F.linear(x, linear.weight, linear.bias)  # noqa: E731
+    trained_through = lambda x: KeptProduct.apply(x, linear)  # noqa: E731
     for seed in (2, 3):  # the second weight takes the place of the first, as in lora.merge
         weight = draw(80, 48, seed=seed).to(dtype)
         linear.weight = torch.nn.Parameter(weight, requires_grad=False)
         if bias:
             linear.bias = torch.nn.Parameter(draw(80, seed=seed).to(dtype), requires_grad=False)
-        pairs = [with_gradients(f, [x], grad) for f in (linear, plainly)]
-        torch.testing.assert_close(*pairs)
+        expected = with_gradients(plainly, [x], grad)
+        for f in (linear, trained_through):
+            torch.testing.assert_close(with_gradients(f, [x], grad), expected)
         with torch.no_grad():  # what sampling runs
             torch.testing.assert_close(linear(x), plainly(x))
     linear.weight.zero_()  # in place: noticed by its version
     assert linear(x).count_nonzero() == (14 * 80 if bias else 0)
-    assert with_gradients(linear, [x], grad)[1].count_nonzero() == 0
+    for f in (linear, trained_through):
+        assert with_gradients(f, [x], grad)[1].count_nonzero() == 0
 
 
 def test_a_form_is_made_once_for_each_weight_and_only_when_needed(monkeypatch):
@@ -189,12 +192,20 @@ def test_a_form_is_made_once_for_each_weight_and_only_when_needed(monkeypatch):
     for _ in range(3):
         linear(x)
     assert made == [(80, 48)]  # without training the transpose is not kept
-    for _ in range(3):
-        linear(x.clone().requires_grad_()).sum().backward()
-    assert made == [(80, 48), (48, 80)]
     linear.weight = torch.nn.Parameter(linear.weight * 2, requires_grad=False)
     linear(x)
-    assert made == [(80, 48), (48, 80), (80, 48)]
+    assert made == [(80, 48), (80, 48)]
+    for _ in range(3):
+        linear(x.clone().requires_grad_()).sum().backward()
+    assert made == [(80, 48), (80, 48)]  # nor in float32, where it does not pay
+
+
+def test_in_bfloat16_the_transpose_is_kept_for_training(monkeypatch):
+    skip_without_kept_products(torch.bfloat16)
+    linear, x = kept_linear(48, 80, dtype=torch.bfloat16), draw(2, 7, 48).bfloat16()
+    for _ in range(3):
+        linear(x.clone().requires_grad_()).sum().backward()
+    assert sorted(linear.kept) == [False, True]
 
 
 def test_a_weight_that_is_trained_itself_gets_its_gradient():
