@@ -232,9 +232,9 @@ def prefill(
         rest = [p[len(prefix[o]) :] for p, o in zip(prompts, owner)]
         batch = Batch(model, list(of_owner), max(map(len, prefix.values())), lora)
         batch.read(list(prefix.values()))
-        batch.fork([len(own) for own in of_owner.values()], max(map(len, rest)))
+        batch.fork([len(own) for own in of_owner.values()], max(map(len, rest)) + room)
     else:
-        batch, rest = Batch(model, owner, longest, lora), prompts
+        batch, rest = Batch(model, owner, longest + room, lora), prompts
     x = batch.read(rest)
     return batch, x[torch.tensor([len(r) for r in rest], device=x.device).cumsum(0) - 1]
 
@@ -286,7 +286,6 @@ def generate(
         if copies > 1:
             batch.repeat(copies)
             x = x.repeat_interleave(copies, dim=0)
-        batch.extend(max_new)
         for step in range(max_new):
             logits = model.head(x)
             logits[:, model.unused] = -torch.inf
