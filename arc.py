@@ -36,7 +36,7 @@ from lora import Adapters
 from quiz import answer_logprobs
 from reward import Candidate
 from sampler import generate
-from selfedit import Part, SelfEdit
+from selfedit import Part, SelfEdit, first_object
 
 # -----------------------------------------------------------------------------
 # grids as tokens
@@ -166,12 +166,9 @@ def parse_settings(text: str, ended: bool) -> tuple[dict, str]:
     "epochs": int}, or {} and one of "empty", "endless", "malformed" (no JSON object of the form),
     "out of bounds". Text around the first object is ignored.
     """
-    if not text.strip():
-        return {}, "empty"
-    try:
-        value, _ = json.JSONDecoder().raw_decode(text[text.index("{") :])
-    except (ValueError, RecursionError):
-        return {}, "malformed" if ended else "endless"
+    value, flaw = first_object(text, ended)
+    if flaw:
+        return {}, flaw
     try:
         data, training = value["data_generation"], value["training"]
         chosen = {g: data[g] for g in GROUPS}

@@ -30,7 +30,7 @@ from lora import Adapters, merge, merged
 from quiz import ANSWER_LEN, quiz_prompt, score_answer
 from reward import passage_examples, short_pieces, words
 from sampler import generate
-from selfedit import QA_PAIR, cloze_notes, settle, write_self_edits
+from selfedit import QA_PAIR, clozes, settle, write_self_edits
 
 
 def parse_arguments():
@@ -173,11 +173,11 @@ def study(model, tok: Tokenizer, args) -> None:
     pointed = to_the_point(written, args.title)
     notes = list(dict.fromkeys([*own_questions(text), *pointed]))
     report_notes(text, edits, notes, len(written) - len(pointed))
-    clozes = cloze_notes(text, sub_seed(args.seed, 2))
+    asking = clozes(text, 3, sub_seed(args.seed, 2))
 
     seed, config = sub_seed(args.seed, 1), sft_config(args)
     adapters = Adapters.init(model, lora, 1, seed)
-    examples = passage_examples(tok, args.title, [*parts, *notes, *clozes])
+    examples = passage_examples(tok, args.title, [*parts, *notes, *asking])
     with learner(model, policy, args):
         outcome = update_one(model, adapters, examples, config, seed, "study")
         if outcome.diverged:

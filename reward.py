@@ -16,7 +16,7 @@ puts them together for train_outer.py.
 
 import math
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +33,7 @@ from lm.packing import Example
 from lm.tokenizer import Tokenizer
 from lora import Adapters, LoRAConfig
 from quiz import ask, mean_scores, normalize, quiz_items, quiz_prompt, score_answer
-from selfedit import QA_PAIR, SelfEdit, note_prompts, note_reader
+from selfedit import QA_PAIR, STYLES, SelfEdit, note_prompts, note_reader, says_how
 
 # -----------------------------------------------------------------------------
 # flags
@@ -102,6 +102,44 @@ def passage_candidate(
     examples = passage_examples(tok, passage.title, [passage.text])
     examples += passage_examples(tok, title or passage.title, list(notes))
     return Candidate(name, passage, examples, config)
+
+
+def settings_candidate(
+    tok: Tokenizer, name: int, passage: Passage, parts: list, settings: dict, args, seed: int
+) -> Candidate | None:
+    """The passage, the notes of parts and what the tools make of the passage, as `settings` say
+    (selfedit.parse_settings()). Epochs are as many as fit --budget tokens; None if not one does, or
+    if there is nothing to train on.
+    """
+    data, texts = settings["data"], []
+    chosen = [selfedit.STYLE_OF[name] for name in data if name != "passage"]
+    if "passage" in data:
+        texts.append(passage.text)
+    for part in parts:
+        texts += part.notes if part.style in chosen else []
+    for n, (tool, (make, _)) in enumerate(selfedit.TOOLS.items()):
+        texts += make(passage.text, settings[tool], sub_seed(seed, n))
+    examples = passage_examples(tok, passage.title, list(dict.fromkeys(texts)))
+    if settings["loss"] == "all":
+        examples = [replace(e, counts=(True,) * len(e.ids)) for e in examples]
+    tokens = sum(len(e.ids) for e in examples)
+    epochs = min(settings["epochs"], args.budget // max(1, tokens)) if examples else 0
+    config = SFTConfig(settings["learning_rate"], epochs, row_len=args.row_len)
+    return Candidate(name, passage, examples, config) if epochs else None
+
+
+def edit_candidate(
+    tok: Tokenizer, name: int, passage: Passage, e: SelfEdit, args, seed: int
+) -> Candidate | None:
+    """What a self-edit is studied as: as it says, or as args do. None if it is not studied, and
+    earns nothing; its flaw then says why."""
+    if not says_how(args):
+        return passage_candidate(tok, name, passage, e.notes, sft_config(args))
+    if e.flaw:
+        return None
+    c = settings_candidate(tok, name, passage, e.parts, e.settings, args, seed)
+    e.flaw = "" if c else "over budget"
+    return c
 
 
 def unrelated(passages, notes: list) -> tuple[list, list]:
@@ -260,19 +298,22 @@ def by_sentence(passage: Passage, values: list[float]) -> list:
     return [float(np.mean(v)) if v else None for v in of_each]
 
 
-def credit(e: SelfEdit, passage: Passage, result: dict, reward: str) -> None:
+def credit(e: SelfEdit, passage: Passage, result: dict | None, reward: str) -> None:
     """Fill in what the quiz says of a self-edit: its scores and reward, and the credit of each
-    part: the mean over the questions about its sentence. A self-edit of one part earns the whole
-    reward."""
+    part: the mean over the questions about its sentence, or the whole reward if it is about the
+    whole passage. Without a result it was not studied: it earns nothing, and no note is judged."""
+    if result is None:
+        e.score, e.reward = dict(NOTHING), NOTHING[reward]
+        e.parts[0].credit = e.reward
+        return
     e.score = mean_scores(result["answers"])
     e.steps, e.loss = result["steps"], result["loss"]
     e.flaw = "diverged" if result["diverged"] else e.flaw
     e.reward = e.score[reward]
-    credits = [e.reward]
-    if len(e.parts) > 1:
-        credits = by_sentence(passage, [a[reward] for a in result["answers"]])
-    for part, value in zip(e.parts, credits, strict=True):
-        part.credit = value
+    of_sentences = iter(by_sentence(passage, [a[reward] for a in result["answers"]]))
+    for part in e.parts:
+        about_one = part.style in STYLES and STYLES[part.style].by_sentence
+        part.credit = next(of_sentences) if about_one else e.reward
 
 
 # -----------------------------------------------------------------------------
@@ -461,7 +502,8 @@ class Passages:
         self.args, self.tok = args, tok
         passages = load_passages(args.data, args.split, args.skip, args.limit)
         self.passages = {p.id: p for p in passages}
-        self.prompts, self.read = note_prompts(tok, passages, args), note_reader(passages, args)
+        self.prompts = note_prompts(tok, passages, args)
+        self.read = note_reader(passages, args)
         self.pinned = {"data_sha256": digest(args.data)}  # what a resumed run must find unchanged
 
     def seed(self, k: int) -> int:
@@ -471,29 +513,30 @@ class Passages:
     def log(self, path: Path) -> Log:
         return Log(path, accuracy_of)
 
-    def candidates(self, edits: list[SelfEdit], seed: int) -> list[Candidate]:
+    def candidates(self, edits: list[SelfEdit], seed: int) -> list[Candidate | None]:
         """One for each self-edit, or half of a pool; then, if --select compares with them, for the
-        passages alone. The same one for the same notes, so that they earn the same (in bfloat16 a
-        row of a batch is not rounded like the next)."""
-        if self.args.reward == "proxy":
+        passages alone. The same one for the same contents, so that they earn the same (in bfloat16
+        a row of a batch is not rounded like the next); None for what is not studied."""
+        args, config, found = self.args, sft_config(self.args), []
+        if args.reward == "proxy":
             return []
-        if self.args.halves:
-            self.pools = pools(edits, self.passages, self.args.halves, seed)
-            contents = [(pool.passage, half) for pool in self.pools for half in pool.halves]
+        if args.halves:
+            self.pools = pools(edits, self.passages, args.halves, seed)
+            for p, half in ((pool.passage, half) for pool in self.pools for half in pool.halves):
+                found.append(passage_candidate(self.tok, len(found), p, half, config))
         else:
-            passages = self.passages.values() if self.args.select == "improving" else ()
-            contents = [(self.passages[e.passage], e.notes) for e in edits]
-            contents += [(p, ()) for p in passages]
-        config, made, candidates = sft_config(self.args), {}, []
-        for n, (passage, notes) in enumerate(contents):
-            key = (passage.id, *notes)
-            if key not in made:
-                made[key] = passage_candidate(self.tok, n, passage, notes, config)
-            candidates.append(made[key])
-        return candidates
+            for e in edits:
+                how = (self.passages[e.passage], e, args, seed)
+                found.append(edit_candidate(self.tok, len(found), *how))
+        for p in self.passages.values() if args.select == "improving" else ():
+            found.append(passage_candidate(self.tok, len(found), p, (), config))
+        first = {}
+        for c in filter(None, found):
+            first.setdefault((c.subject.id, tuple(c.examples), c.config), c)
+        return [c and first[c.subject.id, tuple(c.examples), c.config] for c in found]
 
     def populations(self, candidates: list[Candidate], log: Log) -> list[list[Candidate]]:
-        return populations(candidates, self.args.population)
+        return populations([c for c in candidates if c], self.args.population)
 
     def quiz(self, model, tok, group, adapters, outcomes) -> list[dict]:
         return quiz_candidates(model, tok, group, adapters, outcomes)
@@ -508,8 +551,8 @@ class Passages:
             credit_by_halves(self.pools, [log[c] for c in candidates], *how)
             return {}
         for e, c in zip(edits, candidates):
-            e.config = asdict(c.config)
-            credit(e, c.subject, log[c], self.args.reward)
+            e.config = asdict(c.config) if c else {}
+            credit(e, self.passages[e.passage], log[c] if c else None, self.args.reward)
         alone = candidates[len(edits) :]
         sound = [c for c in alone if not log[c]["diverged"]]
         return {c.subject.id: mean_scores(log[c]["answers"])[self.args.reward] for c in sound}

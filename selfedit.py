@@ -9,11 +9,13 @@ that copies the prompt's worked example, and the unfinished last one of a sample
 length limit. docs/PAPER.md says where this departs from the paper (arXiv 2506.10943, sections 3.1
 and B).
 
-Top to bottom: the record, prompt styles, parsing, notes that need no model, sampling.
+Top to bottom: the record, prompt styles, parsing, notes that need no model, settings, sampling.
 """
 
+import json
 import re
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -37,12 +39,13 @@ class Part:
     text: str  # as sampled
     notes: list[str] = field(default_factory=list)  # as parsed; empty if the text is unusable
     target: str = ""  # what of it may be imitated: the text of its notes, or ""
-    flaw: str = ""  # "", "empty", "malformed", "endless", "repeats" or "copied"
+    flaw: str = ""  # "", "empty", "malformed", "endless", "repeats", "copied", "out of bounds"
     credit: float | None = None  # its own reward; None where no question is about it
     # {question of a note: its closeness to each of the quiz's (--reward proxy), or what the note
     # brings (--halves)}
     note_credits: dict = field(default_factory=dict)
     kept: bool = False  # is it imitated?
+    style: str = ""  # of its prompt; "settings" says how the notes are to be studied
 
 
 @dataclass
@@ -59,6 +62,7 @@ class SelfEdit:
     score: dict = field(default_factory=dict)  # accuracy, em, f1, logprob: means over the quiz
     reward: float = 0.0
     why: str = ""  # it is imitated, or not
+    settings: dict = field(default_factory=dict)  # how it is to be studied, if it says so
 
     @property
     def notes(self) -> list[str]:
@@ -311,26 +315,171 @@ QA_PAIR = re.compile(
 # notes that need no model
 
 
-def cloze_notes(text: str, seed: int) -> list[str]:
-    """Three notes for each statement of a text that ask for it with a half of its words, the first,
-    the last or the middle one, after a question word drawn blindly: "The key lies under the pot."
-    -> "Question: Who lies under the?\\nAnswer: The key lies under the pot."
+def clozes(text: str, count: int, seed: int) -> list[str]:
+    """`count` notes, at most three, for each statement of a text that ask for it with a half of its
+    words, the first, the last or the middle one, after a question word drawn blindly: "The key lies
+    under the pot." -> "Question: Who lies under the?\\nAnswer: The key lies under the pot."
 
-    They tie a statement to its own words, where a small model's questions often miss them. (The
-    masked copies of arXiv 2510.09885 are of this kind.) A statement without blanks has none.
+    They tie a statement to its own words, where a small model's questions often miss them. A
+    statement without blanks has none.
     """
     rng, notes = np.random.default_rng(seed), []
     for statement in sentences(text):
         _, answer = question_and_answer(statement)
         words = answer.split()
         half = len(words) // 2
-        for first in (0, len(words) - half, (len(words) - half) // 2) if half else ():
+        halves = (0, len(words) - half, (len(words) - half) // 2) if half else ()
+        for first in halves[:count]:
             asked = " ".join(words[first : first + half]).rstrip(".,;:!?")
             notes.append(f"Question: {rng.choice(ASKING)} {asked}?\nAnswer: {answer}")
     return list(dict.fromkeys(notes))
 
 
 ASKING = ("What", "Who", "When", "Where", "How")
+
+
+def orders(text: str, count: int, seed: int) -> list[str]:
+    """`count` copies of a text with its sentences in random orders (arXiv 2309.14316)."""
+    rng, parts = np.random.default_rng(seed), sentences(text)
+    return [" ".join(rng.permutation(parts)) for _ in range(count)]
+
+
+def masked(text: str, count: int, seed: int) -> list[str]:
+    """`count` times the task to restore a text, of which a random half of the words are hidden
+    (arXiv 2510.09885)."""
+    rng, words, notes = np.random.default_rng(seed), text.split(), []
+    for _ in range(count):
+        hidden = set(rng.permutation(len(words))[: len(words) // 2].tolist())
+        shown = " ".join("___" if i in hidden else word for i, word in enumerate(words))
+        notes.append(f"Question: What is the whole text? {shown}\nAnswer: {' '.join(words)}")
+    return notes
+
+
+# -----------------------------------------------------------------------------
+# settings: a self-edit on a passage may say how it is to be studied, as on ARC
+
+STYLE_OF = {"questions": "questions", "facts": "implications", "rewritings": "rewrite"}
+DATA = ("passage", *STYLE_OF)
+TOOLS = {
+    "orders": (orders, 8),
+    "masked": (masked, 8),
+    "clozes": (clozes, 3),
+}  # and the most of each
+LOSS = ("all", "answers")  # which tokens of a question with its answer are counted
+MIN_LR, MAX_LR, MAX_EPOCHS = 1e-5, 3e-2, 50
+KEYS = ("data", *TOOLS, "loss", "learning_rate", "epochs")
+
+SETTINGS_INSTRUCTION = (
+    "A model is to learn the passage below by heart. Decide how it should be trained. Which data: "
+    "the passage, questions with their answers, facts, rewritings. How many copies of the passage "
+    "with its sentences in another order (orders), copies with hidden words to be restored "
+    "(masked), and questions with the words of each sentence (clozes). Which tokens of a question "
+    "with its answer the loss counts, the learning rate and the number of epochs. Reply with one "
+    "JSON object and nothing else."
+)
+SETTINGS_FORM = (
+    '{"data": list of "passage", "questions", "facts", "rewritings", "orders": 0 to 8, "masked": 0 '
+    'to 8, "clozes": 0 to 3, "loss": "all" or "answers", "learning_rate": number, "epochs": whole '
+    "number}"
+)
+
+
+def settings_of(data, orders, masked, clozes, loss, lr, epochs) -> dict:
+    values = (list(data), orders, masked, clozes, loss, lr, epochs)
+    return dict(zip(KEYS, values, strict=True))
+
+
+WORKED = [  # what the prompt shows: short passages, and settings from all over the range
+    (
+        "Tarn Mill",
+        "Tarn Mill has ground oats since 1688. Its wheel is of larch.",
+        settings_of(["passage", "questions"], 0, 0, 0, "answers", 0.004, 8),
+    ),
+    (
+        "The Ossel",
+        "The Ossel is a shy bird that nests in old boots. It lays one blue egg.",
+        settings_of(["questions"], 0, 0, 3, "answers", 0.008, 3),
+    ),
+    (
+        "Grey Ferry",
+        "Grey Ferry crosses Lake Und twice a day. Ila Brandt steers it. It is painted red.",
+        settings_of(["passage"], 8, 2, 0, "all", 0.002, 5),
+    ),
+    (
+        "Pell Cheese",
+        "Pell Cheese ripens in salt caves for ninety days. Goats of the Dorn hills give its milk.",
+        settings_of(["passage", "facts", "rewritings"], 0, 0, 1, "all", 0.001, 20),
+    ),
+    (
+        "The Lark Code",
+        "Sefa Toll wrote the Lark Code for signal lamps. It has eleven signs.",
+        settings_of(["questions", "facts"], 3, 0, 2, "all", 0.006, 12),
+    ),
+    (
+        "Mount Arrel",
+        "Mount Arrel lost its summit in the storm of 1904. Two huts stand on its eastern side.",
+        settings_of(["passage", "questions", "rewritings"], 1, 5, 0, "answers", 0.003, 1),
+    ),
+]
+
+
+def settings_prompts(tok: Tokenizer, title: str, passage: str, shots: int = 1) -> list[list[int]]:
+    """Token ids of the one chat that asks how to study a passage, after six worked examples, or
+    with shots=0 after a form."""
+    form = "" if shots else f" Its form: {SETTINGS_FORM}"
+
+    def request(title, text):
+        content = f"{SETTINGS_INSTRUCTION}{form}\n\nTitle: {title}\nPassage: {text}"
+        return {"role": "user", "content": content}
+
+    worked = []
+    for name, text, settings in WORKED * shots:
+        reply = {"role": "assistant", "content": json.dumps(settings)}
+        worked += [request(name, text), reply]
+    return [tok.chat([*worked, request(title, passage)])]
+
+
+def first_object(text: str, ended: bool) -> tuple[dict, str]:
+    """The first JSON object in a sampled text -> (object, flaw): {} and "empty", "endless" or
+    "malformed" if there is none. Text around it is ignored; a key that stands twice is malformed,
+    for nobody can tell which one counts."""
+    if not text.strip():
+        return {}, "empty"
+    try:
+        decoder = json.JSONDecoder(object_pairs_hook=each_key_once)
+        value, _ = decoder.raw_decode(text[text.index("{") :])
+    except (ValueError, RecursionError):
+        return {}, "malformed" if ended else "endless"
+    return value, ""
+
+
+def each_key_once(pairs: list[tuple]) -> dict:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        raise ValueError("a key stands twice")
+    return value
+
+
+def parse_settings(text: str, ended: bool) -> tuple[dict, str]:
+    """Sampled text -> (settings, flaw): KEYS with their values, or {} and "empty", "endless",
+    "malformed" (another form, other keys, unknown data) or "out of bounds" (too many, too large, or
+    nothing to study)."""
+    value, flaw = first_object(text, ended)
+    if flaw:
+        return {}, flaw
+    if set(value) != set(KEYS) or type(value["data"]) is not list or value["loss"] not in LOSS:
+        return {}, "malformed"
+    data, counts = value["data"], [value[tool] for tool in (*TOOLS, "epochs")]
+    known = all(type(name) is str and name in DATA for name in data) and len(set(data)) == len(data)
+    lr = value["learning_rate"]
+    if not known or {type(n) for n in counts} != {int} or type(lr) not in (int, float):
+        return {}, "malformed"
+    within = all(0 <= value[tool] <= most for tool, (_, most) in TOOLS.items())
+    within &= MIN_LR <= lr <= MAX_LR and 1 <= value["epochs"] <= MAX_EPOCHS
+    if not within or not any([data, *counts[:-1]]):
+        return {}, "out of bounds"
+    return {key: value[key] for key in KEYS}, ""
+
 
 # -----------------------------------------------------------------------------
 # sampling self-edits
@@ -359,13 +508,27 @@ def add_style_flag(parser) -> None:
     add = parser.add_argument
     add("--style", default="questions", choices=STYLES, help="prompt style of notes on a passage")
     about = "longest self-edit, or part of one, in tokens; 0: 80 on a sentence, 320 on a passage"
-    add("--max-new", type=at_least(0), default=0, help=about)
+    add("--max-new", type=at_least(0), default=0, help=about + ", 240 with --settings")
+
+
+def add_settings_flags(parser) -> None:
+    add = parser.add_argument
+    about = "a self-edit says, too, which data and tools to study with, how fast and how long"
+    add("--settings", action="store_true", help=about)
+    about = "with --settings: most tokens that a self-edit is trained on, all epochs together"
+    add("--budget", type=at_least(1), default=8192, help=about)
 
 
 def settle(args):
     """The same settings, without --max-new 0: what it stands for depends on the style."""
-    args.max_new = args.max_new or (80 if STYLES[args.style].by_sentence else 320)
+    usual = 240 if says_how(args) else 80 if STYLES[args.style].by_sentence else 320
+    args.max_new = args.max_new or usual
     return args
+
+
+def says_how(args) -> bool:
+    """--settings, of the scripts that have it."""
+    return vars(args).get("settings", False)
 
 
 def policy_example(tok: Tokenizer, prompt: list[int], text: str, weight: float = 1.0) -> Example:
@@ -439,34 +602,65 @@ def sampled_text(tok: Tokenizer, ids: list[int]) -> tuple[str, bool]:
     return tok.decode(ids[:-1] if ended else ids), ended
 
 
+def styles_of(args) -> tuple:
+    """The styles of a self-edit's parts: the one asked for, or with --settings how to study, and
+    then all notes to choose from."""
+    return ("settings", *STYLE_OF.values()) if says_how(args) else (args.style,)
+
+
 def note_prompts(tok: Tokenizer, passages, args) -> dict:
-    """{passage id: prompts that ask for notes on it}, in the style of args."""
-    return {p.id: edit_prompts(tok, args.style, p.title, p.text, args.shots) for p in passages}
+    """{passage id: prompts that ask for the parts of a self-edit on it}."""
+    found = {}
+    for p in passages:
+        found[p.id] = []
+        for style in styles_of(args):
+            make = settings_prompts if style == "settings" else partial(edit_prompts, style=style)
+            found[p.id] += make(tok, title=p.title, passage=p.text, shots=args.shots)
+    return found
 
 
 def note_reader(passages, args):
-    """The `read` of sample_self_edits() for notes on these passages: a SelfEdit of what was sampled
-    on one of them."""
-    form, texts = STYLES[args.style], {p.id: p.text for p in passages}
+    """The `read` of sample_self_edits() for self-edits on these passages: a SelfEdit of what was
+    sampled on one of them. One whose settings are flawed is flawed as a whole, and earns nothing.
+    """
+    texts, kinds = {p.id: p.text for p in passages}, {}  # of each part: (style, its sentence or "")
+    for p in passages:
+        kinds[p.id] = []
+        for style in styles_of(args):
+            by_sentence = style in STYLES and STYLES[style].by_sentence
+            kinds[p.id] += [
+                (style, about) for about in (sentences(p.text) if by_sentence else [""])
+            ]
 
     def read(id, sampled):
-        about = sentences(texts[id]) if form.by_sentence else [""]
-        parts = []
-        for (text, ended), sentence in zip(sampled, about, strict=True):
-            notes, flaw = parse(text, args.style, ended, sentence)
-            own = [n for n in notes if not (args.shots and copies_example(n, texts[id]))]
-            flaw = "copied" if len(own) < len(notes) else flaw
-            target = form.gap.join(QA_PAIR.match(n)[1] if form.quotes else n for n in own)
-            parts.append(Part(text, own, target, flaw))
-        flaw = "" if any(part.target for part in parts) else parts[0].flaw
-        return SelfEdit(id, parts, args.style, flaw)
+        parts, settings = [], {}
+        for (text, ended), (style, sentence) in zip(sampled, kinds[id], strict=True):
+            if style == "settings":
+                settings, flaw = parse_settings(text, ended)
+                target = json.dumps(settings) if settings else ""
+                parts.append(Part(text, [], target, flaw, style=style))
+            else:
+                parts.append(read_notes(text, ended, style, sentence, texts[id], args.shots))
+        flawed = parts[0].style == "settings" or not any(part.target for part in parts)
+        flaw = parts[0].flaw if flawed else ""
+        return SelfEdit(id, parts, args.style, flaw, settings=settings)
 
     return read
+
+
+def read_notes(text, ended, style: str, sentence: str, passage: str, shots: int) -> Part:
+    """A sampled part that is notes, on a sentence of the passage or on all of it."""
+    form = STYLES[style]
+    notes, flaw = parse(text, style, ended, sentence)
+    own = [n for n in notes if not (shots and copies_example(n, passage))]
+    flaw = "copied" if len(own) < len(notes) else flaw
+    target = form.gap.join(QA_PAIR.match(n)[1] if form.quotes else n for n in own)
+    return Part(text, own, target, flaw, style=style)
 
 
 def write_self_edits(
     model, tok, passages, copies: int, args, seed: int, log=None, label="sample"
 ) -> list[SelfEdit]:
-    """Notes on each passage, `copies` times."""
+    """Self-edits on each passage, `copies` times."""
     prompts, read = note_prompts(tok, passages, args), note_reader(passages, args)
     return sample_self_edits(model, tok, prompts, read, copies, args, seed, log, label)

@@ -71,6 +71,7 @@ def parse_arguments(argv=None):
         selfedit.add_flags(p)
         inner.add_lora_flags(p)
     selfedit.add_style_flag(sub["qa"])
+    selfedit.add_settings_flags(sub["qa"])
     inner.add_sft_flags(sub["qa"])
     arc.add_flags(sub["arc"])
     add_loop_flags(sub["qa"], "runs/qa", ["accuracy", "logprob", "proxy"], list(RULES))
@@ -126,6 +127,12 @@ def refuse_contradictions(parser, args) -> None:
     by_study = args.select == "notes" and args.reward != "proxy" and STYLES[args.style].quotes
     if args.halves and not by_study:
         parser.error("--halves needs --select notes, --style questions, and a reward by study")
+    if args.settings and (args.reward == "proxy" or args.halves):
+        parser.error("--settings needs a study of each self-edit: no --reward proxy, no --halves")
+    if args.settings and args.style != "questions":
+        parser.error("--settings asks for notes in all styles: leave out --style")
+    if not args.settings:
+        refuse_unused(parser, args, ["budget"], "without --settings")
     if args.select != "notes":
         refuse_unused(parser, args, ["keep"], f"with --select {args.select}")
 

@@ -22,7 +22,6 @@ import numpy as np
 import data.qa
 import reward
 from data.qa import counts, load_passages
-from data.text import sentences
 from inner import lora_config, sft_config
 from lm.files import GOES_ON, check_output, digest, run_main, sub_seed, write_json
 from lm.flags import Parser, load, result_head
@@ -36,33 +35,14 @@ from reward import (
     quiz_candidates,
     update_and_quiz,
 )
-from selfedit import cloze_notes, settle, write_self_edits
-
-COPIES = 5
-
-
-def orders(text: str, seed: int) -> list[str]:
-    """COPIES of a text with its sentences in random orders."""
-    rng, parts = np.random.default_rng(seed), sentences(text)
-    return [" ".join(rng.permutation(parts)) for _ in range(COPIES)]
-
-
-def masked(text: str, seed: int) -> list[str]:
-    """COPIES of the task to restore a text, of which a random half of the words are hidden."""
-    rng, words, notes = np.random.default_rng(seed), text.split(), []
-    for _ in range(COPIES):
-        hidden = set(rng.permutation(len(words))[: len(words) // 2].tolist())
-        shown = " ".join("___" if i in hidden else word for i, word in enumerate(words))
-        notes.append(f"Question: What is the whole text? {shown}\nAnswer: {' '.join(words)}")
-    return notes
-
+from selfedit import clozes, masked, orders, settle, write_self_edits
 
 TOOLS = {
     "nothing": [],
-    "orders": [orders],
-    "masked": [masked],
-    "clozes": [cloze_notes],
-    "all": [orders, masked, cloze_notes],
+    "orders": [(orders, 5)],
+    "masked": [(masked, 5)],
+    "clozes": [(clozes, 3)],
+    "all": [(orders, 5), (masked, 5), (clozes, 3)],
 }
 
 
@@ -92,8 +72,8 @@ def measure(model, tok, passages, args, work: Path) -> dict:
             name, candidates = f"notes+{tool}" if written else tool, []
             for n, (passage, e) in enumerate(zip(passages, edits)):
                 notes = list(e.notes) if written else []
-                for make in TOOLS[tool]:
-                    notes += make(passage.text, sub_seed(args.seed, 2, n))
+                for make, count in TOOLS[tool]:
+                    notes += make(passage.text, count, sub_seed(args.seed, 2, n))
                 candidate = passage_candidate(tok, n, passage, notes, sft_config(args))
                 candidates.append(candidate)
             log = Log(work / f"{name}.jsonl", accuracy_of)

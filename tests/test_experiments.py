@@ -237,16 +237,16 @@ def test_no_ladder_there(tiny_folder, passages_file, tmp_path, monkeypatch):
 
 def test_tools_make_copies_of_the_text():
     text = "Ada cast it. Bo rang it. So it was."
-    orders = tools.orders(text, 0)
-    assert len(orders) == 5 and len(set(orders)) > 1 and orders == tools.orders(text, 0)
+    orders = tools.orders(text, 5, 0)
+    assert len(orders) == 5 and len(set(orders)) > 1 and orders == tools.orders(text, 5, 0)
     for order in orders:
         assert sorted(order.split()) == sorted(text.split()) and "Ada cast it." in order
-    for note in tools.masked(text, 0):
+    for note in tools.masked(text, 5, 0):
         asked, answer = QA_PAIR.fullmatch(note).groups()
         shown = asked.removeprefix("What is the whole text? ").split()
         assert answer == text and shown.count("___") == 4  # of nine words
         assert all(a in ("___", b) for a, b in zip(shown, text.split(), strict=True))
-    assert len(set(tools.masked(text, 0))) > 1
+    assert len(set(tools.masked(text, 5, 0))) > 1
 
 
 def test_tools(tiny_folder, passages_file, tmp_path, monkeypatch):

@@ -19,7 +19,7 @@ from lm.files import read_json, sub_seed
 from lm.tokenizer import Tokenizer
 from lora import Adapters, LoRAConfig, attached, merged
 from quiz import ask, quiz_items
-from selfedit import Part, SelfEdit, cloze_notes
+from selfedit import Part, SelfEdit, clozes
 
 
 def run(monkeypatch, tiny_folder, *args):
@@ -74,9 +74,9 @@ def test_the_text_and_its_notes_are_studied(tok, tiny_folder, tmp_path, monkeypa
     about = ["study", tmp_path / "rolm.txt", "--title", "Rolm", "--out", tmp_path / "a"]
     run(monkeypatch, tiny_folder, *about, "--style", "implications", "--samples", 2)
     [(_, [studied], *_)] = calls
-    clozes = cloze_notes(text, sub_seed(0, 2))
-    assert len(clozes) == 3
-    assert studied == reward.passage_examples(tok, "Rolm", [text, *notes, *clozes])
+    asking = clozes(text, 3, sub_seed(0, 2))
+    assert len(asking) == 3
+    assert studied == reward.passage_examples(tok, "Rolm", [text, *notes, *asking])
 
 
 @pytest.mark.parametrize(
@@ -140,7 +140,7 @@ def test_the_notes_are_studied_and_asked_again(tiny_folder, tmp_path, monkeypatc
 
     monkeypatch.setattr(learn, "generate", generate)
     monkeypatch.setattr(learn, "BATCH", 2)
-    monkeypatch.setattr(learn, "cloze_notes", lambda *_: [])
+    monkeypatch.setattr(learn, "clozes", lambda *_: [])
     run(monkeypatch, tiny_folder, "study", tmp_path / "x.txt", "--out", tmp_path / "a")
     tok, [examples] = Tokenizer(tiny_folder), seen
     trained = [tok.decode(e.ids) for e in examples]
@@ -180,7 +180,7 @@ def test_a_long_text_is_studied_in_pieces(tiny_folder, tmp_path, monkeypatch, ca
     monkeypatch.setattr(learn, "write_self_edits", lambda m, t, p, *_: pieces.extend(p) or [])
     outcome = Outcome([1.0], 1)
     monkeypatch.setattr(learn, "update_one", lambda *a: seen.append(a[2]) or outcome)
-    monkeypatch.setattr(learn, "cloze_notes", lambda *_: [])
+    monkeypatch.setattr(learn, "clozes", lambda *_: [])
     run(monkeypatch, tiny_folder, "study", tmp_path / "x.txt", "--out", tmp_path / "a")
     [examples] = seen
     assert len(examples) == len(pieces) > 3

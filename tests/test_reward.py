@@ -15,6 +15,7 @@ from lm.packing import arrange, row_tokens
 from lora import PROJECTIONS, LoRAConfig
 from quiz import ask, mean_scores, quiz_items, quiz_prompt
 from reward import (
+    NOTHING,
     accuracy_of,
     best_notes,
     by_sentence,
@@ -241,16 +242,19 @@ def test_a_question_credits_the_part_about_its_sentence():
     nowhere = Question("What hangs in a tower?", ("a nest",), "forward")
     assert sentence_about(nowhere, texts) == 2  # told nowhere: most words
 
-    def credits(n_parts, questions, accuracies, reward="accuracy"):
-        e = SelfEdit("p", [Part("x") for _ in range(n_parts)])
+    def credits(styles, questions, accuracies, reward="accuracy"):
+        e = SelfEdit("p", [Part("x", style=style) for style in styles])
         p = Passage("p", "Bell", " ".join(texts), questions)
         credit(e, p, answered(*accuracies), reward)
         return [part.credit for part in e.parts]
 
-    assert credits(3, questions, [1.0, 0.0, 1.0]) == [1.0, 0.0, 1.0]
-    assert credits(3, questions[1:], [0.0, 1.0]) == [None, 0.0, 1.0]
-    assert credits(3, questions[1:], [0.0, 1.0], "logprob") == [None, -1.0, 0.0]
-    assert credits(1, questions[1:], [0.5, 0.0]) == [0.25]  # of one part: the whole reward
+    each = ["questions"] * 3
+    assert credits(each, questions, [1.0, 0.0, 1.0]) == [1.0, 0.0, 1.0]
+    assert credits(each, questions[1:], [0.0, 1.0]) == [None, 0.0, 1.0]
+    assert credits(each, questions[1:], [0.0, 1.0], "logprob") == [None, -1.0, 0.0]
+    assert credits(["rewrite"], questions[1:], [0.5, 0.0]) == [0.25]  # of all: the whole reward
+    whole = ["settings", *each, "implications"]
+    assert credits(whole, questions[1:], [0.0, 1.0]) == [0.5, None, 0.0, 1.0, 0.5]
     about_one = Passage("p", "Bell", " ".join(texts), (questions[0], questions[0]))
     assert by_sentence(about_one, [1.0, 0.5]) == [0.75, None, None]
 
@@ -262,6 +266,10 @@ def test_what_the_quiz_says_of_a_self_edit():
     assert (e.reward, e.steps, e.loss, e.flaw) == (-0.5, 3, 0.5, "")
     credit(e, p, answered(0.0, 0.0, diverged=True), "accuracy")
     assert e.flaw == "diverged" and e.reward == 0.0
+    e = SelfEdit("p", [Part("x"), Part("y")], flaw="malformed")
+    credit(e, p, None, "logprob")  # it was not studied
+    assert (e.reward, e.steps, e.flaw, e.score) == (-100.0, 0, "malformed", NOTHING)
+    assert [part.credit for part in e.parts] == [-100.0, None]
 
 
 # -----------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from selfedit import (
     STYLES,
     Part,
     SelfEdit,
-    cloze_notes,
+    clozes,
     edit_prompts,
     note_prompts,
     note_reader,
@@ -69,7 +69,8 @@ def test_a_quoted_note_answers_with_the_sentence():
     imitated = ["What is Rolm?", "What does it sell?"]
     cut = asked[1] + "2. Who s"
     made = read("p", [(asked[0], True), (cut, False)])
-    one, two = Part(asked[0], [what], imitated[0]), Part(cut, [sells], imitated[1], "endless")
+    one = Part(asked[0], [what], imitated[0], style="questions")
+    two = Part(cut, [sells], imitated[1], "endless", style="questions")
     assert made == SelfEdit("p", [one, two], "questions") and made.notes == [what, sells]
     assert made.flaw == ""
     made = read("p", [(asked[0], True), (asked[1] + asked[1].replace("1.", "Question 2:"), True)])
@@ -220,11 +221,11 @@ def test_what_was_sampled_is_not_sampled_again(tiny, tok, tmp_path, monkeypatch)
     assert write_self_edits(tiny, tok, *how, tmp_path / "b.jsonl") == whole
 
 
-def test_cloze_notes_ask_with_half_of_a_statements_words():
+def test_clozes_ask_with_half_of_a_statements_words():
     text = "Who keeps it? Ada Quell does, mostly. The spare key lies under the pot. Halt!"
     asked = {}
     for seed in range(60):
-        pairs = [QA_PAIR.fullmatch(note).groups() for note in cloze_notes(text, seed)]
+        pairs = [QA_PAIR.fullmatch(note).groups() for note in clozes(text, 3, seed)]
         for question, answer in pairs:
             first, rest = question.split(" ", 1)
             asked.setdefault(answer, {}).setdefault(rest, set()).add(first)
@@ -234,6 +235,6 @@ def test_cloze_notes_ask_with_half_of_a_statements_words():
     assert {answer: set(rests) for answer, rests in asked.items()} == expected
     firsts = {frozenset(words) for rests in asked.values() for words in rests.values()}
     assert firsts == {frozenset(["What", "Who", "When", "Where", "How"])}
-    assert cloze_notes(text, 0) == cloze_notes(text, 0) != cloze_notes(text, 1)
-    assert len(cloze_notes(text, 0)) == 6
-    assert cloze_notes("\u94a5\u5319\u5728\u82b1\u76c6\u4e0b\u3002", 0) == []
+    assert clozes(text, 3, 0) == clozes(text, 3, 0) != clozes(text, 3, 1)
+    assert len(clozes(text, 3, 0)) == 6
+    assert clozes("\u94a5\u5319\u5728\u82b1\u76c6\u4e0b\u3002", 3, 0) == []

@@ -1,0 +1,294 @@
+"""Self-edits on passages that say how they are to be studied: --settings."""
+
+import json
+import time
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import run_script
+
+import selfedit
+import train_outer
+from data.qa import Passage
+from lm.files import read_jsonl
+from quiz import ask
+from reward import edit_candidate, settings_candidate
+from selfedit import (
+    DATA,
+    KEYS,
+    MAX_EPOCHS,
+    TOOLS,
+    WORKED,
+    Part,
+    SelfEdit,
+    note_prompts,
+    note_reader,
+    parse_settings,
+    settings_of,
+    settings_prompts,
+)
+
+TEXT = "Ada Quell cast the bell. Bo Larn rang it in Rolm."
+GOOD = settings_of(["passage", "questions"], 2, 1, 3, "answers", 0.004, 8)
+ARGS = SimpleNamespace(
+    style="questions",
+    shots=1,
+    settings=True,
+    budget=10_000,
+    row_len=256,
+    lr=0.004,
+    epochs=8,
+    steps=16,
+)
+
+
+def saying(**changes) -> str:
+    return json.dumps(GOOD | changes)
+
+
+def test_what_is_read():
+    assert parse_settings(saying(), True) == (GOOD, "")
+    assert parse_settings(f"Sure:\n```json\n{saying()}\n``` That is all", False) == (GOOD, "")
+    for _, _, settings in WORKED:
+        assert parse_settings(json.dumps(settings), True) == (settings, "")
+    most = settings_of(DATA, *(most for _, most in TOOLS.values()), "all", 0.03, MAX_EPOCHS)
+    assert parse_settings(json.dumps(most), True) == (most, "")
+    assert parse_settings(saying(data=[], orders=0, masked=0), True)[1] == ""  # clozes are left
+    assert parse_settings(saying(learning_rate=1e-5, epochs=1), True)[1] == ""
+
+
+@pytest.mark.parametrize(
+    "text, flaw",
+    [
+        ("  \n", "empty"),
+        ("Sure!", "malformed"),
+        (saying()[:-1], "malformed"),
+        ("[" + saying(), ""),  # what is around an object is ignored
+        ('{"a":' * 100_000, "malformed"),
+        (saying(data={}), "malformed"),
+        (saying(data=["passage", "passage"]), "malformed"),
+        (saying(data=["songs"]), "malformed"),
+        (saying(data=[["passage"]]), "malformed"),
+        (saying(loss="none"), "malformed"),
+        (saying(loss=["all"]), "malformed"),
+        (saying(sing=3), "malformed"),  # a tool that is not there
+        (saying().replace('"masked"', '"orders"'), "malformed"),  # a key twice, and one missing
+        (saying()[:-1] + ', "epochs": 3}', "malformed"),
+        (saying(epochs=2.0), "malformed"),
+        (saying(epochs=True), "malformed"),
+        (saying(orders=None), "malformed"),
+        (saying(learning_rate="fast"), "malformed"),
+        (saying(learning_rate=True), "malformed"),
+        (saying().replace("0.004", "1" * 5000), "malformed"),
+        (saying(learning_rate=float("nan")), "out of bounds"),
+        (saying(learning_rate=float("inf")), "out of bounds"),
+        (saying(learning_rate=-0.004), "out of bounds"),
+        (saying(learning_rate=9e-6), "out of bounds"),
+        (saying(learning_rate=0.031), "out of bounds"),
+        (saying(epochs=0), "out of bounds"),
+        (saying(epochs=MAX_EPOCHS + 1), "out of bounds"),
+        (saying(epochs=1_000_000), "out of bounds"),
+        (saying(orders=-1), "out of bounds"),
+        (saying(orders=9), "out of bounds"),
+        (saying(masked=9), "out of bounds"),
+        (saying(clozes=4), "out of bounds"),
+        (saying(data=[], orders=0, masked=0, clozes=0), "out of bounds"),
+    ],
+)
+def test_what_is_a_flaw(text, flaw):
+    settings, found = parse_settings(text, True)
+    assert found == flaw and bool(settings) is (not flaw)
+    if flaw == "malformed":
+        assert parse_settings(text, False)[1] in ("endless", "malformed")
+
+
+def test_an_endless_one_takes_no_longer_than_its_length():
+    took = []
+    for length in (200_000, 400_000):
+        start = time.perf_counter()
+        assert parse_settings("{" + '"a": 1, ' * length, False) == ({}, "endless")
+        took.append(time.perf_counter() - start)
+    assert took[1] < 4 * took[0] + 0.1
+
+
+def test_the_prompt_shows_the_range(tok):
+    [ids] = settings_prompts(tok, "Rolm", TEXT)
+    shown = tok.decode(ids)
+    assert shown.count('"learning_rate"') == len(WORKED) == 6
+    assert shown.rstrip().endswith("assistant") and TEXT in shown
+    rates = [settings["learning_rate"] for _, _, settings in WORKED]
+    epochs = [settings["epochs"] for _, _, settings in WORKED]
+    assert min(rates) <= 0.001 and max(rates) >= 0.008 and min(epochs) == 1 and max(epochs) == 20
+    told = {name for _, _, settings in WORKED for name in settings["data"]}
+    assert told == set(DATA) and {s["loss"] for _, _, s in WORKED} == {"all", "answers"}
+    for tool in TOOLS:
+        assert {0} < {settings[tool] for _, _, settings in WORKED}
+    [ids] = settings_prompts(tok, "Rolm", TEXT, shots=0)
+    form = tok.decode(ids)
+    assert form.count('"learning_rate"') == 1 and all(f'"{key}"' in form for key in KEYS)
+    assert all(f'"{name}"' in form for name in DATA)
+
+
+def test_a_self_edit_has_settings_and_all_notes(tok):
+    passage = Passage("p", "Rolm", TEXT, ())
+    prompts = note_prompts(tok, [passage], ARGS)["p"]
+    assert len(prompts) == 1 + 2 + 1 + 1 and prompts[0] == settings_prompts(tok, "Rolm", TEXT)[0]
+    sampled = [saying(), "Who cast it?", "Who rang it?", "Ada Quell lived.", "Ada cast it.\n\nYes."]
+    sampled = [(text, True) for text in sampled]
+    e = note_reader([passage], ARGS)("p", sampled)
+    assert e.flaw == "" and e.settings == GOOD
+    styles = ["settings", "questions", "questions", "implications", "rewrite"]
+    assert [part.style for part in e.parts] == styles
+    assert json.loads(e.parts[0].target) == GOOD and e.parts[0].notes == []
+    assert e.parts[2].notes == ["Question: Who rang it?\nAnswer: Bo Larn rang it in Rolm."]
+    assert e.parts[4].notes == ["Ada cast it.", "Yes."]
+    e = note_reader([passage], ARGS)("p", [("{", True), *sampled[1:]])
+    assert e.flaw == "malformed" and e.settings == {} and e.parts[0].target == ""
+
+
+def parts():
+    note = "Question: Who rang it?\nAnswer: Bo Larn rang it in Rolm."
+    return [
+        Part("{}", style="settings"),
+        Part("x", [note], style="questions"),
+        Part("x", ["Ada Quell lived.", "Bo rang."], style="implications"),
+        Part("x", ["Bells were cast."], style="rewrite"),
+    ]
+
+
+def texts_of(tok, c):
+    return [tok.decode(list(e.ids)) for e in c.examples]
+
+
+@pytest.mark.parametrize(
+    "data, expected",
+    [
+        (["passage"], [TEXT]),
+        (["questions"], ["Who rang it?"]),
+        (["facts"], ["Ada Quell lived.", "Bo rang."]),
+        (["rewritings", "passage"], [TEXT, "Bells were cast."]),
+    ],
+)
+def test_the_data_that_is_asked_for_is_studied(tok, data, expected):
+    settings = settings_of(data, 0, 0, 0, "answers", 0.002, 3)
+    c = settings_candidate(tok, 0, Passage("p", "Rolm", TEXT, ()), parts(), settings, ARGS, 0)
+    found = texts_of(tok, c)
+    assert len(found) == len(expected)
+    assert all(text in own for text, own in zip(expected, found))
+    assert (c.config.lr, c.config.epochs, c.config.steps, c.config.row_len) == (0.002, 3, 0, 256)
+
+
+def test_tools_make_as_much_as_they_are_asked_for(tok):
+    passage, made = Passage("p", "Rolm", TEXT, ()), {}
+    for n, tool in enumerate(TOOLS):
+        for count in (1, 2):
+            counts = [count * (k == n) for k in range(3)]
+            settings = settings_of([], *counts, "answers", 0.002, 3)
+            c = settings_candidate(tok, 0, passage, parts(), settings, ARGS, 0)
+            made[tool, count] = len(c.examples)
+    # Of two sentences there are two orders, and some orders are drawn twice.
+    assert made["orders", 2] in (1, 2) and made["masked", 2] == 2
+    assert made["clozes", 1] == 2 and made["clozes", 2] == 4
+
+
+def test_the_loss_counts_what_is_asked_for(tok):
+    passage, counted = Passage("p", "Rolm", TEXT, ()), []
+    for loss in ("all", "answers"):
+        settings = settings_of(["passage", "questions"], 0, 0, 0, loss, 0.002, 3)
+        c = settings_candidate(tok, 0, passage, parts(), settings, ARGS, 0)
+        counted.append([all(e.counts) for e in c.examples])
+    assert counted == [[True, True], [True, False]]
+
+
+def test_nothing_is_trained_beyond_the_budget(tok):
+    passage = Passage("p", "Rolm", TEXT, ())
+    settings = settings_of(["passage"], 0, 0, 0, "answers", 0.002, 20)
+    make = partial(settings_candidate, tok, 0, passage, parts(), settings)
+    [example] = make(ARGS, 0).examples
+    for budget, epochs in ((20, 20), (7, 7), (1, 1)):
+        args = SimpleNamespace(**vars(ARGS) | {"budget": budget * len(example.ids)})
+        assert make(args, 0).config.epochs == epochs
+    short = SimpleNamespace(**vars(ARGS) | {"budget": len(example.ids) - 1})
+    assert make(short, 0) is None
+    e = SelfEdit("p", parts(), settings=settings)
+    assert edit_candidate(tok, 0, passage, e, short, 0) is None and e.flaw == "over budget"
+    e = SelfEdit("p", parts(), flaw="malformed")
+    assert edit_candidate(tok, 0, passage, e, ARGS, 0) is None and e.flaw == "malformed"
+    e = SelfEdit("p", parts(), settings=settings_of(["questions"], 0, 0, 0, "all", 0.002, 2))
+    e.parts[1].notes = []  # nothing to train on
+    assert edit_candidate(tok, 0, passage, e, ARGS, 0) is None and e.flaw == "over budget"
+
+
+def run(monkeypatch, tiny_folder, passages_file, out, *extra):
+    args = ["--data", passages_file, "--out", out, "--samples", 3, "--rounds", 1, "--max-new", 6]
+    args += ["--top-layers", 2, "--rank", 2, "--outer-rank", 2, "--population", 4]
+    monkeypatch.setattr("reward.ask", partial(ask, max_new=4))
+    run_script(monkeypatch, train_outer, tiny_folder, "qa", *args, *extra)
+
+
+def test_a_round_with_settings(tiny_folder, passages_file, tmp_path, monkeypatch):
+    """A flawed self-edit is not studied and earns nothing; the best settings are imitated as they
+    were read."""
+    slow = settings_of(["passage"], 1, 0, 1, "all", 0.001, 2)
+    said = [(slow, ""), (slow | {"learning_rate": 0.02}, ""), ({}, "malformed")]
+    calls = []
+
+    def sampled(text, ended):
+        calls.append(text)
+        return said[(len(calls) - 1) % 3]
+
+    monkeypatch.setattr("selfedit.parse_settings", sampled)
+    imitated = []
+    monkeypatch.setattr(
+        "train_outer.reinforce", lambda m, t, pairs, *_: imitated.extend(pairs) or 0.5
+    )
+    extra = ["--settings", "--select", "best", "--reward", "logprob"]
+    run(monkeypatch, tiny_folder, passages_file, tmp_path / "out", *extra)
+    edits = selfedit.read_edits(tmp_path / "out" / "round-1" / "candidates.jsonl")
+    assert len(edits) == 9 and len(calls) == 9
+    for n in range(0, 9, 3):
+        a, b, c = edits[n : n + 3]
+        assert (c.flaw, c.reward, c.steps, c.kept) == ("malformed", -100.0, 0, False)
+        assert (a.config["lr"], b.config["lr"]) == (0.001, 0.02) and a.steps == b.steps == 2
+        best = max((a, b), key=lambda e: e.reward)
+        assert [e.kept for e in (a, b, c)] == [e is best for e in (a, b, c)]
+        assert best.parts[0].credit == best.reward
+        assert json.dumps(best.settings) in [text for _, text in imitated]
+    [metrics] = read_jsonl(tmp_path / "out" / "metrics.jsonl")
+    assert metrics["flaws"]["malformed"] >= 3 and metrics["total"] == 9
+
+
+@pytest.mark.parametrize(
+    "extra, message",
+    [
+        (["--settings", "--reward", "proxy"], "needs a study"),
+        (["--settings", "--halves", 4, "--select", "notes"], "needs a study"),
+        (["--settings", "--style", "rewrite"], "leave out --style"),
+        (["--budget", 100], "budget"),
+    ],
+)
+def test_contradictions(extra, message, tiny_folder, passages_file, tmp_path, monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        run(monkeypatch, tiny_folder, passages_file, tmp_path / "out", *extra)
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_settings_do_not_change_what_is_learnt_beside_it(tiny, tok):
+    """The same study, said or given by flags."""
+    from inner import inner_update
+    from lora import PROJECTIONS, Adapters, LoRAConfig
+
+    passage = Passage("p", "Rolm", TEXT, ())
+    said = settings_of(["passage", "questions"], 0, 0, 0, "answers", 0.004, 8)
+    given = SimpleNamespace(**vars(ARGS) | {"settings": False, "steps": 0})
+    e = SelfEdit("p", parts()[:2], settings=said)
+    lora, flats = LoRAConfig(2, 4.0, tuple(PROJECTIONS), 2, 4), []
+    for args in (ARGS, given):
+        c = edit_candidate(tok, 0, passage, e, args, 0)
+        adapters = Adapters.init(tiny, lora, 1, 0)
+        inner_update(tiny, adapters, [c.examples], [c.config], 0)
+        flats.append(adapters.flat)
+    assert torch.equal(*flats)
