@@ -19,6 +19,12 @@ Rows:
     stronger-editor      the same, with the "self_edits" that stand in the data file
     in-context           the model as it is, with the passage in the prompt (what learning replaces)
 
+With --settings, as in train_outer.py, the policies' self-edits say how they are studied, each
+within --budget trained tokens, and the rows with untrained notes are:
+    passage+self-edit    the notes that are questions, studied as the flags (or --recipes) say
+    untrained-settings   all notes, as the untrained model's own settings say
+    best-fixed           all notes, as the best settings of experiments/grid.py say (--fixed)
+
 --match epochs is the paper's protocol: every row takes the same number of epochs, so more text
 means more optimiser steps. With --match steps every row takes exactly --steps steps, of up to
 --row-len tokens of passage or notes each; with --recipes (experiments/recipes.py) each row takes
@@ -35,6 +41,7 @@ With --run and no --out the result is RUN/ladder.json, and RUN/ladder/ holds the
 makes a page of them. WORK/answers.jsonl has what each row learnt from and answered.
 """
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -43,12 +50,13 @@ import numpy as np
 import data.qa
 import inner
 import reward
+import selfedit
 from data.qa import counts, load_passages
 from data.text import sentences
 from inner import learner, lora_config, sft_config
 from lm.adapters import load_adapter
 from lm.files import GOES_ON, chunks, digest, read_json, run_main, sub_seed, write_json, write_jsonl
-from lm.flags import Parser, at_least, load, result_head
+from lm.flags import Parser, at_least, load, refuse_unused, result_head
 from lm.intervals import (
     bootstrap,
     gap_closed,
@@ -69,8 +77,10 @@ from lm.runs import (
 from lora import merged
 from quiz import ask, mean_scores, quiz_items
 from reward import (
+    NOTHING,
     accuracy_of,
     by_sentence,
+    edit_candidate,
     passage_candidate,
     pooled,
     populations,
@@ -78,7 +88,7 @@ from reward import (
     unrelated,
     update_and_quiz,
 )
-from selfedit import parse, settle, write_self_edits
+from selfedit import SelfEdit, parse, parse_settings, settle, write_self_edits
 
 OUT = "results/qa_ladder.json"
 METRICS = ("accuracy", "em", "f1", "logprob")
@@ -101,11 +111,23 @@ def parse_arguments():
         "with --match steps: JSON of experiments/recipes.py with each row's best --lr and --steps"
     )
     add("--recipes", help=about)
+    selfedit.add_settings_flags(parser)
+    about = "with --settings: JSON of experiments/grid.py with the best settings for all"
+    add("--fixed", help=about)
     add_ladder_flags(parser, "qa", OUT)
     args = settle(parser.parse_args())
     if args.match != "epochs" and not (args.steps or args.no_study):
         parser.error("--match steps needs --steps above 0")
+    refuse_contradictions(parser, args)
     return set_outputs(args, OUT)
+
+
+def refuse_contradictions(parser, args) -> None:
+    if not args.settings:
+        refuse_unused(parser, args, ["budget", "fixed"], "without --settings")
+    elif args.match != "steps" or args.style != "questions" or args.no_study:
+        told = "each self-edit says how it is studied, with notes in all styles"
+        parser.error(f"--settings: {told}; leave out --match, --style and --no-study")
 
 
 # -----------------------------------------------------------------------------
@@ -138,7 +160,7 @@ def summarize(table: dict, seed: int) -> dict:
         means = {m: float(scores[m].mean()) for m in METRICS}
         row = {"method": method, "accuracy": means["accuracy"]}
         row |= {"ci95": bootstrap(scores["accuracy"], seed)} | means
-        for name in ("forward", "reversed", "train_steps", "lr"):
+        for name in ("forward", "reversed", "train_steps", "train_tokens", "lr"):
             if name in scores:
                 row[name] = float(scores[name].mean())
         rows.append(row)
@@ -169,67 +191,120 @@ def without_update(model, tok, passages, show_passage: bool, label: str, batch: 
     return answers
 
 
+def notes_of(edits: list[list[SelfEdit]], style: str = "") -> list[list[tuple]]:
+    """The notes of edits[passage][sample], or only those in one style."""
+    found = []
+    for e in (e for samples in edits for e in samples):
+        notes = [note for p in e.parts if style in ("", p.style) for note in p.notes]
+        found.append(tuple(dict.fromkeys(notes)))
+    return chunks(found, len(edits[0]))
+
+
+def unstudied(passage) -> dict:
+    """The result of a self-edit that was not studied: nothing is answered, in no step."""
+    answers = [NOTHING | {"answer": ""} for _ in passage.questions]
+    return {"steps": 0, "tokens": 0, "answers": answers}
+
+
 class Climb:
     """One climb of the ladder: rows after an inner update, under each protocol, from one seed."""
 
     def __init__(self, model, tok, passages, args, recipes: dict, seed: int, work: Path):
         self.model, self.tok, self.passages, self.args = model, tok, passages, args
         self.recipes, self.seed, self.work = recipes, seed, work
+        self.fixed = fixed_settings(args.fixed)
         self.tables = {p: {} for p in ("epochs", "steps") if args.match in (p, "both")}
         self.records = []  # what each row learnt from and answered
 
     def row(self, method: str, notes: list[list[tuple]], titles=None) -> None:
         """Each passage is learnt once with each of its lists of notes: notes[passage][sample],
         under titles[passage]."""
-        args, lora = self.args, lora_config(self.args, self.model)
-        titles, contents = titles or [p.title for p in self.passages], []
-        for passage, samples, title in zip(self.passages, notes, titles):
-            contents += [(passage, own, title) for own in samples]
+        titles = titles or [p.title for p in self.passages]
         for protocol, table in self.tables.items():
             own_recipe = {"steps": 0} if protocol == "epochs" else self.recipes.get(method, {})
-            config, candidates = replace(sft_config(args), **own_recipe), []
-            for n, (passage, own, title) in enumerate(contents):
-                candidates.append(passage_candidate(self.tok, n, passage, own, config, title))
-            name = f"{method}-{protocol}{config.steps or config.epochs}-{config.lr:g}.jsonl"
-            log = Log(self.work / name, accuracy_of)
-            groups = populations(candidates, args.population)
-            how = (lora, sub_seed(self.seed, 1), log, quiz_candidates, f"{method} ({protocol})")
-            update_and_quiz(self.model, self.tok, groups, *how)
-            results = [log[c] for c in candidates]
-            answers, steps, left = [], [], iter(results)
-            for samples in notes:  # in a data file, not equally many for each passage
-                group = [next(left) for _ in samples]
-                answers.append([r["answers"] for r in group])
-                steps.append(np.mean([r["steps"] for r in group]))
-            table[method] = per_passage(self.passages, answers)
-            table[method] |= {"train_steps": np.array(steps), "lr": np.full(len(steps), config.lr)}
-        for (passage, own, _), r in zip(contents, results):
-            self.records.append(answer_record(method, passage, own, r["answers"]))
+            config, candidates = replace(sft_config(self.args), **own_recipe), []
+            for passage, samples, title in zip(self.passages, notes, titles):
+                for own in samples:
+                    n = len(candidates)
+                    candidates.append(passage_candidate(self.tok, n, passage, own, config, title))
+            name = f"{method}-{protocol}{config.steps or config.epochs}-{config.lr:g}"
+            results = self.study(method, protocol, name, candidates)
+            table[method] = self.columns(results, [len(samples) for samples in notes])
+            table[method]["lr"] = np.full(len(notes), config.lr)
+        self.record(method, results, notes)
 
-    def write(self, method: str) -> list[list[tuple]]:
-        """Notes on every passage, args.samples times, by the model as it is now."""
+    def settings_row(self, method: str, edits: list[list[SelfEdit]], fixed: dict | None = None):
+        """Each passage is learnt as each of its self-edits says, or as `fixed` settings say."""
+        candidates, seed = [], sub_seed(self.seed, 1)
+        for passage, samples in zip(self.passages, edits):
+            for e in samples:
+                e = replace(e, flaw="", settings=fixed) if fixed else e
+                how = (passage, e, self.args, seed)
+                candidates.append(edit_candidate(self.tok, len(candidates), *how))
+        results = self.study(method, "steps", f"{method}-{self.args.budget}", candidates)
+        self.tables["steps"][method] = self.columns(results, list(map(len, edits)))
+        self.record(method, results, notes_of(edits))
+
+    def study(self, method: str, protocol: str, name: str, candidates: list) -> list[dict | None]:
+        """Each candidate's result; None for what is not studied."""
+        log, lora = (
+            Log(self.work / f"{name}.jsonl", accuracy_of),
+            lora_config(self.args, self.model),
+        )
+        groups = populations([c for c in candidates if c], self.args.population)
+        how = (lora, sub_seed(self.seed, 1), log, quiz_candidates, f"{method} ({protocol})")
+        update_and_quiz(self.model, self.tok, groups, *how)
+        return [log[c] if c else None for c in candidates]
+
+    def columns(self, results: list, counts: list[int]) -> dict:
+        """The row's scores, of counts[passage] results for each passage."""
+        answers, steps, tokens, left = [], [], [], iter(results)
+        for passage, count in zip(self.passages, counts):
+            group = [next(left) or unstudied(passage) for _ in range(count)]
+            answers.append([r["answers"] for r in group])
+            steps.append(np.mean([r["steps"] for r in group]))
+            tokens.append(np.mean([r["tokens"] for r in group]))
+        taken = {"train_steps": np.array(steps), "train_tokens": np.array(tokens)}
+        return per_passage(self.passages, answers) | taken
+
+    def record(self, method: str, results: list, notes: list[list]) -> None:
+        left = iter(results)
+        for passage, samples in zip(self.passages, notes):
+            for own in samples:
+                answers = (next(left) or unstudied(passage))["answers"]
+                self.records.append(answer_record(method, passage, own, answers))
+
+    def write(self, method: str) -> list[list[SelfEdit]]:
+        """Self-edits on every passage, args.samples times, by the model as it is now."""
         log = self.work / f"{method}-sampled.jsonl"
         n = self.args.samples
         seed = sub_seed(self.seed, 0)
         how = (self.passages, n, self.args, seed, log, f"{method} sample")
-        edits = write_self_edits(self.model, self.tok, *how)
-        return chunks([tuple(e.notes) for e in edits], n)
+        return chunks(write_self_edits(self.model, self.tok, *how), n)
 
     def climb(self, policies: dict) -> None:
         model, passages = self.model, self.passages
         self.row("passage", [[()]] * len(passages))
-        notes = self.write("passage+self-edit")
+        edits = self.write("passage+self-edit")
+        notes = notes_of(edits, self.args.style)
         if len(passages) > 1:
             self.row("passage+unrelated", *unrelated(passages, notes))
         self.row("passage+self-edit", notes)
         if self.args.samples > 1:
             self.row("passage+pooled", [[pooled(samples)] for samples in notes])
+        if self.args.settings:
+            self.settings_row("untrained-settings", edits)
+        if self.args.fixed:
+            self.settings_row("best-fixed", edits, self.fixed)
         for method, adapter in policies.items():
             policy = load_adapter(model, adapter)
             with merged(model, policy):
-                notes = self.write(method)
+                edits = self.write(method)
             with learner(model, policy, self.args):
-                self.row(method, notes)
+                if self.args.settings:
+                    self.settings_row(method, edits)
+                else:
+                    self.row(method, notes_of(edits, self.args.style))
         if all(p.self_edits for p in passages):
             given = []
             for p in passages:
@@ -301,6 +376,16 @@ def own_recipes(args, methods) -> dict:
     return best | dict.fromkeys(others, best["passage+self-edit"])
 
 
+def fixed_settings(path: str | None) -> dict:
+    """The best settings of --fixed. Exits with one line if the file has none."""
+    if not path:
+        return {}
+    settings, flaw = parse_settings(json.dumps(read_json(path).get("best")), True)
+    if flaw:
+        raise SystemExit(f"error: {path}: no settings under 'best'; see experiments/grid.py")
+    return settings
+
+
 def show(rows: list, steps: list, title: str) -> None:
     columns = "accuracy    95 % CI        em     f1   logprob  steps   against the row above"
     print(f"\n{title}\n{'':20} {columns}")
@@ -330,6 +415,7 @@ def main() -> None:
     passages = load_passages(args.data, args.split, args.skip, args.limit)
     policies = find_policies(args, "qa")
     recipes = own_recipes(args, policies)
+    fixed_settings(args.fixed)  # complains now rather than later
     if args.run:
         refuse_training_passages(passages, args)
     model, tok = load(args)
@@ -337,6 +423,7 @@ def main() -> None:
     out, free = Path(args.out), "out work match steps recipes seeds run policy no_study".split()
     settings = {k: v for k, v in vars(args).items() if k not in free}  # free: may change on resume
     settings |= {"data_sha256": digest(args.data), "policies": policy_digests(policies)}
+    settings["fixed"] = fixed_settings(args.fixed)
     work = open_run(args.work, settings)
     tables, records = ladder(model, tok, passages, policies, args, recipes, work)
     write_jsonl(work / "answers.jsonl", records)

@@ -16,6 +16,7 @@ from lm.files import read_jsonl
 from lora import PROJECTIONS, Adapters, LoRAConfig
 from quiz import ask
 from reward import passage_candidate
+from selfedit import Part, SelfEdit, settings_of
 
 # -----------------------------------------------------------------------------
 # numbers
@@ -237,8 +238,12 @@ def test_recipes_and_a_stronger_editor(tiny_folder, passages_file, tmp_path, mon
     ]
 
 
+def written_of(*notes):
+    return SelfEdit("p", [Part("x", list(notes), style="questions")])
+
+
 def test_what_the_notes_of_a_row_are(tok, tiny_folder, passages_file, tmp_path, monkeypatch):
-    seen, written = {}, [[("a",)], [("b",)]]
+    seen, written = {}, [[written_of("a")], [written_of("b")]]
     real = eval_qa.update_and_quiz
 
     def spy(model, tok, groups, lora, seed, log, quiz, label):
@@ -267,12 +272,66 @@ def test_what_the_notes_of_a_row_are(tok, tiny_folder, passages_file, tmp_path, 
     assert [c.examples for c in other] == examples((one, ["b"], "Town 4"), (two, ["a"], "Town 3"))
     alone = [c.examples for c in seen["passage (steps)"]]
     assert alone == examples((one, [], ""), (two, [], ""))
-    written[:] = [[("a", "b"), ("b", "c")], [(), ("d",)]]
+    written[:] = [[written_of("a", "b"), written_of("b", "c")], [written_of(), written_of("d")]]
     extra = ["--work", tmp_path / "two", "--samples", 2]
     ladder(monkeypatch, tiny_folder, passages_file, tmp_path, *extra)
     pooled = [c.examples for c in seen["passage+pooled (steps)"]]
     assert pooled == examples((one, ["a", "b", "c"], ""), (two, ["d"], ""))
     assert len(seen["passage+self-edit (steps)"]) == 4
+
+
+def test_the_ladder_with_settings(tiny, tiny_folder, passages_file, tmp_path, monkeypatch, capsys):
+    """Untrained notes as the flags, their own settings and the best settings say; a flawed one
+    answers nothing, and the policy's are its own."""
+    a_run(tiny, tiny_folder, passages_file, tmp_path / "run")
+    own, best = (settings_of(["passage"], n, 0, 0, "all", 0.001, 2) for n in (0, 1))
+    (tmp_path / "grid.json").write_text(json.dumps({"best": best}))
+    said = iter([(own, ""), ({}, "malformed"), (own, ""), (own, "")])  # of 2 passages, twice
+    monkeypatch.setattr("selfedit.parse_settings", lambda text, ended: next(said))
+    seen, real = {}, eval_qa.update_and_quiz
+
+    def spy(model, tok, groups, lora, seed, log, quiz, label):
+        seen[label] = [c for group in groups for c in group]
+        real(model, tok, groups, lora, seed, log, quiz, label)
+
+    monkeypatch.setattr(eval_qa, "update_and_quiz", spy)
+    extra = ["--run", tmp_path / "run", "--settings", "--fixed", tmp_path / "grid.json"]
+    ladder(monkeypatch, tiny_folder, passages_file, tmp_path, *extra)
+    result = result_of(tmp_path / "ladder.json")
+    rows = {r["method"]: r for r in result["rows"]}
+    added = ["untrained-settings", "best-fixed", "seal-1"]
+    assert list(rows) == [*ALL[:4], *added, "in-context"]
+    counted = {m: len(seen[f"{m} (steps)"]) for m in added}
+    assert counted == {"untrained-settings": 1, "best-fixed": 2, "seal-1": 2}
+    assert len(seen["best-fixed (steps)"][0].examples) == 2  # the passage, and another order
+    half = rows["untrained-settings"]["train_steps"], rows["seal-1"]["train_steps"]
+    assert half == (1.0, 2.0)  # one of two passages in two epochs of one row
+    assert rows["untrained-settings"]["train_tokens"] == pytest.approx(
+        rows["seal-1"]["train_tokens"] / 2, rel=0.5
+    )
+    assert result["settings"]["fixed"] == best and "lr" not in rows["seal-1"]
+    assert rows["untrained-settings"]["logprob"] < -40  # -100 of the one that was not studied
+
+
+@pytest.mark.parametrize(
+    "extra, message",
+    [
+        (["--fixed", "x.json"], "has no effect"),
+        (["--budget", 9], "has no effect"),
+        (["--settings", "--match", "both"], "leave out"),
+        (["--settings", "--style", "rewrite"], "leave out"),
+        (["--settings", "--fixed", "BAD"], "no settings under 'best'"),
+    ],
+)
+def test_settings_that_contradict(
+    extra, message, tiny_folder, passages_file, tmp_path, monkeypatch, capsys
+):
+    (tmp_path / "bad.json").write_text('{"best": {"lr": 1}}')
+    extra = [tmp_path / "bad.json" if e == "BAD" else e for e in extra]
+    with pytest.raises(SystemExit) as stopped:
+        ladder(monkeypatch, tiny_folder, passages_file, tmp_path, *extra)
+    assert message in str(stopped.value) + capsys.readouterr().err
+    assert not (tmp_path / "work").exists()
 
 
 def test_no_rounds_there(tiny_folder, passages_file, tmp_path, monkeypatch):

@@ -11,12 +11,12 @@ from conftest import run_script
 import eval_qa
 import reward
 from data.qa import Passage, Question, load_passages
-from experiments import notes, proxy, recipes, rewards, tools
+from experiments import grid, notes, proxy, recipes, rewards, tools
 from experiments.notes import measure
 from experiments.rewards import correlation, judge_reward
 from lm.files import read_jsonl, write_jsonl
 from quiz import ask
-from selfedit import QA_PAIR, STYLES, Part, SelfEdit
+from selfedit import QA_PAIR, STYLES, WORKED, Part, SelfEdit, parse_settings, settings_of
 
 # -----------------------------------------------------------------------------
 # statistics
@@ -274,3 +274,39 @@ def test_tools(tiny_folder, passages_file, tmp_path, monkeypatch):
     for name in ("orders", "x"):
         with pytest.raises(SystemExit):
             run(monkeypatch, tools, tiny_folder, passages_file, tmp_path, "--tools", name)
+
+
+def test_the_settings_to_try():
+    found = grid.to_try(40, 0)
+    assert len(found) == 40 and found[:6] == [settings for _, _, settings in WORKED]
+    assert found[:20] == grid.to_try(20, 0) and found[6:] != grid.to_try(40, 1)[6:]
+    for n, settings in enumerate(found):
+        assert parse_settings(json.dumps(settings), True) == (settings, "")
+        assert settings not in found[:n]
+
+
+def test_the_grid(tiny_folder, passages_file, tmp_path, monkeypatch):
+    """The settings with the highest accuracy are the best; a second run goes on."""
+    accuracies = iter([0.25, 0.75, 0.5, 0.25, 1.0, 0.25] * 3)
+
+    def quiz(model, tok, group, adapters, outcomes):
+        results = real(model, tok, group, adapters, outcomes)
+        accuracy = next(accuracies)
+        for a in (a for r in results for a in r["answers"]):
+            a["accuracy"] = accuracy
+        return results
+
+    real = grid.quiz_candidates
+    monkeypatch.setattr(grid, "quiz_candidates", quiz)
+    monkeypatch.setattr("reward.ask", partial(ask, max_new=4))
+    args = ["--data", passages_file, "--work", tmp_path / "work", "--out", tmp_path / "g.json"]
+    args += ["--max-new", 4, "--top-layers", 2, "--rank", 2, "--budget", 400]
+    tried = [settings_of(["passage"], 0, 0, n, "all", 0.001, 2) for n in range(3)]
+    monkeypatch.setattr(grid, "to_try", lambda count, seed: tried[:count])
+    run_script(monkeypatch, grid, tiny_folder, *args, "--count", 2)
+    result = json.loads((tmp_path / "g.json").read_text())
+    assert [r["accuracy"] for r in result["rows"]] == [0.25, 0.75] and result["best"] == tried[1]
+    assert result["rows"][0]["tokens"] < result["rows"][1]["tokens"] <= 400
+    run_script(monkeypatch, grid, tiny_folder, *args, "--count", 3)
+    result = json.loads((tmp_path / "g.json").read_text())
+    assert [r["accuracy"] for r in result["rows"]] == [0.25, 0.75, 0.5]
