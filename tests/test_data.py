@@ -3,6 +3,7 @@ leaves nothing half-done."""
 
 import codecs
 import gzip
+import hashlib
 import json
 import re
 import shutil
@@ -350,6 +351,40 @@ def test_an_interrupted_conversion_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         prepare.prepare_smollm2(tmp_path / "out" / "model")
     assert not list((tmp_path / "out").iterdir())
+
+
+def test_the_split_of_squad(tmp_path, monkeypatch, capsys):
+    """Named by the texts, blanks apart; in the list's order; all or none."""
+    texts = [f"Town {n} fell  in\n150{n}." for n in range(4)]
+    qas = [{"question": "When?", "answers": [{"text": "1500"}, {"text": "1501"}]}]
+    paragraphs = [{"context": text, "qas": qas} for text in texts]
+    official = {"data": [{"title": "Old_Town", "paragraphs": paragraphs}], "version": "1.1"}
+    (tmp_path / "dev.json").write_text(json.dumps(official))
+    names = [hashlib.sha256(" ".join(t.split()).encode()).hexdigest()[:12] for t in texts]
+    (tmp_path / "data").mkdir()
+    split = tmp_path / "data" / "squad_split.json"
+    split.write_text(json.dumps({"train": [names[2], names[0]], "heldout": [names[3]]}))
+    monkeypatch.setattr(prepare, "ROOT", tmp_path)
+    prepare.prepare_squad(tmp_path / "a", str(tmp_path / "dev.json"))
+    path = tmp_path / "a" / "split.json"
+    assert [p.text for p in load_passages(path, "train")] == [texts[2], texts[0]]
+    [p] = load_passages(path, "heldout")
+    assert (p.text, p.title, p.id) == (texts[3], "Old Town", "Old_Town-3")
+    assert p.questions[0].answers == ("1500", "1501")
+    split.write_text(json.dumps({"train": [names[1], "0" * 12], "heldout": []}))
+    prepare.prepare_squad(tmp_path / "b", str(tmp_path / "dev.json"))
+    assert "only 1 of the 2" in capsys.readouterr().out
+    split.write_text(json.dumps({"train": ["0" * 12], "heldout": []}))
+    prepare.prepare_squad(tmp_path / "c", str(tmp_path / "dev.json"))
+    assert sorted(p.name for p in (tmp_path / "b").iterdir()) == ["train.json"]
+    assert sorted(p.name for p in (tmp_path / "c").iterdir()) == ["train.json"]
+
+
+def test_the_committed_split_of_squad():
+    named = json.loads((ROOT / "data" / "squad_split.json").read_text())
+    assert (len(named["train"]), len(named["heldout"])) == (192, 85)
+    every = [*named["train"], *named["heldout"]]
+    assert len(set(every)) == 277 and all(re.fullmatch("[0-9a-f]{12}", name) for name in every)
 
 
 def test_squad_from_nowhere(tmp_path):
