@@ -17,6 +17,8 @@ Rows:
     seal-K               the same, with notes that the policy wrote after outer round K (--learner
                          policy: it learns, too)
     stronger-editor      the same, with the "self_edits" that stand in the data file
+    told                 the same, with the quiz's own questions as notes (--told): what notes could
+                         teach at most
     in-context           the model as it is, with the passage in the prompt (what learning replaces)
 
 With --settings, as in train_outer.py, the policies' self-edits say how they are studied, each
@@ -29,7 +31,7 @@ within --budget trained tokens, and the rows with untrained notes are:
 means more optimiser steps. With --match steps every row takes exactly --steps steps, of up to
 --row-len tokens of passage or notes each; with --recipes (experiments/recipes.py) each row takes
 the steps and the learning rate that suit it best, found on training passages. passage+pooled,
-seal-K and stronger-editor take those of passage+self-edit.
+seal-K, stronger-editor and told take those of passage+self-edit.
 
 Columns: accuracy, em, f1 and logprob are defined in quiz.py; means over passages of the mean over a
 passage's questions (and its self-edits, and --seeds). ci95 is a bootstrap interval over passages;
@@ -71,7 +73,6 @@ from lm.runs import (
     find_policies,
     open_run,
     policy_digests,
-    read_settings,
     set_outputs,
 )
 from lora import merged
@@ -85,6 +86,8 @@ from reward import (
     pooled,
     populations,
     quiz_candidates,
+    refuse_training_passages,
+    told,
     unrelated,
     update_and_quiz,
 )
@@ -114,6 +117,8 @@ def parse_arguments():
     selfedit.add_settings_flags(parser)
     about = "with --settings: JSON of experiments/grid.py with the best settings for all"
     add("--fixed", help=about)
+    about = "add the row told, whose notes ask the quiz's own questions"
+    add("--told", action="store_true", help=about)
     add_ladder_flags(parser, "qa", OUT)
     args = settle(parser.parse_args())
     if args.match != "epochs" and not (args.steps or args.no_study):
@@ -311,6 +316,8 @@ class Climb:
                 texts = p.self_edits[: self.args.samples]
                 given.append([tuple(parse(text, "implications", True)[0]) for text in texts])
             self.row("stronger-editor", given)
+        if self.args.told:
+            self.row("told", [[told(p)] for p in passages])
 
 
 def answer_record(method: str, passage, notes, answers: list[dict]) -> dict:
@@ -372,7 +379,7 @@ def own_recipes(args, methods) -> dict:
                 f"error: {args.recipes}: no 'lr' and 'steps' for {method!r} under 'best'; "
                 "see experiments/recipes.py"
             )
-    others = ("passage+pooled", *methods, "stronger-editor")
+    others = ("passage+pooled", *methods, "stronger-editor", "told")
     return best | dict.fromkeys(others, best["passage+self-edit"])
 
 
@@ -398,18 +405,6 @@ def show(rows: list, steps: list, title: str) -> None:
         print(f"{r['method']:20} {accuracy}  {scores}  {taken}   {deltas.get(r['method'], '')}")
 
 
-def refuse_training_passages(passages, args) -> None:
-    """Exit if the run was trained on some of these passages, unless --split train asks for them."""
-    before = read_settings(args.run, "data", "split", "skip", "limit")
-    trained = load_passages(before["data"], before["split"], before["skip"], before["limit"])
-    both = {p.text for p in passages} & {p.text for p in trained}
-    if both and args.split != "train":
-        raise SystemExit(
-            f"error: {args.run} was trained on {len(both)} of these passages; "
-            "leave them out with --skip or --split"
-        )
-
-
 def main() -> None:
     args = parse_arguments()
     passages = load_passages(args.data, args.split, args.skip, args.limit)
@@ -420,7 +415,8 @@ def main() -> None:
         refuse_training_passages(passages, args)
     model, tok = load(args)
     lora_config(args, model)  # complains now rather than after sampling
-    out, free = Path(args.out), "out work match steps recipes seeds run policy no_study".split()
+    out = Path(args.out)
+    free = "out work match steps recipes seeds run policy no_study told".split()
     settings = {k: v for k, v in vars(args).items() if k not in free}  # free: may change on resume
     settings |= {"data_sha256": digest(args.data), "policies": policy_digests(policies)}
     settings["fixed"] = fixed_settings(args.fixed)

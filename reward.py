@@ -30,6 +30,7 @@ from lm.files import digest, sub_seed
 from lm.flags import add_model_flags
 from lm.log import Log
 from lm.packing import Example
+from lm.runs import read_settings
 from lm.tokenizer import Tokenizer
 from lora import Adapters, LoRAConfig
 from quiz import ask, mean_scores, normalize, quiz_items, quiz_prompt, score_answer
@@ -151,6 +152,16 @@ def unrelated(passages, notes: list) -> tuple[list, list]:
 def pooled(notes: list[tuple]) -> tuple:
     """The notes of several self-edits, each once: [("a", "b"), ("b", "c")] -> ("a", "b", "c")."""
     return tuple(dict.fromkeys(note for own in notes for note in own))
+
+
+def told(passage: Passage) -> tuple:
+    """Notes that ask the quiz's own questions, each answered by the sentence about it: what notes
+    could teach at most."""
+    texts, notes = sentences(passage.text), []
+    for q in passage.questions:
+        _, answer = question_and_answer(texts[sentence_about(q, texts)])
+        notes.append(f"Question: {q.question}\nAnswer: {answer}")
+    return tuple(dict.fromkeys(notes))
 
 
 def even_groups(items: list, size: int) -> list[list]:
@@ -488,6 +499,18 @@ def to_imitate(prompts: dict, edits: list[SelfEdit], rule: str, keep: int) -> li
         for k, prompt in enumerate(prompts[passage]):
             pairs.append((prompt, "\n".join(best_notes(group, k, keep))))
     return [(prompt, text) for prompt, text in pairs if text]
+
+
+def refuse_training_passages(passages, args) -> None:
+    """Exit if the run was trained on some of these passages, unless --split train asks for them."""
+    before = read_settings(args.run, "data", "split", "skip", "limit")
+    trained = load_passages(before["data"], before["split"], before["skip"], before["limit"])
+    both = {p.text for p in passages} & {p.text for p in trained}
+    if both and args.split != "train":
+        raise SystemExit(
+            f"error: {args.run} was trained on {len(both)} of these passages; "
+            "leave them out with --skip or --split"
+        )
 
 
 # -----------------------------------------------------------------------------

@@ -147,12 +147,11 @@ def find_policies(args, domain: str) -> dict:
             raise SystemExit(
                 f"error: {args.run} was trained with train_outer.py {before['domain']}"
             )
-        for key in ("style", "shots", "learner"):
-            if key in before and before[key] != getattr(args, key):
-                raise SystemExit(
-                    f"error: {args.run} was trained with --{key} {before[key]}; give this script "
-                    "the same"
-                )
+        for key in ("style", "shots", "learner", "settings", "budget"):
+            if key in before and before[key] != getattr(args, key, before[key]):
+                given = "" if before[key] is True else f" {before[key]}"
+                how = f"without --{key}" if before[key] is False else f"with --{key}{given}"
+                raise SystemExit(f"error: {args.run} was trained {how}; give this script the same")
         say_what_differs(before, args)
     policies = {f"seal-{k}": found[k] for k in sorted(found)}
     start = max(found, default=0) + 1

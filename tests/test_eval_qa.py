@@ -334,6 +334,40 @@ def test_settings_that_contradict(
     assert not (tmp_path / "work").exists()
 
 
+def test_the_ladder_with_what_is_told(tok, tiny_folder, passages_file, tmp_path, monkeypatch):
+    seen, real = {}, eval_qa.update_and_quiz
+
+    def spy(model, tok, groups, lora, seed, log, quiz, label):
+        seen[label] = [c for group in groups for c in group]
+        real(model, tok, groups, lora, seed, log, quiz, label)
+
+    monkeypatch.setattr(eval_qa, "update_and_quiz", spy)
+    ladder(monkeypatch, tiny_folder, passages_file, tmp_path, "--told")
+    rows = [r["method"] for r in result_of(tmp_path / "ladder.json")["rows"]]
+    assert rows[-2:] == ["told", "in-context"]
+    for c in seen["told (steps)"]:
+        asked = [tok.decode(list(e.ids)) for e in c.examples[1:]]
+        assert len(asked) == len(c.subject.questions)
+        for q, shown in zip(c.subject.questions, asked):
+            assert q.question in shown and q.answers[0] in shown
+
+
+@pytest.mark.parametrize(
+    "before, extra, message",
+    [
+        ({"settings": True, "budget": 8192}, [], "trained with --settings; give"),
+        ({"settings": False, "budget": 8192}, ["--settings"], "trained without --settings; give"),
+        ({"settings": True, "budget": 99}, ["--settings"], "trained with --budget 99; give"),
+    ],
+)
+def test_a_run_with_other_settings(
+    before, extra, message, tiny, tiny_folder, passages_file, tmp_path, monkeypatch
+):
+    a_run(tiny, tiny_folder, passages_file, tmp_path / "run", **before)
+    with pytest.raises(SystemExit, match=message):
+        ladder(monkeypatch, tiny_folder, passages_file, tmp_path, "--run", tmp_path / "run", *extra)
+
+
 def test_no_rounds_there(tiny_folder, passages_file, tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match="no finished round"):
         ladder(monkeypatch, tiny_folder, passages_file, tmp_path, "--run", tmp_path)

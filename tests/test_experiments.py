@@ -11,10 +11,12 @@ from conftest import run_script
 import eval_qa
 import reward
 from data.qa import Passage, Question, load_passages
-from experiments import grid, notes, proxy, recipes, rewards, tools
+from experiments import budget, grid, notes, proxy, recipes, rewards, tools
 from experiments.notes import measure
 from experiments.rewards import correlation, judge_reward
+from lm.adapters import save_adapter
 from lm.files import read_jsonl, write_jsonl
+from lora import PROJECTIONS, Adapters, LoRAConfig
 from quiz import ask
 from selfedit import QA_PAIR, STYLES, WORKED, Part, SelfEdit, parse_settings, settings_of
 
@@ -310,3 +312,43 @@ def test_the_grid(tiny_folder, passages_file, tmp_path, monkeypatch):
     run_script(monkeypatch, grid, tiny_folder, *args, "--count", 3)
     result = json.loads((tmp_path / "g.json").read_text())
     assert [r["accuracy"] for r in result["rows"]] == [0.25, 0.75, 0.5]
+
+
+def test_at_half_of_the_tokens():
+    """Of each policy, the best point within half of the tokens of the untrained notes' best."""
+    rows, table = [], {}
+    for name, steps, tokens, accuracy in (
+        ("untrained", 4, 400, 0.5),
+        ("untrained", 8, 800, 0.6),
+        ("untrained", 16, 1600, 0.55),
+        ("seal-1", 2, 200, 0.5),
+        ("seal-1", 4, 400, 0.7),
+        ("seal-1", 8, 401, 0.9),
+        ("seal-2", 8, 900, 0.9),
+    ):
+        rows.append({"method": name, "steps": steps, "tokens": tokens, "accuracy": accuracy})
+        table[name, steps] = np.full(10, accuracy)
+    [found] = budget.at_half(rows, table, 0)
+    assert (found["method"], found["tokens"], found["of"]) == ("seal-1", 400, 800)
+    assert found["delta"] == pytest.approx(0.1) and found["ci95"] == pytest.approx([0.1, 0.1])
+
+
+def test_the_budget_curve(tiny, tiny_folder, passages_file, tmp_path, monkeypatch):
+    policy = Adapters.init(tiny, LoRAConfig(2, 4.0, tuple(PROJECTIONS), 0, 4), 1, seed=0)
+    save_adapter(policy, tmp_path / "policy", tiny_folder)
+    monkeypatch.setattr("reward.ask", partial(ask, max_new=4))
+    monkeypatch.setattr(
+        "selfedit.parse", lambda text, *_: ([f"Question: {text or 1}?\nAnswer: x"], "")
+    )
+    args = ["--data", passages_file, "--work", tmp_path / "work", "--out", tmp_path / "b.json"]
+    args += ["--max-new", 4, "--top-layers", 2, "--rank", 2, "--samples", 2]
+    args += ["--policy", tmp_path / "policy", "--step-counts", 1, 3]
+    run_script(monkeypatch, budget, tiny_folder, *args)
+    rows = json.loads((tmp_path / "b.json").read_text())["rows"]
+    names = ["passage", "untrained", "pooled", "seal-1", "told"]
+    assert [(r["method"], r["steps"]) for r in rows] == [(n, k) for n in names for k in (1, 3)]
+    for few, many in zip(rows[::2], rows[1::2]):
+        assert 0 < few["tokens"] < many["tokens"]
+        assert few["ci95"][0] <= few["accuracy"] <= few["ci95"][1]
+    with pytest.raises(SystemExit):
+        run_script(monkeypatch, budget, tiny_folder, *args, "--steps", 3)

@@ -32,6 +32,7 @@ from reward import (
     select,
     sentence_about,
     to_imitate,
+    told,
     unrelated,
     update_and_quiz,
     words,
@@ -270,6 +271,15 @@ def test_what_the_quiz_says_of_a_self_edit():
     credit(e, p, None, "logprob")  # it was not studied
     assert (e.reward, e.steps, e.flaw, e.score) == (-100.0, 0, "malformed", NOTHING)
     assert [part.credit for part in e.parts] == [-100.0, None]
+
+
+def test_told_notes_ask_what_the_quiz_asks():
+    questions = [Question("Who rang it?", ("Bo",)), Question("Who cast it?", ("Ada", "Ada Q"))]
+    p = Passage("p", "Bell", "Ada cast it. Is it big? Bo rang it.", (*questions, questions[0]))
+    assert told(p) == (
+        "Question: Who rang it?\nAnswer: Bo rang it.",
+        "Question: Who cast it?\nAnswer: Ada cast it.",
+    )
 
 
 # -----------------------------------------------------------------------------
