@@ -22,8 +22,8 @@ Rows:
     in-context           the model as it is, with the passage in the prompt (what learning replaces)
 
 With --settings, as in train_outer.py, the policies' self-edits say how they are studied, each
-within --budget trained tokens, and the rows with untrained notes are:
-    passage+self-edit    the notes that are questions, studied as the flags (or --recipes) say
+within --budget trained tokens. Of the untrained notes only those that are questions are in the
+rows above, which are studied as the flags (or --recipes) say; these are more:
     untrained-settings   all notes, as the untrained model's own settings say
     best-fixed           all notes, as the best settings of experiments/grid.py say (--fixed)
 
@@ -43,6 +43,7 @@ With --run and no --out the result is RUN/ladder.json, and RUN/ladder/ holds the
 makes a page of them. WORK/answers.jsonl has what each row learnt from and answered.
 """
 
+import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -57,7 +58,18 @@ from data.qa import counts, load_passages
 from data.text import sentences
 from inner import learner, lora_config, sft_config
 from lm.adapters import load_adapter
-from lm.files import GOES_ON, chunks, digest, read_json, run_main, sub_seed, write_json, write_jsonl
+from lm.files import (
+    GOES_ON,
+    chunks,
+    digest,
+    fingerprint,
+    note,
+    read_json,
+    run_main,
+    sub_seed,
+    write_json,
+    write_jsonl,
+)
 from lm.flags import Parser, at_least, load, refuse_unused, result_head
 from lm.intervals import (
     bootstrap,
@@ -196,11 +208,11 @@ def without_update(model, tok, passages, show_passage: bool, label: str, batch: 
     return answers
 
 
-def notes_of(edits: list[list[SelfEdit]], style: str = "") -> list[list[tuple]]:
-    """The notes of edits[passage][sample], or only those in one style."""
+def notes_of(edits: list[list[SelfEdit]], style: str) -> list[list[tuple]]:
+    """The notes of edits[passage][sample] that are in one style."""
     found = []
-    for e in (e for samples in edits for e in samples):
-        notes = [note for p in e.parts if style in ("", p.style) for note in p.notes]
+    for e in itertools.chain(*edits):
+        notes = [note for part in e.parts if part.style == style for note in part.notes]
         found.append(tuple(dict.fromkeys(notes)))
     return chunks(found, len(edits[0]))
 
@@ -214,10 +226,10 @@ def unstudied(passage) -> dict:
 class Climb:
     """One climb of the ladder: rows after an inner update, under each protocol, from one seed."""
 
-    def __init__(self, model, tok, passages, args, recipes: dict, seed: int, work: Path):
+    def __init__(self, model, tok, passages, args, recipes, fixed, seed: int, work: Path):
         self.model, self.tok, self.passages, self.args = model, tok, passages, args
         self.recipes, self.seed, self.work = recipes, seed, work
-        self.fixed = fixed_settings(args.fixed)
+        self.fixed = fixed
         self.tables = {p: {} for p in ("epochs", "steps") if args.match in (p, "both")}
         self.records = []  # what each row learnt from and answered
 
@@ -234,21 +246,26 @@ class Climb:
                     candidates.append(passage_candidate(self.tok, n, passage, own, config, title))
             name = f"{method}-{protocol}{config.steps or config.epochs}-{config.lr:g}"
             results = self.study(method, protocol, name, candidates)
-            table[method] = self.columns(results, [len(samples) for samples in notes])
+            table[method] = self.columns(results, notes)
             table[method]["lr"] = np.full(len(notes), config.lr)
         self.record(method, results, notes)
 
     def settings_row(self, method: str, edits: list[list[SelfEdit]], fixed: dict | None = None):
         """Each passage is learnt as each of its self-edits says, or as `fixed` settings say."""
-        candidates, seed = [], sub_seed(self.seed, 1)
+        if fixed:
+            for e in itertools.chain(*edits):
+                e.flaw, e.settings = "", fixed
+        candidates = []
         for passage, samples in zip(self.passages, edits):
             for e in samples:
-                e = replace(e, flaw="", settings=fixed) if fixed else e
-                how = (passage, e, self.args, seed)
-                candidates.append(edit_candidate(self.tok, len(candidates), *how))
-        results = self.study(method, "steps", f"{method}-{self.args.budget}", candidates)
-        self.tables["steps"][method] = self.columns(results, list(map(len, edits)))
-        self.record(method, results, notes_of(edits))
+                how = (passage, e, self.args, sub_seed(self.seed, 1))
+                c, e.flaw = edit_candidate(self.tok, len(candidates), *how)
+                candidates.append(c)
+        name = f"{method}-{self.args.budget}"
+        name += f"-{fingerprint(json.dumps(fixed).encode())}" if fixed else ""
+        results = self.study(method, "steps", name, candidates)
+        self.tables["steps"][method] = self.columns(results, edits)
+        self.record(method, results, edits)
 
     def study(self, method: str, protocol: str, name: str, candidates: list) -> list[dict | None]:
         """Each candidate's result; None for what is not studied."""
@@ -261,23 +278,28 @@ class Climb:
         update_and_quiz(self.model, self.tok, groups, *how)
         return [log[c] if c else None for c in candidates]
 
-    def columns(self, results: list, counts: list[int]) -> dict:
-        """The row's scores, of counts[passage] results for each passage."""
+    def columns(self, results: list, learnt: list[list]) -> dict:
+        """The row's scores: results of what was learnt[passage][sample]."""
         answers, steps, tokens, left = [], [], [], iter(results)
-        for passage, count in zip(self.passages, counts):
-            group = [next(left) or unstudied(passage) for _ in range(count)]
+        for passage, samples in zip(self.passages, learnt):
+            group = [next(left) or unstudied(passage) for _ in samples]
             answers.append([r["answers"] for r in group])
             steps.append(np.mean([r["steps"] for r in group]))
             tokens.append(np.mean([r["tokens"] for r in group]))
         taken = {"train_steps": np.array(steps), "train_tokens": np.array(tokens)}
         return per_passage(self.passages, answers) | taken
 
-    def record(self, method: str, results: list, notes: list[list]) -> None:
+    def record(self, method: str, results: list, learnt: list[list]) -> None:
+        """learnt[passage][sample]: notes, or a self-edit that says how they are studied."""
         left = iter(results)
-        for passage, samples in zip(self.passages, notes):
+        for passage, samples in zip(self.passages, learnt):
             for own in samples:
-                answers = (next(left) or unstudied(passage))["answers"]
-                self.records.append(answer_record(method, passage, own, answers))
+                result, how = next(left), {}
+                if isinstance(own, SelfEdit):
+                    how = {"settings": own.settings if result else {}, "flaw": own.flaw}
+                    own = own.notes if result else ()
+                answers = (result or unstudied(passage))["answers"]
+                self.records.append(answer_record(method, passage, own, answers) | how)
 
     def write(self, method: str) -> list[list[SelfEdit]]:
         """Self-edits on every passage, args.samples times, by the model as it is now."""
@@ -299,7 +321,7 @@ class Climb:
             self.row("passage+pooled", [[pooled(samples)] for samples in notes])
         if self.args.settings:
             self.settings_row("untrained-settings", edits)
-        if self.args.fixed:
+        if self.fixed:
             self.settings_row("best-fixed", edits, self.fixed)
         for method, adapter in policies.items():
             policy = load_adapter(model, adapter)
@@ -331,7 +353,7 @@ def answer_record(method: str, passage, notes, answers: list[dict]) -> dict:
     return about | {"notes": list(notes), "answers": asked, "sentences": sentence_credits}
 
 
-def ladder(model, tok, passages, policies: dict, args, recipes: dict, work: Path):
+def ladder(model, tok, passages, policies: dict, args, recipes: dict, fixed: dict, work: Path):
     """Returns {protocol: {method: scores}}, averaged over seeds, and the first seed's records."""
     base = without_update(model, tok, passages, False, "base")
     shown = without_update(model, tok, passages, True, "in-context")
@@ -345,7 +367,8 @@ def ladder(model, tok, passages, policies: dict, args, recipes: dict, work: Path
     climbs = []
     for n in range(args.seeds):
         seed = sub_seed(args.seed, n)
-        climbs.append(Climb(model, tok, passages, args, recipes, seed, work / f"climb-{n}"))
+        how = (recipes, fixed, seed, work / f"climb-{n}")
+        climbs.append(Climb(model, tok, passages, args, *how))
         climbs[-1].climb(policies)
     for protocol, first in climbs[0].tables.items():
         tables[protocol] = {"base": base}
@@ -383,13 +406,21 @@ def own_recipes(args, methods) -> dict:
     return best | dict.fromkeys(others, best["passage+self-edit"])
 
 
-def fixed_settings(path: str | None) -> dict:
-    """The best settings of --fixed. Exits with one line if the file has none."""
-    if not path:
+def fixed_settings(args) -> dict:
+    """The best settings of --fixed. Exits with one line if the file has none, and notes what they
+    were found under."""
+    if not args.fixed:
         return {}
-    settings, flaw = parse_settings(json.dumps(read_json(path).get("best")), True)
+    found = read_json(args.fixed)
+    settings, flaw = parse_settings(json.dumps(found.get("best")), True)
     if flaw:
-        raise SystemExit(f"error: {path}: no settings under 'best'; see experiments/grid.py")
+        raise SystemExit(f"error: {args.fixed}: no settings under 'best'; see experiments/grid.py")
+    before, other = found.get("settings", {}), []
+    for key in ("model", "budget", "rank", "alpha", "targets", "top_layers", "row_len"):
+        if key in before and before[key] != getattr(args, key):
+            other.append(f"--{key.replace('_', '-')} {before[key]}")
+    if other:
+        note(f"{args.fixed} was found with {', '.join(other)}, other than this ladder")
     return settings
 
 
@@ -410,21 +441,21 @@ def main() -> None:
     passages = load_passages(args.data, args.split, args.skip, args.limit)
     policies = find_policies(args, "qa")
     recipes = own_recipes(args, policies)
-    fixed_settings(args.fixed)  # complains now rather than later
+    fixed = fixed_settings(args)  # complains now rather than later
     if args.run:
         refuse_training_passages(passages, args)
     model, tok = load(args)
     lora_config(args, model)  # complains now rather than after sampling
     out = Path(args.out)
-    free = "out work match steps recipes seeds run policy no_study told".split()
+    free = "out work match steps recipes seeds run policy no_study told fixed".split()
     settings = {k: v for k, v in vars(args).items() if k not in free}  # free: may change on resume
     settings |= {"data_sha256": digest(args.data), "policies": policy_digests(policies)}
-    settings["fixed"] = fixed_settings(args.fixed)
     work = open_run(args.work, settings)
-    tables, records = ladder(model, tok, passages, policies, args, recipes, work)
+    tables, records = ladder(model, tok, passages, policies, args, recipes, fixed, work)
     write_jsonl(work / "answers.jsonl", records)
     head = result_head(args, model) | counts(passages)
     head["settings"] = settings | {k: getattr(args, k) for k in ("steps", "recipes", "seeds")}
+    head["settings"]["fixed"] = fixed
     for protocol, table in tables.items():
         result = head | {"protocol": protocol} | summarize(table, args.seed)
         write_json(out.with_stem(f"{out.stem}_{protocol}") if len(tables) > 1 else out, result)

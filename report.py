@@ -295,7 +295,7 @@ def self_edit(e: dict) -> str:
 def part_of(part: dict) -> str:
     earned = mark(part["kept"], "imitated" if part["kept"] else "not imitated")
     earned += f", {escape(part['flaw'])}" if part["flaw"] else ""
-    earned += ", not asked" if part["credit"] is None else f", credit {part['credit']:.2f}"
+    earned += ", no credit" if part["credit"] is None else f", credit {part['credit']:.2f}"
     closest, found = {q: max(values) for q, values in part["note_credits"].items()}, {}
     for question, sentence in map(question_and_answer, part["notes"]):
         told = f" ({closest[question]:.2f})" if question in closest else ""

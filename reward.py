@@ -29,7 +29,7 @@ from inner import Outcome, SFTConfig, inner_update, sft_config
 from lm.files import digest, sub_seed
 from lm.flags import add_model_flags
 from lm.log import Log
-from lm.packing import Example
+from lm.packing import Example, arrange, row_tokens
 from lm.runs import read_settings
 from lm.tokenizer import Tokenizer
 from lora import Adapters, LoRAConfig
@@ -106,41 +106,37 @@ def passage_candidate(
 
 
 def settings_candidate(
-    tok: Tokenizer, name: int, passage: Passage, parts: list, settings: dict, args, seed: int
-) -> Candidate | None:
-    """The passage, the notes of parts and what the tools make of the passage, as `settings` say
-    (selfedit.parse_settings()). Epochs are as many as fit --budget tokens; None if not one does, or
+    tok: Tokenizer, name: int, passage: Passage, e: SelfEdit, args, seed: int
+) -> tuple[Candidate | None, str]:
+    """What a self-edit is studied as that says how, and "": the passage, the notes and what the
+    tools make of the passage, as its settings ask for (selfedit.parse_settings()), in as many
+    epochs as fit --budget tokens. Or None and why not: "over budget" if not one epoch fits, "empty"
     if there is nothing to train on.
     """
-    data, texts = settings["data"], []
-    chosen = [selfedit.STYLE_OF[name] for name in data if name != "passage"]
-    if "passage" in data:
-        texts.append(passage.text)
-    for part in parts:
-        texts += part.notes if part.style in chosen else []
+    how = e.settings
+    texts = [passage.text] if "passage" in how["data"] else []
+    texts += e.notes
     for n, (tool, (make, _)) in enumerate(selfedit.TOOLS.items()):
-        texts += make(passage.text, settings[tool], sub_seed(seed, n))
+        texts += make(passage.text, how[tool], sub_seed(seed, n))
     examples = passage_examples(tok, passage.title, list(dict.fromkeys(texts)))
-    if settings["loss"] == "all":
-        examples = [replace(e, counts=(True,) * len(e.ids)) for e in examples]
-    tokens = sum(len(e.ids) for e in examples)
-    epochs = min(settings["epochs"], args.budget // max(1, tokens)) if examples else 0
-    config = SFTConfig(settings["learning_rate"], epochs, row_len=args.row_len)
-    return Candidate(name, passage, examples, config) if epochs else None
+    if how["loss"] == "all":
+        examples = [replace(x, counts=(True,) * len(x.ids)) for x in examples]
+    tokens = sum(row_tokens(examples, *row) for row in arrange(examples, args.row_len))
+    epochs = min(how["epochs"], args.budget // max(1, tokens))
+    if not examples or not epochs:
+        return None, "over budget" if examples else "empty"
+    config = SFTConfig(how["learning_rate"], epochs, row_len=args.row_len)
+    return Candidate(name, passage, examples, config), ""
 
 
 def edit_candidate(
     tok: Tokenizer, name: int, passage: Passage, e: SelfEdit, args, seed: int
-) -> Candidate | None:
-    """What a self-edit is studied as: as it says, or as args do. None if it is not studied, and
-    earns nothing; its flaw then says why."""
+) -> tuple[Candidate | None, str]:
+    """What a self-edit is studied as, as it says or as args do, and its flaw; None if it is
+    not studied, and earns nothing."""
     if not says_how(args):
-        return passage_candidate(tok, name, passage, e.notes, sft_config(args))
-    if e.flaw:
-        return None
-    c = settings_candidate(tok, name, passage, e.parts, e.settings, args, seed)
-    e.flaw = "" if c else "over budget"
-    return c
+        return passage_candidate(tok, name, passage, e.notes, sft_config(args)), e.flaw
+    return (None, e.flaw) if e.flaw else settings_candidate(tok, name, passage, e, args, seed)
 
 
 def unrelated(passages, notes: list) -> tuple[list, list]:
@@ -180,7 +176,8 @@ def populations(candidates: list[Candidate], size: int) -> list[list[Candidate]]
     """Even groups of at most `size` that train side by side, like lengths together; each candidate
     once."""
     once = {c.name: c for c in candidates}.values()
-    return even_groups(sorted(once, key=lambda c: (c.tokens, c.name)), size)
+    order = sorted(once, key=lambda c: (c.tokens * c.config.epochs, c.name))
+    return even_groups(order, size)
 
 
 # -----------------------------------------------------------------------------
@@ -312,7 +309,8 @@ def by_sentence(passage: Passage, values: list[float]) -> list:
 def credit(e: SelfEdit, passage: Passage, result: dict | None, reward: str) -> None:
     """Fill in what the quiz says of a self-edit: its scores and reward, and the credit of each
     part: the mean over the questions about its sentence, or the whole reward if it is about the
-    whole passage. Without a result it was not studied: it earns nothing, and no note is judged."""
+    whole passage; None if it was of no effect. Without a result the self-edit was not studied: it
+    earns nothing, and no note is judged."""
     if result is None:
         e.score, e.reward = dict(NOTHING), NOTHING[reward]
         e.parts[0].credit = e.reward
@@ -324,7 +322,8 @@ def credit(e: SelfEdit, passage: Passage, result: dict | None, reward: str) -> N
     of_sentences = iter(by_sentence(passage, [a[reward] for a in result["answers"]]))
     for part in e.parts:
         about_one = part.style in STYLES and STYLES[part.style].by_sentence
-        part.credit = next(of_sentences) if about_one else e.reward
+        value = next(of_sentences) if about_one else e.reward
+        part.credit = value if e.uses(part) else None
 
 
 # -----------------------------------------------------------------------------
@@ -429,8 +428,8 @@ WHY = {  # kept? -> why
 
 
 def select(edits: list[SelfEdit], alone: dict, rule: str, keep: int) -> None:
-    """Mark which self-edits, or parts of them, are imitated, and say why or why not. A part without
-    notes, or with a note that copies the worked example, is never imitated.
+    """Mark which self-edits, or parts of them, are imitated, and say why or why not. A part that
+    has nothing to imitate, or was of no effect, is never imitated.
 
     best        each passage's best self-edit
     improving   all that earn more than `alone`, {passage id: reward of the passage alone} (the
@@ -442,12 +441,13 @@ def select(edits: list[SelfEdit], alone: dict, rule: str, keep: int) -> None:
     """
     for passage in dict.fromkeys(e.passage for e in edits):
         group = [e for e in edits if e.passage == passage]
-        sound = [e for e in group if not e.flaw]
-        best = max(sound, key=lambda e: (e.reward, e.score.get("logprob", 0.0)), default=None)
+        unflawed = [e for e in group if not e.flaw]
+        best = max(unflawed, key=lambda e: (e.reward, e.score.get("logprob", 0.0)), default=None)
         for e in group:
             wins = {"best": e is best, "improving": e.reward > alone.get(passage, math.inf)}
             for part in e.parts:
-                part.kept = bool(part.target) and not e.flaw and wins.get(rule, True)
+                sound = bool(part.target) and not e.flaw and e.uses(part)
+                part.kept = sound and wins.get(rule, True)
         for k in range(len(group[0].parts)):
             if rule == "parts":
                 keep_best_part(group, k)
@@ -462,7 +462,8 @@ def select(edits: list[SelfEdit], alone: dict, rule: str, keep: int) -> None:
 def keep_best_part(group: list[SelfEdit], k: int) -> None:
     """Of the parts k of one passage's self-edits: keep the best if it earned more than the mean."""
     earned = [e.parts[k].credit for e in group if e.flaw != "diverged"]
-    earned = [c for c in earned if c is not None]
+    # A log-probability of -100 stands for no answer, and is no measure.
+    earned = [c for c in earned if c is not None and c > NOTHING["logprob"]]
     mean = float(np.mean(earned)) if earned else math.inf
     top = max((e.parts[k].credit for e in group if e.parts[k].kept and earned), default=-math.inf)
     for e in group:
@@ -550,7 +551,8 @@ class Passages:
         else:
             for e in edits:
                 how = (self.passages[e.passage], e, args, seed)
-                found.append(edit_candidate(self.tok, len(found), *how))
+                c, e.flaw = edit_candidate(self.tok, len(found), *how)
+                found.append(c)
         for p in self.passages.values() if args.select == "improving" else ():
             found.append(passage_candidate(self.tok, len(found), p, (), config))
         first = {}

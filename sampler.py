@@ -239,6 +239,17 @@ def prefill(
     return batch, x[torch.tensor([len(r) for r in rest], device=x.device).cumsum(0) - 1]
 
 
+def begin_alike(prompts: list[list[int]]) -> list[int]:
+    """Which group each prompt belongs to: neighbours in alphabetical order that share a quarter of
+    the longer one are in the same. [1 2 3], [5 6 7 8], [1 2 4] and [5 6 7 9] -> [0, 1, 0, 1]."""
+    order, groups, n = sorted(range(len(prompts)), key=prompts.__getitem__), {}, 0
+    for before, i in zip([order[0], *order], order):
+        shared = len(commonprefix([prompts[before], prompts[i]]))
+        n += 4 * shared < max(len(prompts[before]), len(prompts[i]))
+        groups[i] = n
+    return [groups[i] for i in range(len(prompts))]
+
+
 @torch.inference_mode()
 def generate(
     model: Transformer,
@@ -261,12 +272,14 @@ def generate(
     A continuation ends with a token of `end_ids` (which is kept) or after `max_new` tokens. Each
     has a random stream of its own, from the seed, its prompt and which copy it is: but for rounding
     its text does not depend on what else is in the batch, nor on the order. With
-    `adapters`, prompt i runs under adapter owner[i]; without, owners say which prompts begin alike.
+    `adapters`, prompt i runs under adapter owner[i]; without, those that begin_alike() are read
+    together.
     Rows that are finished leave the batch. `on_prefill(prompt of each row, batch, x)` is called
     once, when the prompts are read; `tick(live rows)` for every token.
     """
     assert owner or not adapters or len(adapters) == 1, "which prompt runs under which adapter?"
-    owner, end_ids = owner or [0] * len(prompts), set(end_ids)
+    owner = owner or ([0] * len(prompts) if adapters else begin_alike(prompts))
+    end_ids = set(end_ids)
     order = sorted(range(len(prompts)), key=lambda i: owner[i])
     rows = [i * copies + c for i in order for c in range(copies)]  # batch row -> output
     u = torch.zeros(len(rows), max_new)

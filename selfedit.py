@@ -1,8 +1,9 @@
 """Self-edits: the prompts that ask for them, and what a sampled text becomes.
 
-A self-edit is what the model writes about a passage in order to learn it. Here it is a list of
-notes; each note becomes one training sequence of the inner update, next to the passage itself
-(passage_examples() in reward.py). On ARC it is a JSON object that says how to train (arc.py).
+A self-edit is what the model writes about a passage in order to learn it: a list of notes, each of
+which becomes one training sequence of the inner update, next to the passage itself
+(passage_examples() in reward.py). With --settings it also has a JSON object that says how the notes
+are studied; on ARC (arc.py) it is such an object alone.
 
 A sample is mended before it is used: list markers go, a note that repeats an earlier one goes, one
 that copies the prompt's worked example, and the unfinished last one of a sample that ran into the
@@ -55,7 +56,9 @@ class SelfEdit:
     passage: str  # id; of an ARC task, if that is what it is about
     parts: list[Part]
     style: str = ""
-    flaw: str = ""  # of the whole: "diverged", or the first part's if nothing could be mended
+    # Of the whole: "diverged", "over budget", that of the settings, or the first part's if nothing
+    # could be mended.
+    flaw: str = ""
     config: dict = field(default_factory=dict)  # of the inner update, as used
     steps: int = 0
     loss: float | None = None  # of the last inner step
@@ -66,8 +69,14 @@ class SelfEdit:
 
     @property
     def notes(self) -> list[str]:
-        """Those of all parts, each once."""
-        return list(dict.fromkeys(note for part in self.parts for note in part.notes))
+        """Those of all parts that are studied, each once."""
+        used = [part for part in self.parts if self.uses(part)]
+        return list(dict.fromkeys(note for part in used for note in part.notes))
+
+    def uses(self, part: Part) -> bool:
+        """Is this part of any effect? All are, but those that the settings leave out."""
+        chosen = [STYLE_OF[name] for name in self.settings.get("data", ()) if name in STYLE_OF]
+        return not self.settings or part.style in ("settings", *chosen)
 
     @property
     def kept(self) -> bool:
@@ -384,8 +393,8 @@ SETTINGS_FORM = (
 )
 
 
-def settings_of(data, orders, masked, clozes, loss, lr, epochs) -> dict:
-    values = (list(data), orders, masked, clozes, loss, lr, epochs)
+def settings_of(*values) -> dict:
+    """The settings with these values, in the order of KEYS."""
     return dict(zip(KEYS, values, strict=True))
 
 
@@ -508,7 +517,7 @@ def add_style_flag(parser) -> None:
     add = parser.add_argument
     add("--style", default="questions", choices=STYLES, help="prompt style of notes on a passage")
     about = "longest self-edit, or part of one, in tokens; 0: 80 on a sentence, 320 on a passage"
-    add("--max-new", type=at_least(0), default=0, help=about + ", 240 with --settings")
+    add("--max-new", type=at_least(0), default=0, help=about + ", or with --settings")
 
 
 def add_settings_flags(parser) -> None:
@@ -521,7 +530,7 @@ def add_settings_flags(parser) -> None:
 
 def settle(args):
     """The same settings, without --max-new 0: what it stands for depends on the style."""
-    usual = 240 if says_how(args) else 80 if STYLES[args.style].by_sentence else 320
+    usual = 80 if STYLES[args.style].by_sentence and not says_how(args) else 320
     args.max_new = args.max_new or usual
     return args
 

@@ -133,6 +133,8 @@ def refuse_contradictions(parser, args) -> None:
         parser.error("--settings asks for notes in all styles: leave out --style")
     if not args.settings:
         refuse_unused(parser, args, ["budget"], "without --settings")
+    elif args.select != "improving":  # which studies the passages alone
+        refuse_unused(parser, args, ["lr", "steps", "epochs"], "with --settings")
     if args.select != "notes":
         refuse_unused(parser, args, ["keep"], f"with --select {args.select}")
 
@@ -168,10 +170,12 @@ def round_metrics(k: int, edits: list[SelfEdit], loss: float | None, args, secon
         of_parts = [part.flaw for part in e.parts]
         flaws.update(of_parts if e.flaw in ("", *of_parts) else [e.flaw])
     studied = args.reward != "proxy"
-    sound = [e.reward for e in edits if e.flaw != "diverged"]
+    # No measure: it stands for no answer.
+    nothing = reward.NOTHING["logprob"]
+    earned = [e.reward for e in edits if e.flaw != "diverged" and e.reward > nothing]
     return {
         "round": k,
-        "reward_mean": float(np.mean(sound or [0.0])),
+        "reward_mean": float(np.mean(earned or [0.0])),
         "reward_kept": float(np.mean([e.reward for e in kept])) if kept else None,
         "accuracy_mean": float(np.mean([e.score["accuracy"] for e in edits])) if studied else None,
         "kept": len(kept),

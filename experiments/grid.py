@@ -4,7 +4,7 @@
 
 On training passages, with one self-edit of the untrained model on each: its notes are studied under
 --count settings, the same for all passages. The first six are the worked examples of the prompt
-that asks for settings; the others are drawn at random from all over the range, with --seed. A fair
+that asks for settings; the others are drawn at random from the range of those, with --seed. A fair
 --count is what RL was given: rounds x samples, since RL studies each passage so many times.
 
 "best" has the settings with the highest accuracy; eval_qa.py --settings --fixed reads it. What does
@@ -26,7 +26,7 @@ import selfedit
 from data.qa import counts, load_passages
 from inner import lora_config
 from lm.files import GOES_ON, check_output, digest, run_main, sub_seed, write_json
-from lm.flags import Parser, at_least, load, result_head
+from lm.flags import Parser, at_least, load, refuse_unused, result_head
 from lm.intervals import bootstrap
 from lm.log import Log
 from lm.runs import open_run
@@ -48,8 +48,8 @@ def parse_arguments():
     add("--out", default="results/grid.json", help="result file")
     parser.set_defaults(settings=True)
     args = settle(parser.parse_args())
-    if args.style != "questions":
-        parser.error("--style has no effect: settings choose from notes in all styles")
+    told = "settings say how, with notes in all styles"
+    refuse_unused(parser, args, ["style", "lr", "steps", "epochs"], f"here: {told}")
     return args
 
 
@@ -74,7 +74,7 @@ def measure(model, tok, passages, args, work: Path) -> dict:
         candidates = []
         for n, (passage, e) in enumerate(zip(passages, edits, strict=True)):
             e = replace(e, flaw="", settings=settings)
-            candidates.append(edit_candidate(tok, n, passage, e, args, seed))
+            candidates.append(edit_candidate(tok, n, passage, e, args, seed)[0])
         log = Log(work / f"{k}.jsonl", accuracy_of)
         groups = populations([c for c in candidates if c], args.population)
         label = f"settings {k + 1}/{args.count}"

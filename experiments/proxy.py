@@ -40,6 +40,10 @@ def compare(passages, edits: list[SelfEdit], seed: int) -> dict:
     sums, parts = [], 0  # sums per passage: of x * x, x * y and y * y
     for p in passages:
         own = [e for e in edits if e.passage == p.id]
+        if any(part.style == "settings" for e in own for part in e.parts):
+            raise SystemExit(
+                "error: --work is a round with --settings, whose parts are not sentences"
+            )
         told = [by_sentence(p, proxy_scores(p, e.notes)) for e in own]
         xx = xy = yy = 0.0
         for k in range(len(own[0].parts) if own else 0):

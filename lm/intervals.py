@@ -77,6 +77,9 @@ def protocol_title(result: dict) -> str:
         return "nothing learnt"
     if result["protocol"] == "epochs":
         return f"equal epochs, {s['epochs']} in every row (the paper's protocol)"
+    how = f"{s['steps']} optimiser steps in every row"
     if s["recipes"]:
-        return "optimiser steps as suits each row best"
-    return f"{s['steps']} optimiser steps in every row"
+        how = "optimiser steps as suits each row best"
+    if s.get("settings"):
+        how += f"; where a self-edit says how it is studied, within {s['budget']} trained tokens"
+    return how

@@ -129,4 +129,4 @@ class Log:
 
 
 def trained_on(candidate) -> str:
-    return fingerprint(repr(candidate.examples).encode())
+    return fingerprint(repr((candidate.examples, candidate.config)).encode())

@@ -147,22 +147,37 @@ def find_policies(args, domain: str) -> dict:
             raise SystemExit(
                 f"error: {args.run} was trained with train_outer.py {before['domain']}"
             )
-        for key in ("style", "shots", "learner", "settings", "budget"):
-            if key in before and before[key] != getattr(args, key, before[key]):
-                given = "" if before[key] is True else f" {before[key]}"
-                how = f"without --{key}" if before[key] is False else f"with --{key}{given}"
-                raise SystemExit(f"error: {args.run} was trained {how}; give this script the same")
+        for key in ("style", "shots", "learner"):
+            if key in before and before[key] != getattr(args, key):
+                raise SystemExit(
+                    f"error: {args.run} was trained with --{key} {before[key]}; give this script "
+                    "the same"
+                )
+        refuse_other_settings(before, args)
         say_what_differs(before, args)
     policies = {f"seal-{k}": found[k] for k in sorted(found)}
     start = max(found, default=0) + 1
     return policies | {f"seal-{k}": Path(folder) for k, folder in enumerate(args.policy, start)}
 
 
+def refuse_other_settings(before: dict, args) -> None:
+    """Exit with one line if a run's self-edits say how they are studied and the ladder's do not, or
+    the other way round, or within another budget."""
+    said, says = before.get("settings", False), getattr(args, "settings", False)
+    how = f"with{'' if said else 'out'} --settings"
+    if said and says and before["budget"] != args.budget:
+        how = f"with --budget {before['budget']}"
+    elif said == says:
+        return
+    raise SystemExit(f"error: {args.run} was trained {how}; give this script the same")
+
+
 def say_what_differs(before: dict, args) -> None:
     """A note if the run's self-edits were rewarded for another inner update than the ladder's."""
     if before.get("reward") == "proxy":
         return  # for none
-    names = "model rank alpha targets top_layers augmented lr steps epochs row_len".split()
+    names = "model rank alpha targets top_layers augmented row_len".split()
+    names += [] if before.get("settings") else ["lr", "steps", "epochs"]
     now = {name: value for name, value in vars(args).items() if name in names}
     other = [f"--{k.replace('_', '-')} {before[k]}" for k in now if before.get(k, now[k]) != now[k]]
     if other:

@@ -283,7 +283,8 @@ def test_what_the_notes_of_a_row_are(tok, tiny_folder, passages_file, tmp_path, 
 def test_the_ladder_with_settings(tiny, tiny_folder, passages_file, tmp_path, monkeypatch, capsys):
     """Untrained notes as the flags, their own settings and the best settings say; a flawed one
     answers nothing, and the policy's are its own."""
-    a_run(tiny, tiny_folder, passages_file, tmp_path / "run")
+    before = {"settings": True, "budget": 8192}
+    a_run(tiny, tiny_folder, passages_file, tmp_path / "run", **before)
     own, best = (settings_of(["passage"], n, 0, 0, "all", 0.001, 2) for n in (0, 1))
     (tmp_path / "grid.json").write_text(json.dumps({"best": best}))
     said = iter([(own, ""), ({}, "malformed"), (own, ""), (own, "")])  # of 2 passages, twice
@@ -310,6 +311,11 @@ def test_the_ladder_with_settings(tiny, tiny_folder, passages_file, tmp_path, mo
         rows["seal-1"]["train_tokens"] / 2, rel=0.5
     )
     assert result["settings"]["fixed"] == best and "lr" not in rows["seal-1"]
+    learnt = [r for r in read_jsonl(tmp_path / "work" / "answers.jsonl") if "settings" in r]
+    assert [r["method"] for r in learnt] == [m for m in added for _ in range(2)]
+    assert [r["settings"] for r in learnt] == [own, {}, best, best, own, own]
+    assert [r["flaw"] for r in learnt] == ["", "malformed", "", "", "", ""]
+    assert not any(r["notes"] for r in learnt)  # none of them is asked for
     assert rows["untrained-settings"]["logprob"] < -40  # -100 of the one that was not studied
 
 

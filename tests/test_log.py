@@ -9,7 +9,7 @@ from lm.log import Log, Progress, trained_on
 
 
 def candidates(*names):
-    return [SimpleNamespace(name=name, examples=[name]) for name in names]
+    return [SimpleNamespace(name=name, examples=[name], config=None) for name in names]
 
 
 def score(result) -> float:
@@ -70,6 +70,15 @@ def test_a_result_of_something_else_is_refused(tmp_path):
         work(Log(path, score), [[a, b]])
     with pytest.raises(SystemExit, match="result 'b' is not of the self-edit"):
         Log(tmp_path / "other.jsonl", score, [path])[b]
+
+
+def test_a_result_under_another_configuration_is_refused(tmp_path):
+    [a] = candidates("a")
+    log = Log(tmp_path / "log.jsonl", score)
+    work(log, [[a]])
+    a.config = {"lr": 0.1}
+    with pytest.raises(SystemExit, match="result 'a' is not of the self-edit"):
+        Log(tmp_path / "log.jsonl", score)[a]
 
 
 @pytest.mark.parametrize(

@@ -340,7 +340,7 @@ def test_training_shows_what_was_imitated_and_why(monkeypatch, qa_run):
     text = plain(page)
     assert "t0 Self-edit, reward 0.75 ✓ imitated : some parts are the best" in text
     assert "Ada &amp; co. ✓ imitated , credit 1.00 Who cast it? (0.67) What is it?" in text
-    sampled = f"As sampled ✗ not imitated , malformed, not asked Sure! {escape(EVIL)}"
+    sampled = f"As sampled ✗ not imitated , malformed, no credit Sure! {escape(EVIL)}"
     assert f"t1 Self-edit, reward 0.50 ✗ not imitated : no sound part is the best {sampled}" in text
     shown, rest = page.split("<details><summary>2 more</summary>")
     assert re.findall(r"<h3>(.*?)</h3>", shown) == ["t0", "t1", "t2"]
@@ -427,7 +427,7 @@ def test_training_on_arc_shows_the_settings(monkeypatch, arc_run):
     settings = "augmentations: size; loss on all tokens; learning rate 0.002; epochs 4"
     assert f"✓ imitated : not the best {settings} Self-edit" in text
     assert (
-        "no settings: endless As sampled ✗ not imitated , endless, not asked as it was said" in text
+        "no settings: endless As sampled ✗ not imitated , endless, no credit as it was said" in text
     )
 
 

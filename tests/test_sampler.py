@@ -10,7 +10,7 @@ from conftest import SMOLLM2, write_checkpoint
 import lm.flags
 from lm.flags import Parser, add_model_flags
 from lora import PROJECTIONS, Adapters, LoRAConfig
-from sampler import Batch, choose, generate, prefill
+from sampler import Batch, begin_alike, choose, generate, prefill
 
 PROMPTS = [[7, 8, 9, 10, 11], [7, 8, 9, 3], [7, 8, 9, 20, 21, 22, 23, 24, 25]]  # share [7, 8, 9]
 
@@ -201,3 +201,21 @@ def test_the_tokenizer_says_which_ids_no_text_has(tiny_folder, tmp_path):
 def test_a_prompt_without_room_is_one_clear_line(tiny):
     with pytest.raises(SystemExit, match="a prompt of 2000 tokens with room for 49 more is longer"):
         generate(tiny, [[5] * 2000], 49, ())
+
+
+def test_prompts_that_begin_alike_are_read_together(tiny):
+    """Of unlike kinds: each kind's beginning is read once, and the texts stay what they are."""
+    one, two = list(range(20, 60)), list(range(100, 160))
+    prompts = [[*one, 1, 2], [*two, 3], [*one, 4], [5, 6, 7], [*two, 8, 9]]
+    assert begin_alike(prompts) == [1, 2, 1, 0, 2]
+    assert begin_alike([[1, 2, 3], [5, 6, 7, 8], [1, 2, 4], [5, 6, 7, 9]]) == [0, 1, 0, 1]
+    assert begin_alike([[1, 2], [1, 2]]) == [0, 0] and begin_alike([[7]]) == [0]
+    together = generate(tiny, prompts, 5, (), temperature=1.0, seed=3, copies=2)
+    alone = []
+    for prompt in prompts:
+        alone += generate(tiny, [prompt], 5, (), temperature=1.0, seed=3, copies=2)
+    assert together == alone
+    groups = begin_alike(prompts)
+    order = sorted(range(len(prompts)), key=groups.__getitem__)
+    batch, _ = prefill(tiny, [prompts[i] for i in order], [groups[i] for i in order], 5)
+    assert batch.own.size(4) == 2 + 5  # the longest rest, and what is to follow

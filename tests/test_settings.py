@@ -1,6 +1,7 @@
 """Self-edits on passages that say how they are to be studied: --settings."""
 
 import json
+import re
 import time
 from functools import partial
 from types import SimpleNamespace
@@ -11,10 +12,12 @@ from conftest import run_script
 
 import selfedit
 import train_outer
-from data.qa import Passage
+from data.qa import Passage, Question
+from inner import inner_update
 from lm.files import read_jsonl
+from lora import PROJECTIONS, Adapters, LoRAConfig
 from quiz import ask
-from reward import edit_candidate, settings_candidate
+from reward import credit, edit_candidate, select, settings_candidate
 from selfedit import (
     DATA,
     KEYS,
@@ -31,6 +34,7 @@ from selfedit import (
 )
 
 TEXT = "Ada Quell cast the bell. Bo Larn rang it in Rolm."
+PASSAGE = Passage("p", "Rolm", TEXT, ())
 GOOD = settings_of(["passage", "questions"], 2, 1, 3, "answers", 0.004, 8)
 ARGS = SimpleNamespace(
     style="questions",
@@ -53,7 +57,7 @@ def test_what_is_read():
     assert parse_settings(f"Sure:\n```json\n{saying()}\n``` That is all", False) == (GOOD, "")
     for _, _, settings in WORKED:
         assert parse_settings(json.dumps(settings), True) == (settings, "")
-    most = settings_of(DATA, *(most for _, most in TOOLS.values()), "all", 0.03, MAX_EPOCHS)
+    most = settings_of(list(DATA), *(most for _, most in TOOLS.values()), "all", 0.03, MAX_EPOCHS)
     assert parse_settings(json.dumps(most), True) == (most, "")
     assert parse_settings(saying(data=[], orders=0, masked=0), True)[1] == ""  # clozes are left
     assert parse_settings(saying(learning_rate=1e-5, epochs=1), True)[1] == ""
@@ -100,17 +104,15 @@ def test_what_is_read():
 def test_what_is_a_flaw(text, flaw):
     settings, found = parse_settings(text, True)
     assert found == flaw and bool(settings) is (not flaw)
-    if flaw == "malformed":
-        assert parse_settings(text, False)[1] in ("endless", "malformed")
 
 
 def test_an_endless_one_takes_no_longer_than_its_length():
     took = []
-    for length in (200_000, 400_000):
+    for length in (100_000, 800_000):
         start = time.perf_counter()
         assert parse_settings("{" + '"a": 1, ' * length, False) == ({}, "endless")
         took.append(time.perf_counter() - start)
-    assert took[1] < 4 * took[0] + 0.1
+    assert took[1] < 20 * took[0] + 0.1  # a square would be 64 times
 
 
 def test_the_prompt_shows_the_range(tok):
@@ -158,6 +160,14 @@ def parts():
     ]
 
 
+def studied_as(tok, settings, args=ARGS):
+    c, flaw = settings_candidate(
+        tok, 0, PASSAGE, SelfEdit("p", parts(), settings=settings), args, 0
+    )
+    assert flaw == ""
+    return c
+
+
 def texts_of(tok, c):
     return [tok.decode(list(e.ids)) for e in c.examples]
 
@@ -173,7 +183,7 @@ def texts_of(tok, c):
 )
 def test_the_data_that_is_asked_for_is_studied(tok, data, expected):
     settings = settings_of(data, 0, 0, 0, "answers", 0.002, 3)
-    c = settings_candidate(tok, 0, Passage("p", "Rolm", TEXT, ()), parts(), settings, ARGS, 0)
+    c = studied_as(tok, settings)
     found = texts_of(tok, c)
     assert len(found) == len(expected)
     assert all(text in own for text, own in zip(expected, found))
@@ -181,12 +191,12 @@ def test_the_data_that_is_asked_for_is_studied(tok, data, expected):
 
 
 def test_tools_make_as_much_as_they_are_asked_for(tok):
-    passage, made = Passage("p", "Rolm", TEXT, ()), {}
+    made = {}
     for n, tool in enumerate(TOOLS):
         for count in (1, 2):
             counts = [count * (k == n) for k in range(3)]
             settings = settings_of([], *counts, "answers", 0.002, 3)
-            c = settings_candidate(tok, 0, passage, parts(), settings, ARGS, 0)
+            c = studied_as(tok, settings)
             made[tool, count] = len(c.examples)
     # Of two sentences there are two orders, and some orders are drawn twice.
     assert made["orders", 2] in (1, 2) and made["masked", 2] == 2
@@ -194,31 +204,74 @@ def test_tools_make_as_much_as_they_are_asked_for(tok):
 
 
 def test_the_loss_counts_what_is_asked_for(tok):
-    passage, counted = Passage("p", "Rolm", TEXT, ()), []
+    counted = []
     for loss in ("all", "answers"):
         settings = settings_of(["passage", "questions"], 0, 0, 0, loss, 0.002, 3)
-        c = settings_candidate(tok, 0, passage, parts(), settings, ARGS, 0)
+        c = studied_as(tok, settings)
         counted.append([all(e.counts) for e in c.examples])
     assert counted == [[True, True], [True, False]]
 
 
+def within(budget):
+    return SimpleNamespace(**vars(ARGS) | {"budget": budget})
+
+
 def test_nothing_is_trained_beyond_the_budget(tok):
-    passage = Passage("p", "Rolm", TEXT, ())
     settings = settings_of(["passage"], 0, 0, 0, "answers", 0.002, 20)
-    make = partial(settings_candidate, tok, 0, passage, parts(), settings)
-    [example] = make(ARGS, 0).examples
-    for budget, epochs in ((20, 20), (7, 7), (1, 1)):
-        args = SimpleNamespace(**vars(ARGS) | {"budget": budget * len(example.ids)})
-        assert make(args, 0).config.epochs == epochs
-    short = SimpleNamespace(**vars(ARGS) | {"budget": len(example.ids) - 1})
-    assert make(short, 0) is None
+    [example] = studied_as(tok, settings).examples
+    n = len(example.ids)
+    for times, epochs in ((20, 20), (7, 7), (1, 1)):
+        assert studied_as(tok, settings, within(times * n)).config.epochs == epochs
     e = SelfEdit("p", parts(), settings=settings)
-    assert edit_candidate(tok, 0, passage, e, short, 0) is None and e.flaw == "over budget"
+    assert edit_candidate(tok, 0, PASSAGE, e, within(n - 1), 0) == (None, "over budget")
     e = SelfEdit("p", parts(), flaw="malformed")
-    assert edit_candidate(tok, 0, passage, e, ARGS, 0) is None and e.flaw == "malformed"
+    assert edit_candidate(tok, 0, PASSAGE, e, ARGS, 0) == (None, "malformed")
     e = SelfEdit("p", parts(), settings=settings_of(["questions"], 0, 0, 0, "all", 0.002, 2))
     e.parts[1].notes = []  # nothing to train on
-    assert edit_candidate(tok, 0, passage, e, ARGS, 0) is None and e.flaw == "over budget"
+    assert edit_candidate(tok, 0, PASSAGE, e, ARGS, 0) == (None, "empty")
+
+
+def test_what_is_read_once_is_counted_once(tiny, tok):
+    """Questions in a row share their prompt's beginning: the budget goes by what is trained on."""
+    e = SelfEdit("p", parts(), settings=settings_of(["questions"], 0, 0, 0, "answers", 0.002, 50))
+    asked = [f"Question: Who rang it {n} times?\nAnswer: Bo Larn rang it." for n in range(9)]
+    e.parts[1].notes = asked
+    c, _ = edit_candidate(tok, 0, PASSAGE, e, within(5000), 0)
+    lora = LoRAConfig(2, 4.0, tuple(PROJECTIONS), 2, 4)
+    [outcome] = inner_update(tiny, Adapters.init(tiny, lora, 1, 0), [c.examples], [c.config], 0)
+    once = outcome.tokens / c.config.epochs
+    assert 5000 - once < outcome.tokens <= 5000
+    assert once < sum(len(x.ids) for x in c.examples)
+
+
+def test_only_what_is_studied_counts():
+    e = SelfEdit("p", parts(), settings=settings_of(["passage", "facts"], 0, 0, 0, "all", 0.002, 2))
+    assert [e.uses(part) for part in e.parts] == [True, False, True, False]
+    assert e.notes == ["Ada Quell lived.", "Bo rang."]
+    assert all(SelfEdit("p", parts()).uses(part) for part in parts())
+    answers = [{"accuracy": 1.0, "em": 0.0, "f1": 0.0, "logprob": -1.0}]
+    result = {"answers": answers, "steps": 2, "loss": 1.0, "diverged": False}
+    questions = (Question("Who cast it?", ("Ada Quell",)),)
+    credit(e, Passage("p", "Rolm", "Ada Quell cast it.", questions), result, "accuracy")
+    assert [part.credit for part in e.parts] == [1.0, None, 1.0, None]
+    for part in e.parts:
+        part.target = "x"
+    for rule in ("best", "improving"):
+        select([e], {"p": 0.0}, rule, 0)
+        assert [part.kept for part in e.parts] == [True, False, True, False]
+
+
+def test_what_answered_nothing_is_no_measure():
+    """Two tied self-edits are no better than the mean because a third was not studied."""
+    edits = []
+    for value, flaw in ((-2.0, ""), (-2.0, ""), (-100.0, "malformed")):
+        part = Part("x", target="x", credit=value, style="settings")
+        edits.append(SelfEdit("p", [part], flaw=flaw, reward=value))
+    select(edits, {}, "parts", 0)
+    assert not any(e.kept for e in edits)
+    edits[1].parts[0].credit = -1.0
+    select(edits, {}, "parts", 0)
+    assert [e.kept for e in edits] == [False, True, False]
 
 
 def run(monkeypatch, tiny_folder, passages_file, out, *extra):
@@ -228,10 +281,11 @@ def run(monkeypatch, tiny_folder, passages_file, out, *extra):
     run_script(monkeypatch, train_outer, tiny_folder, "qa", *args, *extra)
 
 
-def test_a_round_with_settings(tiny_folder, passages_file, tmp_path, monkeypatch):
-    """A flawed self-edit is not studied and earns nothing; the best settings are imitated as they
-    were read."""
-    slow = settings_of(["passage"], 1, 0, 1, "all", 0.001, 2)
+@pytest.mark.parametrize("rule", ["best", "parts", "improving"])
+def test_a_round_with_settings(rule, tiny_folder, passages_file, tmp_path, monkeypatch):
+    """A flawed self-edit is not studied and earns nothing; settings are imitated as they were read,
+    and notes only if they were studied."""
+    slow = settings_of(["passage", "facts"], 1, 0, 1, "all", 0.001, 2)
     said = [(slow, ""), (slow | {"learning_rate": 0.02}, ""), ({}, "malformed")]
     calls = []
 
@@ -240,24 +294,33 @@ def test_a_round_with_settings(tiny_folder, passages_file, tmp_path, monkeypatch
         return said[(len(calls) - 1) % 3]
 
     monkeypatch.setattr("selfedit.parse_settings", sampled)
+    monkeypatch.setattr("selfedit.parse", lambda text, style, *_: ([f"A {style} note."], ""))
+    monkeypatch.setattr(selfedit, "QA_PAIR", re.compile("(.*)"))  # every note can be imitated
     imitated = []
     monkeypatch.setattr(
         "train_outer.reinforce", lambda m, t, pairs, *_: imitated.extend(pairs) or 0.5
     )
-    extra = ["--settings", "--select", "best", "--reward", "logprob"]
+    extra = ["--settings", "--select", rule, "--reward", "logprob"]
     run(monkeypatch, tiny_folder, passages_file, tmp_path / "out", *extra)
     edits = selfedit.read_edits(tmp_path / "out" / "round-1" / "candidates.jsonl")
     assert len(edits) == 9 and len(calls) == 9
+    kept_texts = []
     for n in range(0, 9, 3):
         a, b, c = edits[n : n + 3]
         assert (c.flaw, c.reward, c.steps, c.kept) == ("malformed", -100.0, 0, False)
         assert (a.config["lr"], b.config["lr"]) == (0.001, 0.02) and a.steps == b.steps == 2
         best = max((a, b), key=lambda e: e.reward)
-        assert [e.kept for e in (a, b, c)] == [e is best for e in (a, b, c)]
+        if rule != "improving":
+            assert [e.kept for e in (a, b, c)] == [e is best for e in (a, b, c)]
         assert best.parts[0].credit == best.reward
-        assert json.dumps(best.settings) in [text for _, text in imitated]
+        for e in (e for e in (a, b) if e.kept):
+            kept_texts += [json.dumps(e.settings), "A implications note."]
+    assert [text for _, text in imitated] == kept_texts
+    assert rule == "improving" or len(kept_texts) == 6
     [metrics] = read_jsonl(tmp_path / "out" / "metrics.jsonl")
-    assert metrics["flaws"]["malformed"] >= 3 and metrics["total"] == 9
+    assert metrics["flaws"] == {"malformed": 3} and metrics["total"] == 9
+    sound = [e.reward for e in edits if not e.flaw]
+    assert metrics["reward_mean"] == pytest.approx(sum(sound) / 6)
 
 
 @pytest.mark.parametrize(
@@ -267,6 +330,9 @@ def test_a_round_with_settings(tiny_folder, passages_file, tmp_path, monkeypatch
         (["--settings", "--halves", 4, "--select", "notes"], "needs a study"),
         (["--settings", "--style", "rewrite"], "leave out --style"),
         (["--budget", 100], "budget"),
+        (["--settings", "--lr", 0.1], "has no effect"),
+        (["--settings", "--steps", 3], "has no effect"),
+        (["--settings", "--epochs", 3], "has no effect"),
     ],
 )
 def test_contradictions(extra, message, tiny_folder, passages_file, tmp_path, monkeypatch, capsys):
@@ -276,18 +342,13 @@ def test_contradictions(extra, message, tiny_folder, passages_file, tmp_path, mo
     assert not (tmp_path / "out").exists()
 
 
-def test_settings_do_not_change_what_is_learnt_beside_it(tiny, tok):
-    """The same study, said or given by flags."""
-    from inner import inner_update
-    from lora import PROJECTIONS, Adapters, LoRAConfig
-
-    passage = Passage("p", "Rolm", TEXT, ())
+def test_the_same_study_said_or_given_by_flags(tiny, tok):
     said = settings_of(["passage", "questions"], 0, 0, 0, "answers", 0.004, 8)
     given = SimpleNamespace(**vars(ARGS) | {"settings": False, "steps": 0})
-    e = SelfEdit("p", parts()[:2], settings=said)
     lora, flats = LoRAConfig(2, 4.0, tuple(PROJECTIONS), 2, 4), []
-    for args in (ARGS, given):
-        c = edit_candidate(tok, 0, passage, e, args, 0)
+    for args, settings in ((ARGS, said), (given, {})):
+        e = SelfEdit("p", parts()[:2], settings=settings)
+        c, _ = edit_candidate(tok, 0, PASSAGE, e, args, 0)
         adapters = Adapters.init(tiny, lora, 1, 0)
         inner_update(tiny, adapters, [c.examples], [c.config], 0)
         flats.append(adapters.flat)
