@@ -76,10 +76,16 @@ class Batch:
         self.prefix, self.counts, self.share = None, [], None
         self.own, self.length = self._empty(len(owner), room), 0
 
-    def _empty(self, rows: int, room: int):
-        c = self.model.config
-        shape = (2, c.n_layer, rows, c.n_kv_head, room, c.head_dim)  # keys and values
-        return torch.empty(shape, dtype=self.model.dtype, device=self.model.device)
+    def _empty(self, rows: int, room: int) -> list:
+        """Of each layer (2, R, K, room, D), keys and values."""
+        c, like = self.model.config, {"dtype": self.model.dtype, "device": self.model.device}
+        shape = (2, rows, c.n_kv_head, room, c.head_dim)
+        return [torch.empty(shape, **like) for _ in range(c.n_layer)]
+
+    def _each_layer(self, change) -> None:
+        """own <- change(own), a layer at a time, so that only one layer is there twice."""
+        for i in range(len(self.own)):
+            self.own[i] = change(self.own[i])
 
     def read(self, parts: list[list[int]]):
         """Row r reads the tokens parts[r]. Returns their states (N, C), row after row.
@@ -127,19 +133,20 @@ class Batch:
         if ragged:
             q, k, v = ragged.spread(q), ragged.spread(k), ragged.spread(v)
         (R, T, H, D), K, end = q.shape, k.size(2), self.length + q.size(1)
-        self.own[0, layer, :, :, self.length : end] = k.transpose(1, 2)
-        self.own[1, layer, :, :, self.length : end] = v.transpose(1, 2)
-        k, v = self.own[:, layer, :, :, :end]  # (R, K, end, D)
+        own = self.own[layer]
+        own[0, :, :, self.length : end] = k.transpose(1, 2)
+        own[1, :, :, self.length : end] = v.transpose(1, 2)
+        k, v = own[:, :, :, :end]  # (R, K, end, D)
         q = q.transpose(1, 2).reshape(R, K, -1, D) * D**-0.5  # (R, K, G*T, D)
         scores = q @ k.mT
         if self.prefix is not None:
             # (R, K, G*T, S)
-            scores = torch.cat([self._with_prefix(q, self.prefix[0, layer].mT), scores], dim=-1)
+            scores = torch.cat([self._with_prefix(q, self.prefix[layer][0].mT), scores], dim=-1)
         scores.unflatten(2, (-1, T)).add_(bias[:, None, None])
         att = torch.softmax(scores, -1, out=scores)
         y = att[..., -end:] @ v
         if self.prefix is not None:
-            y = self._with_prefix(att[..., :-end], self.prefix[1, layer]) + y
+            y = self._with_prefix(att[..., :-end], self.prefix[layer][1]) + y
         y = y.reshape(R, H, T, D).transpose(1, 2)
         return ragged.join(y) if ragged else y
 
@@ -162,7 +169,7 @@ class Batch:
         self.valid = self.valid.repeat_interleave(
             torch.tensor(counts, device=self.valid.device), dim=0
         )
-        self.prefix = self.own[:, :, :, :, : self.length]
+        self.prefix = [own[:, :, :, : self.length] for own in self.own]
         self._serve(counts)
         self.own, self.length = self._empty(sum(counts), room), 0
 
@@ -170,14 +177,14 @@ class Batch:
         """Each row becomes `copies` rows."""
         self.owner = [o for o in self.owner for _ in range(copies)]
         self.valid = self.valid.repeat_interleave(copies, dim=0)
-        self.own = self.own.repeat_interleave(copies, dim=2)
+        self._each_layer(lambda own: own.repeat_interleave(copies, dim=1))
         if self.prefix is not None:
             self._serve([count * copies for count in self.counts])
 
     def extend(self, tokens: int) -> None:
         """See to it that there is room for so many more tokens."""
-        if (more := self.length + tokens - self.own.size(4)) > 0:
-            self.own = torch.nn.functional.pad(self.own, (0, 0, 0, more))
+        if (more := self.length + tokens - self.own[0].size(3)) > 0:
+            self._each_layer(lambda own: torch.nn.functional.pad(own, (0, 0, 0, more)))
 
     def take_back(self, places: int) -> None:
         """Forget the last places."""
@@ -192,10 +199,12 @@ class Batch:
             ]
             kept, counts = owner.unique_consecutive(return_counts=True)
             if len(kept) < len(self.counts):
-                self.prefix = self.prefix[:, :, kept.to(self.prefix.device)]
+                kept = kept.to(self.model.device)
+                self.prefix = [prefix[:, kept] for prefix in self.prefix]
             self._serve(counts.tolist())
         self.owner, self.valid = [self.owner[r] for r in rows], self.valid[rows]
-        self.own = self.own[:, :, torch.tensor(rows, device=self.own.device)]
+        index = torch.tensor(rows, device=self.model.device)
+        self._each_layer(lambda own: own[:, index])
 
 
 # -----------------------------------------------------------------------------

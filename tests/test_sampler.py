@@ -127,7 +127,7 @@ def test_a_batch_reads_what_prompts_have_in_common_once(tiny):
     prompts, owner = [[1, 2, 3], [1, 2, 4, 5], [1, 6], [1, 7]], [0, 0, 3, 3]
     more = [[8], [9, 10, 11], [12, 13], [14]]
     batch, x = prefill(tiny, prompts, owner, 3)
-    assert (batch.prefix.size(2), batch.prefix.size(4)) == (2, 2)  # rows, places
+    assert (batch.prefix[0].size(1), batch.prefix[0].size(3)) == (2, 2)  # rows, places
     assert batch.counts == [2, 2] and batch.length == 2
     assert batch.valid.int().tolist() == [[1, 1, 1, 0], [1, 1, 1, 1], [1, 0, 1, 0], [1, 0, 1, 0]]
     for part in (None, more):
@@ -170,7 +170,7 @@ def test_a_batch_forks_repeats_takes_back_and_drops_rows(tiny):
         batch.keep(kept)
         texts = [texts[n] for n in kept]
         read(*[[33 + n] * (1 + n) for n in range(len(kept))])
-        sizes.append((batch.prefix.size(2), batch.own.size(2), batch.counts, batch.owner))
+        sizes.append((batch.prefix[0].size(1), batch.own[0].size(1), batch.counts, batch.owner))
     assert sizes == [(2, 3, [2, 1], [0, 0, 1]), (2, 2, [1, 1], [0, 1]), (1, 1, [1], [1])]
 
 
@@ -218,4 +218,4 @@ def test_prompts_that_begin_alike_are_read_together(tiny):
     groups = begin_alike(prompts)
     order = sorted(range(len(prompts)), key=groups.__getitem__)
     batch, _ = prefill(tiny, [prompts[i] for i in order], [groups[i] for i in order], 5)
-    assert batch.own.size(4) == 2 + 5  # the longest rest, and what is to follow
+    assert batch.own[0].size(3) == 2 + 5  # the longest rest, and what is to follow
