@@ -228,8 +228,7 @@ class Climb:
 
     def __init__(self, model, tok, passages, args, recipes, fixed, seed: int, work: Path):
         self.model, self.tok, self.passages, self.args = model, tok, passages, args
-        self.recipes, self.seed, self.work = recipes, seed, work
-        self.fixed = fixed
+        self.recipes, self.fixed, self.seed, self.work = recipes, fixed, seed, work
         self.tables = {p: {} for p in ("epochs", "steps") if args.match in (p, "both")}
         self.records = []  # what each row learnt from and answered
 
@@ -269,10 +268,8 @@ class Climb:
 
     def study(self, method: str, protocol: str, name: str, candidates: list) -> list[dict | None]:
         """Each candidate's result; None for what is not studied."""
-        log, lora = (
-            Log(self.work / f"{name}.jsonl", accuracy_of),
-            lora_config(self.args, self.model),
-        )
+        lora = lora_config(self.args, self.model)
+        log = Log(self.work / f"{name}.jsonl", accuracy_of)
         groups = populations([c for c in candidates if c], self.args.population)
         how = (lora, sub_seed(self.seed, 1), log, quiz_candidates, f"{method} ({protocol})")
         update_and_quiz(self.model, self.tok, groups, *how)

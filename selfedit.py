@@ -369,11 +369,8 @@ def masked(text: str, count: int, seed: int) -> list[str]:
 
 STYLE_OF = {"questions": "questions", "facts": "implications", "rewritings": "rewrite"}
 DATA = ("passage", *STYLE_OF)
-TOOLS = {
-    "orders": (orders, 8),
-    "masked": (masked, 8),
-    "clozes": (clozes, 3),
-}  # and the most of each
+# What makes notes without a model, and the most of each.
+TOOLS = {"orders": (orders, 8), "masked": (masked, 8), "clozes": (clozes, 3)}
 LOSS = ("all", "answers")  # which tokens of a question with its answer are counted
 MIN_LR, MAX_LR, MAX_EPOCHS = 1e-5, 3e-2, 50
 KEYS = ("data", *TOOLS, "loss", "learning_rate", "epochs")

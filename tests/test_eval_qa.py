@@ -1,6 +1,7 @@
 """eval_qa.py: the result file's numbers, and the whole ladder on a tiny model."""
 
 import json
+import re
 from functools import partial
 
 import numpy as np
@@ -285,7 +286,10 @@ def test_the_ladder_with_settings(tiny, tiny_folder, passages_file, tmp_path, mo
     answers nothing, and the policy's are its own."""
     before = {"settings": True, "budget": 8192}
     a_run(tiny, tiny_folder, passages_file, tmp_path / "run", **before)
+    monkeypatch.setattr("selfedit.parse", lambda text, style, *_: ([f"In {style}."], ""))
+    monkeypatch.setattr("selfedit.QA_PAIR", re.compile("(.*)"))  # every note can be imitated
     own, best = (settings_of(["passage"], n, 0, 0, "all", 0.001, 2) for n in (0, 1))
+    best = best | {"data": ["passage", "facts"]}
     (tmp_path / "grid.json").write_text(json.dumps({"best": best}))
     said = iter([(own, ""), ({}, "malformed"), (own, ""), (own, "")])  # of 2 passages, twice
     monkeypatch.setattr("selfedit.parse_settings", lambda text, ended: next(said))
@@ -304,7 +308,7 @@ def test_the_ladder_with_settings(tiny, tiny_folder, passages_file, tmp_path, mo
     assert list(rows) == [*ALL[:4], *added, "in-context"]
     counted = {m: len(seen[f"{m} (steps)"]) for m in added}
     assert counted == {"untrained-settings": 1, "best-fixed": 2, "seal-1": 2}
-    assert len(seen["best-fixed (steps)"][0].examples) == 2  # the passage, and another order
+    assert len(seen["best-fixed (steps)"][0].examples) == 3  # the passage, a fact, another order
     half = rows["untrained-settings"]["train_steps"], rows["seal-1"]["train_steps"]
     assert half == (1.0, 2.0)  # one of two passages in two epochs of one row
     assert rows["untrained-settings"]["train_tokens"] == pytest.approx(
@@ -315,7 +319,11 @@ def test_the_ladder_with_settings(tiny, tiny_folder, passages_file, tmp_path, mo
     assert [r["method"] for r in learnt] == [m for m in added for _ in range(2)]
     assert [r["settings"] for r in learnt] == [own, {}, best, best, own, own]
     assert [r["flaw"] for r in learnt] == ["", "malformed", "", "", "", ""]
-    assert not any(r["notes"] for r in learnt)  # none of them is asked for
+    facts = ["In implications."]
+    assert [r["notes"] for r in learnt] == [[], [], facts, facts, [], []]
+    plain = [r for r in read_jsonl(tmp_path / "work" / "answers.jsonl") if "settings" not in r]
+    notes = [r["notes"] for r in plain if r["method"] == "passage+self-edit"]
+    assert notes == [["In questions."]] * 2
     assert rows["untrained-settings"]["logprob"] < -40  # -100 of the one that was not studied
 
 

@@ -281,7 +281,8 @@ def test_tools(tiny_folder, passages_file, tmp_path, monkeypatch):
 def test_the_settings_to_try():
     found = grid.to_try(40, 0)
     assert len(found) == 40 and found[:6] == [settings for _, _, settings in WORKED]
-    assert found[:20] == grid.to_try(20, 0) and found[6:] != grid.to_try(40, 1)[6:]
+    assert found[:20] == grid.to_try(20, 0) and found[:3] == grid.to_try(3, 0)
+    assert found[6:] != grid.to_try(40, 1)[6:]
     for n, settings in enumerate(found):
         assert parse_settings(json.dumps(settings), True) == (settings, "")
         assert settings not in found[:n]

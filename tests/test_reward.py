@@ -11,11 +11,12 @@ from data.qa import Passage, Question, load_passages
 from inner import SFTConfig
 from lm.files import read_jsonl
 from lm.log import Log
-from lm.packing import arrange, row_tokens
+from lm.packing import Example, arrange, row_tokens
 from lora import PROJECTIONS, LoRAConfig
 from quiz import ask, mean_scores, quiz_items, quiz_prompt
 from reward import (
     NOTHING,
+    Candidate,
     accuracy_of,
     best_notes,
     by_sentence,
@@ -271,6 +272,15 @@ def test_what_the_quiz_says_of_a_self_edit():
     credit(e, p, None, "logprob")  # it was not studied
     assert (e.reward, e.steps, e.flaw, e.score) == (-100.0, 0, "malformed", NOTHING)
     assert [part.credit for part in e.parts] == [-100.0, None]
+
+
+def test_like_work_trains_side_by_side():
+    """Tokens times epochs, where candidates say themselves how long."""
+    example = Example((1,) * 10, (True,) * 10)
+    made = []
+    for name, epochs in ((0, 9), (1, 1), (2, 8), (3, 2)):
+        made.append(Candidate(name, None, [example], SFTConfig(epochs=epochs)))
+    assert [[c.name for c in group] for group in populations(made, 2)] == [[1, 3], [2, 0]]
 
 
 def test_told_notes_ask_what_the_quiz_asks():
