@@ -54,8 +54,8 @@ def parse_arguments():
     data.qa.add_flags(parser, "heldout", limit=48)
     add = parser.add_argument_group("experiment").add_argument
     add("--samples", type=at_least(2), default=4, help="self-edits that are pooled")
-    counts = {"type": at_least(1), "nargs": "+", "default": [4, 8, 16, 32, 64]}
-    add("--step-counts", **counts, help="numbers of optimiser steps")
+    numbers = {"type": at_least(1), "nargs": "+", "default": [4, 8, 16, 32, 64]}
+    add("--step-counts", **numbers, help="numbers of optimiser steps")
     add_ladder_flags(parser, "qa", OUT)
     parser.set_defaults(lr=8e-3, learner="base", settings=False)
     args = settle(parser.parse_args())
