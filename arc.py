@@ -36,7 +36,7 @@ from lora import Adapters
 from quiz import answer_logprobs
 from reward import Candidate
 from sampler import generate
-from selfedit import Part, SelfEdit, first_object
+from selfedit import Part, SelfEdit, first_object, sample_self_edits
 
 # -----------------------------------------------------------------------------
 # grids as tokens
@@ -302,6 +302,11 @@ class Puzzles:
         settings, flaw = parse_settings(text, ended)
         part = Part(text, target="" if flaw else settings_text(settings), flaw=flaw)
         return SelfEdit(id, [part], "settings", flaw, config=settings)
+
+    def sample(self, model, seed: int, log: Path, label: str) -> list[SelfEdit]:
+        """SE_1 .. SE_M for each task, by the model as it is now."""
+        how = (self.args.samples, self.args, seed, log, label)
+        return sample_self_edits(model, self.tok, self.prompts, self.read, *how)
 
     def seed(self, k: int) -> int:
         """Of round k's training: one for all rounds, so that what the base model was trained on in

@@ -58,7 +58,6 @@ from lm.runs import (
 )
 from lora import merged
 from reward import update_and_quiz
-from selfedit import sample_self_edits
 
 OUT = "results/arc_ladder.json"
 BASIC = ["use_basic_augmentations"]
@@ -185,10 +184,9 @@ class Ladder:
     def self_edits(self, method: str, policy=None) -> list:
         """A row: the model, or a policy, writes self-edits, and the learner trains as they say."""
         n, log = self.args.samples, self.work / method / "sampled.jsonl"
-        seed, label = sub_seed(self.args.seed, 0), f"{method} sample"
-        how = (self.puzzles.prompts, self.puzzles.read, n, self.args, seed, log, label)
         with merged(self.model, policy):
-            edits = sample_self_edits(self.model, self.tok, *how)
+            seed = sub_seed(self.args.seed, 0)
+            edits = self.puzzles.sample(self.model, seed, log, f"{method} sample")
         candidates = self.puzzles.candidates(edits, sub_seed(self.args.seed, 1))
         with learner(self.model, policy, self.args):
             log = self.train(method, candidates)

@@ -107,6 +107,7 @@ from selfedit import SelfEdit, parse, parse_settings, settle, write_self_edits
 
 OUT = "results/qa_ladder.json"
 METRICS = ("accuracy", "em", "f1", "logprob")
+QUESTIONS = {"data": ["questions"]}  # what the notes of the other rows are, with --settings
 
 
 def parse_arguments():
@@ -250,10 +251,7 @@ class Climb:
         self.record(method, results, notes)
 
     def settings_row(self, method: str, edits: list[list[SelfEdit]], fixed: dict | None = None):
-        """Each passage is learnt as each of its self-edits says, or as `fixed` settings say."""
-        if fixed:
-            for e in itertools.chain(*edits):
-                e.flaw, e.settings = "", fixed
+        """Each passage is learnt as each of its self-edits says; `fixed`: what all of them say."""
         candidates = []
         for passage, samples in zip(self.passages, edits):
             for e in samples:
@@ -298,18 +296,19 @@ class Climb:
                 answers = (result or unstudied(passage))["answers"]
                 self.records.append(answer_record(method, passage, own, answers) | how)
 
-    def write(self, method: str) -> list[list[SelfEdit]]:
-        """Self-edits on every passage, args.samples times, by the model as it is now."""
+    def write(self, method: str, given: dict | None = None) -> list[list[SelfEdit]]:
+        """Self-edits on every passage, args.samples times, by the model as it is now; with
+        `given` settings."""
         log = self.work / f"{method}-sampled.jsonl"
         n = self.args.samples
         seed = sub_seed(self.seed, 0)
-        how = (self.passages, n, self.args, seed, log, f"{method} sample")
+        how = (self.passages, n, self.args, seed, log, f"{method} sample", given)
         return chunks(write_self_edits(self.model, self.tok, *how), n)
 
     def climb(self, policies: dict) -> None:
         model, passages = self.model, self.passages
         self.row("passage", [[()]] * len(passages))
-        edits = self.write("passage+self-edit")
+        edits = self.write("passage+self-edit", QUESTIONS)
         notes = notes_of(edits, self.args.style)
         if len(passages) > 1:
             self.row("passage+unrelated", *unrelated(passages, notes))
@@ -317,9 +316,10 @@ class Climb:
         if self.args.samples > 1:
             self.row("passage+pooled", [[pooled(samples)] for samples in notes])
         if self.args.settings:
-            self.settings_row("untrained-settings", edits)
+            self.settings_row("untrained-settings", self.write("untrained-settings"))
         if self.fixed:
-            self.settings_row("best-fixed", edits, self.fixed)
+            name = f"best-fixed-{fingerprint(json.dumps(self.fixed).encode())}"
+            self.settings_row("best-fixed", self.write(name, self.fixed), self.fixed)
         for method, adapter in policies.items():
             policy = load_adapter(model, adapter)
             with merged(model, policy):

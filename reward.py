@@ -34,7 +34,7 @@ from lm.runs import read_settings
 from lm.tokenizer import Tokenizer
 from lora import Adapters, LoRAConfig
 from quiz import ask, mean_scores, normalize, quiz_items, quiz_prompt, score_answer
-from selfedit import QA_PAIR, STYLES, SelfEdit, note_prompts, note_reader, says_how
+from selfedit import QA_PAIR, STYLES, SelfEdit, note_prompts, says_how, write_self_edits
 
 # -----------------------------------------------------------------------------
 # flags
@@ -527,8 +527,12 @@ class Passages:
         passages = load_passages(args.data, args.split, args.skip, args.limit)
         self.passages = {p.id: p for p in passages}
         self.prompts = note_prompts(tok, passages, args)
-        self.read = note_reader(passages, args)
         self.pinned = {"data_sha256": digest(args.data)}  # what a resumed run must find unchanged
+
+    def sample(self, model, seed: int, log: Path, label: str) -> list[SelfEdit]:
+        """SE_1 .. SE_M on each passage, by the model as it is now."""
+        passages, copies = list(self.passages.values()), self.args.samples
+        return write_self_edits(model, self.tok, passages, copies, self.args, seed, log, label)
 
     def seed(self, k: int) -> int:
         """Of round k's inner updates."""

@@ -11,6 +11,7 @@ prefill, generate.
 
 from contextlib import nullcontext
 from functools import partial
+from itertools import accumulate
 from os.path import commonprefix
 
 import torch
@@ -173,14 +174,6 @@ class Batch:
         self._serve(counts)
         self.own, self.length = self._empty(sum(counts), room), 0
 
-    def repeat(self, copies: int) -> None:
-        """Each row becomes `copies` rows."""
-        self.owner = [o for o in self.owner for _ in range(copies)]
-        self.valid = self.valid.repeat_interleave(copies, dim=0)
-        self._each_layer(lambda own: own.repeat_interleave(copies, dim=1))
-        if self.prefix is not None:
-            self._serve([count * copies for count in self.counts])
-
     def extend(self, tokens: int) -> None:
         """See to it that there is room for so many more tokens."""
         if (more := self.length + tokens - self.own[0].size(3)) > 0:
@@ -192,7 +185,8 @@ class Batch:
         self.length -= places
 
     def keep(self, rows: list[int]) -> None:
-        """Keep only the given rows, in ascending order."""
+        """Keep only the given rows, in ascending order; one that is given n times becomes n rows.
+        """
         if self.prefix is not None:
             owner = torch.arange(len(self.counts)).repeat_interleave(torch.tensor(self.counts))[
                 rows
@@ -248,17 +242,6 @@ def prefill(
     return batch, x[torch.tensor([len(r) for r in rest], device=x.device).cumsum(0) - 1]
 
 
-def begin_alike(prompts: list[list[int]]) -> list[int]:
-    """Which group each prompt belongs to: neighbours in alphabetical order that share a quarter of
-    the longer one are in the same. [1 2 3], [5 6 7 8], [1 2 4] and [5 6 7 9] -> [0, 1, 0, 1]."""
-    order, groups, n = sorted(range(len(prompts)), key=prompts.__getitem__), {}, 0
-    for before, i in zip([order[0], *order], order):
-        shared = len(commonprefix([prompts[before], prompts[i]]))
-        n += 4 * shared < max(len(prompts[before]), len(prompts[i]))
-        groups[i] = n
-    return [groups[i] for i in range(len(prompts))]
-
-
 @torch.inference_mode()
 def generate(
     model: Transformer,
@@ -269,34 +252,35 @@ def generate(
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int = 0,
-    copies: int = 1,
+    copies: int | list[int] = 1,
     adapters: Adapters | None = None,
     owner: list[int] | None = None,
     on_prefill=None,
     tick=None,
 ) -> list[list[int]]:
-    """Continue each prompt `copies` times; returns len(prompts) * copies lists of new ids, a
-    prompt's copies together.
+    """Continue each prompt `copies` times, or prompt i copies[i] times, at least once; returns that
+    many lists of new ids, a prompt's copies together.
 
     A continuation ends with a token of `end_ids` (which is kept) or after `max_new` tokens. Each
     has a random stream of its own, from the seed, its prompt and which copy it is: but for rounding
-    its text does not depend on what else is in the batch, nor on the order. With
-    `adapters`, prompt i runs under adapter owner[i]; without, those that begin_alike() are read
-    together.
+    its text does not depend on what else is in the batch, nor on the order. With `adapters`,
+    prompt i runs under adapter owner[i].
     Rows that are finished leave the batch. `on_prefill(prompt of each row, batch, x)` is called
     once, when the prompts are read; `tick(live rows)` for every token.
     """
     assert owner or not adapters or len(adapters) == 1, "which prompt runs under which adapter?"
-    owner = owner or ([0] * len(prompts) if adapters else begin_alike(prompts))
+    owner = owner or [0] * len(prompts)
     end_ids = set(end_ids)
     order = sorted(range(len(prompts)), key=lambda i: owner[i])
-    rows = [i * copies + c for i in order for c in range(copies)]  # batch row -> output
+    copies = [copies] * len(prompts) if isinstance(copies, int) else copies
+    first = [0, *accumulate(copies)]  # where a prompt's outputs begin
+    rows = [first[i] + c for i in order for c in range(copies[i])]  # batch row -> output
     u = torch.zeros(len(rows), max_new)
     if temperature:
         for i, prompt in enumerate(prompts):
-            for c in range(copies):
+            for c in range(copies[i]):
                 own = torch.Generator().manual_seed(sub_seed(seed, c, *prompt))
-                u[i * copies + c] = torch.rand(max_new, generator=own)
+                u[first[i] + c] = torch.rand(max_new, generator=own)
     u = u.to(model.device)
     out, live = [[] for _ in rows], [True] * len(rows)
     with attached(model, adapters) if adapters else nullcontext() as lora:
@@ -305,9 +289,10 @@ def generate(
         )
         if on_prefill:
             on_prefill(order, batch, x)
-        if copies > 1:
-            batch.repeat(copies)
-            x = x.repeat_interleave(copies, dim=0)
+        if len(rows) > len(prompts):
+            each = [n for n, i in enumerate(order) for _ in range(copies[i])]
+            batch.keep(each)
+            x = x[each]
         for step in range(max_new):
             logits = model.head(x)
             logits[:, model.unused] = -torch.inf

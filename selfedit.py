@@ -15,14 +15,14 @@ Top to bottom: the record, prompt styles, parsing, notes that need no model, set
 
 import json
 import re
-from dataclasses import asdict, dataclass, field
-from functools import partial
+from collections import Counter
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
 from data.text import question_and_answer, sentences
-from lm.files import read_jsonl, write_jsonl
+from lm.files import chunks, read_jsonl, write_jsonl
 from lm.flags import at_least
 from lm.log import Progress
 from lm.packing import Example
@@ -73,10 +73,13 @@ class SelfEdit:
         used = [part for part in self.parts if self.uses(part)]
         return list(dict.fromkeys(note for part in used for note in part.notes))
 
+    def asks_for(self, style: str) -> bool:
+        """Do its settings ask for notes in this style?"""
+        return style in [STYLE_OF.get(name) for name in self.settings.get("data", ())]
+
     def uses(self, part: Part) -> bool:
         """Is this part of any effect? All are, but those that the settings leave out."""
-        chosen = [STYLE_OF[name] for name in self.settings.get("data", ()) if name in STYLE_OF]
-        return not self.settings or part.style in ("settings", *chosen)
+        return not self.settings or part.style == "settings" or self.asks_for(part.style)
 
     @property
     def kept(self) -> bool:
@@ -544,10 +547,10 @@ def policy_example(tok: Tokenizer, prompt: list[int], text: str, weight: float =
 
 
 def sample_self_edits(
-    model, tok, prompts: dict, read, copies, args, seed, log=None, label="sample"
+    model, tok, prompts: dict, read, copies: int | dict, args, seed, log=None, label="sample"
 ) -> list[SelfEdit]:
-    """SE_1 .. SE_M ~ LM_theta( . | C): `copies` self-edits for each of prompts {id: [token ids of
-    each part]}, as args says (max_new, temperature, top_p; for each part).
+    """SE_1 .. SE_M ~ LM_theta( . | C): `copies`, or copies[id], self-edits for each of prompts {id:
+    [token ids of each part]}, as args says (max_new, temperature, top_p; for each part).
 
     `read(id, texts)`, a list of (text, ended), makes the record, a SelfEdit. Ids go in batches of
     about 128 continuations, or 20,000 tokens of prompts if that is less; each finished batch is
@@ -561,44 +564,38 @@ def sample_self_edits(
                 f"{args.max_new} that is "
                 f"over the model's context of {model.config.max_seq_len}"
             )
+    copies = copies if isinstance(copies, dict) else dict.fromkeys(prompts, copies)
     edits = read_edits(log, resume=True) if log and Path(log).is_file() else []
-    expected = [(i, len(parts)) for i, parts in prompts.items() for _ in range(copies)]
+    expected = [(i, len(parts)) for i, parts in prompts.items() for _ in range(copies[i])]
     if [(e.passage, len(e.parts)) for e in edits] != expected[: len(edits)]:
         raise SystemExit(
             f"error: {log}: its lines are not the self-edits that are sampled here, in their "
             "order; it was changed: remove it to sample them anew"
         )
-    ids, flat = list(prompts), [p for parts in prompts.values() for p in parts]
-    rows, room = copies * len(flat), 20_000  # room: prompt tokens that are read at once
-    size = max(1, round(len(ids) * min(128 / rows, room / sum(map(len, flat)))))
-    progress = Progress(label, len(ids) * copies)
-    for start in range(0, len(ids), size):
-        batch = ids[start : start + size]
-        if len(edits) < (start + len(batch)) * copies:
-            edits = edits[: start * copies]
-            options = {
-                "temperature": args.temperature,
-                "top_p": args.top_p,
-                "seed": seed,
-            }
+    rows = sum(n for _, n in expected)
+    tokens = sum(len(p) for parts in prompts.values() for p in parts)
+    room = 20_000  # prompt tokens that are read at once
+    size = max(1, round(len(prompts) * min(128 / rows, room / tokens))) if prompts else 1
+    progress, made = Progress(label, len(expected)), 0
+    for batch in chunks(list(prompts), size):
+        total = sum(copies[i] for i in batch)
+        if len(edits) < made + total:
+            edits = edits[:made]
             asked = [p for i in batch for p in prompts[i]]
+            options = {"copies": [copies[i] for i in batch for _ in prompts[i]]}
+            options |= {"temperature": args.temperature, "top_p": args.top_p, "seed": seed}
             sampled = generate(
-                model,
-                asked,
-                args.max_new,
-                tok.end_ids,
-                copies=copies,
-                tick=progress.tokens,
-                **options,
+                model, asked, args.max_new, tok.end_ids, tick=progress.tokens, **options
             )
             texts = iter([sampled_text(tok, reply) for reply in sampled])
             for i in batch:
                 # A prompt's copies together.
-                own = [next(texts) for _ in range(len(prompts[i]) * copies)]
-                edits += [read(i, own[c::copies]) for c in range(copies)]
+                own = [next(texts) for _ in range(len(prompts[i]) * copies[i])]
+                edits += [read(i, own[c :: copies[i]]) for c in range(copies[i])]
             if log:
                 write_jsonl(log, [e.record() for e in edits])
-        progress.step(len(batch) * copies)
+        made += total
+        progress.step(total)
     return edits
 
 
@@ -614,42 +611,39 @@ def styles_of(args) -> tuple:
     return ("settings", *STYLE_OF.values()) if says_how(args) else (args.style,)
 
 
+def style_prompts(tok: Tokenizer, passage, style: str, shots: int) -> list[list[int]]:
+    """The prompts that ask for a self-edit's parts in one style."""
+    if style == "settings":
+        return settings_prompts(tok, passage.title, passage.text, shots)
+    return edit_prompts(tok, style, passage.title, passage.text, shots)
+
+
 def note_prompts(tok: Tokenizer, passages, args) -> dict:
-    """{passage id: prompts that ask for the parts of a self-edit on it}."""
-    found = {}
+    """{passage id: prompts that ask for the parts of a self-edit on it}, of all styles."""
+    found = {p.id: [] for p in passages}
     for p in passages:
-        found[p.id] = []
         for style in styles_of(args):
-            make = settings_prompts if style == "settings" else partial(edit_prompts, style=style)
-            found[p.id] += make(tok, title=p.title, passage=p.text, shots=args.shots)
+            found[p.id] += style_prompts(tok, p, style, args.shots)
     return found
 
 
-def note_reader(passages, args):
-    """The `read` of sample_self_edits() for self-edits on these passages: a SelfEdit of what was
-    sampled on one of them. One whose settings are flawed is flawed as a whole, and earns nothing.
-    """
-    texts, kinds = {p.id: p.text for p in passages}, {}  # of each part: (style, its sentence or "")
-    for p in passages:
-        kinds[p.id] = []
-        for style in styles_of(args):
-            by_sentence = style in STYLES and STYLES[style].by_sentence
-            kinds[p.id] += [
-                (style, about) for about in (sentences(p.text) if by_sentence else [""])
-            ]
+def note_reader(passages, style: str, shots: int):
+    """The `read` of sample_self_edits() for the parts in one style of self-edits on these passages.
+    One whose settings are flawed is flawed as a whole, and earns nothing."""
+    of = {p.id: p.text for p in passages}
 
     def read(id, sampled):
-        parts, settings = [], {}
-        for (text, ended), (style, sentence) in zip(sampled, kinds[id], strict=True):
-            if style == "settings":
-                settings, flaw = parse_settings(text, ended)
-                target = json.dumps(settings) if settings else ""
-                parts.append(Part(text, [], target, flaw, style=style))
-            else:
-                parts.append(read_notes(text, ended, style, sentence, texts[id], args.shots))
-        flawed = parts[0].style == "settings" or not any(part.target for part in parts)
-        flaw = parts[0].flaw if flawed else ""
-        return SelfEdit(id, parts, args.style, flaw, settings=settings)
+        if style == "settings":
+            [(text, ended)] = sampled
+            settings, flaw = parse_settings(text, ended)
+            part = Part(text, [], json.dumps(settings) if settings else "", flaw, style=style)
+            return SelfEdit(id, [part], flaw=flaw, settings=settings)
+        about = sentences(of[id]) if STYLES[style].by_sentence else [""]
+        parts = []
+        for (text, ended), sentence in zip(sampled, about, strict=True):
+            parts.append(read_notes(text, ended, style, sentence, of[id], shots))
+        flaw = "" if any(part.target for part in parts) else parts[0].flaw
+        return SelfEdit(id, parts, style, flaw)
 
     return read
 
@@ -665,8 +659,32 @@ def read_notes(text, ended, style: str, sentence: str, passage: str, shots: int)
 
 
 def write_self_edits(
-    model, tok, passages, copies: int, args, seed: int, log=None, label="sample"
+    model, tok, passages, copies: int, args, seed: int, log=None, label="sample", given=None
 ) -> list[SelfEdit]:
-    """Self-edits on each passage, `copies` times."""
-    prompts, read = note_prompts(tok, passages, args), note_reader(passages, args)
-    return sample_self_edits(model, tok, prompts, read, copies, args, seed, log, label)
+    """Self-edits on each passage, `copies` times. With --settings the model first says how it
+    studies, unless that is `given`, and then writes only the notes that its settings ask for: the
+    other parts stay empty, and `log` becomes one for each style."""
+
+    def write(style, passages, copies):
+        prompts = {p.id: style_prompts(tok, p, style, args.shots) for p in passages}
+        read, own, name = note_reader(passages, style, args.shots), log, label
+        if says_how(args):
+            own, name = log and Path(log).with_stem(f"{Path(log).stem}-{style}"), f"{label} {style}"
+        return sample_self_edits(model, tok, prompts, read, copies, args, seed, own, name)
+
+    if not says_how(args):
+        return write(args.style, passages, copies)
+    if given:
+        edits = [SelfEdit(p.id, [Part("", style="settings")], settings=given) for p in passages]
+        edits = [replace(e) for e in edits for _ in range(copies)]
+    else:
+        edits = write("settings", passages, copies)
+    for style in STYLE_OF.values():
+        asked = Counter(e.passage for e in edits if e.asks_for(style))
+        written = iter(write(style, [p for p in passages if asked[p.id]], asked))
+        empty = {p.id: len(style_prompts(tok, p, style, args.shots)) for p in passages}
+        for e in edits:
+            parts = [Part("", style=style) for _ in range(empty[e.passage])]
+            e.parts = [*e.parts, *(next(written).parts if e.asks_for(style) else parts)]
+            e.style = args.style
+    return edits

@@ -42,7 +42,7 @@ from lm.flags import Parser, add_model_flags, at_least, load, refuse_unused
 from lm.runs import Rounds, open_run
 from lora import PROJECTIONS, Adapters, LoRAConfig, merged
 from reward import select
-from selfedit import STYLES, SelfEdit, policy_example, sample_self_edits, settle
+from selfedit import STYLES, SelfEdit, policy_example, settle
 
 # -----------------------------------------------------------------------------
 # settings
@@ -210,11 +210,9 @@ def main() -> None:
         start, name = time.perf_counter(), folder.name
 
         # sample: SE_1 .. SE_M ~ LM_theta( . | C)
-        how = (args.samples, args, sub_seed(args.seed, k, 0), folder / "sampled.jsonl")
+        seed, log = sub_seed(args.seed, k, 0), folder / "sampled.jsonl"
         with merged(model, policy):
-            edits = sample_self_edits(
-                model, tok, domain.prompts, domain.read, *how, label=f"{name} sample"
-            )
+            edits = domain.sample(model, seed, log, f"{name} sample")
 
         # study: theta_i = SFT(theta_0, SE_i), a population at a time; then the quiz, without C
         seed, log = domain.seed(k), domain.log(folder / "scored.jsonl")

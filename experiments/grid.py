@@ -68,12 +68,13 @@ def to_try(count: int, seed: int) -> list[dict]:
 
 def measure(model, tok, passages, args, work: Path) -> dict:
     seed = sub_seed(args.seed, 0)
-    edits = write_self_edits(model, tok, passages, 1, args, seed, work / "sampled.jsonl")
+    log, all_notes = work / "sampled.jsonl", {"data": list(DATA)}
+    edits = write_self_edits(model, tok, passages, 1, args, seed, log, given=all_notes)
     rows, lora, seed = [], lora_config(args, model), sub_seed(args.seed, 1)
     for k, settings in enumerate(to_try(args.count, args.seed)):
         candidates = []
         for n, (passage, e) in enumerate(zip(passages, edits, strict=True)):
-            e = replace(e, flaw="", settings=settings)
+            e = replace(e, settings=settings)
             candidates.append(edit_candidate(tok, n, passage, e, args, seed)[0])
         log = Log(work / f"{k}.jsonl", accuracy_of)
         groups = populations([c for c in candidates if c], args.population)

@@ -191,7 +191,7 @@ def build() -> str:
     swap_in(model)
     [passage] = load_passages(DATA, "train", SKIP, 1)
     prompts, lines = asking(tok, passage)
-    read = note_reader([passage], SAMPLING)
+    read = note_reader([passage], SAMPLING.style, SAMPLING.shots)
     edits = sample_self_edits(model, tok, prompts, read, 2, SAMPLING, sub_seed(SEED, 0))
     lines += writing(edits)
 

@@ -89,7 +89,7 @@ def test_a_policy_writes_and_its_learner_trains(
     who, tiny, tiny_folder, tasks_file, tmp_path, monkeypatch
 ):
     seen, policy = [], a_policy(tiny, tiny_folder, tmp_path / "policy")
-    watch_weights(monkeypatch, "eval_arc.sample_self_edits", tiny, seen)
+    watch_weights(monkeypatch, "arc.sample_self_edits", tiny, seen)
     watch_weights(monkeypatch, "eval_arc.update_and_quiz", tiny, seen)
     args = small(tasks_file, "--limit", 1, "--samples", 1, "--policy", policy, "--learner", who)
     args += ["--out", tmp_path / "o.json", "--work", tmp_path / "work"]

@@ -262,7 +262,7 @@ def test_what_the_notes_of_a_row_are(tok, tiny_folder, passages_file, tmp_path, 
         return made
 
     monkeypatch.setattr(eval_qa, "update_and_quiz", spy)
-    monkeypatch.setattr(eval_qa.Climb, "write", lambda self, method: written)
+    monkeypatch.setattr(eval_qa.Climb, "write", lambda self, *_: written)
     ladder(monkeypatch, tiny_folder, passages_file, tmp_path)
     assert "passage+pooled (steps)" not in seen  # of one self-edit there is nothing to pool
     one, two = load_passages(passages_file, "heldout")

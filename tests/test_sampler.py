@@ -10,7 +10,7 @@ from conftest import SMOLLM2, write_checkpoint
 import lm.flags
 from lm.flags import Parser, add_model_flags
 from lora import PROJECTIONS, Adapters, LoRAConfig
-from sampler import Batch, begin_alike, choose, generate, prefill
+from sampler import Batch, choose, generate, prefill
 
 PROMPTS = [[7, 8, 9, 10, 11], [7, 8, 9, 3], [7, 8, 9, 20, 21, 22, 23, 24, 25]]  # share [7, 8, 9]
 
@@ -156,7 +156,7 @@ def test_a_batch_forks_repeats_takes_back_and_drops_rows(tiny):
     batch.fork([2, 1], room=3)
     texts = [texts[0], texts[0], texts[1]]
     read([13, 14, 15], [16], [17, 18])
-    batch.repeat(2)
+    batch.keep([0, 0, 1, 1, 2, 2])
     texts = [texts[n // 2] for n in range(6)]
     assert batch.owner == [0, 0, 0, 0, 1, 1] and batch.counts == [4, 2]
     batch.extend(8)
@@ -203,18 +203,10 @@ def test_a_prompt_without_room_is_one_clear_line(tiny):
         generate(tiny, [[5] * 2000], 49, ())
 
 
-def test_prompts_that_begin_alike_are_read_together(tiny):
-    """Of unlike kinds: each kind's beginning is read once, and the texts stay what they are."""
-    one, two = list(range(20, 60)), list(range(100, 160))
-    prompts = [[*one, 1, 2], [*two, 3], [*one, 4], [5, 6, 7], [*two, 8, 9]]
-    assert begin_alike(prompts) == [1, 2, 1, 0, 2]
-    assert begin_alike([[1, 2, 3], [5, 6, 7, 8], [1, 2, 4], [5, 6, 7, 9]]) == [0, 1, 0, 1]
-    assert begin_alike([[1, 2], [1, 2]]) == [0, 0] and begin_alike([[7]]) == [0]
-    together, alone = generate(tiny, prompts, 5, (), copies=2), []
-    for prompt in prompts:
-        alone += generate(tiny, [prompt], 5, (), copies=2)
-    assert together == alone
-    groups = begin_alike(prompts)
-    order = sorted(range(len(prompts)), key=groups.__getitem__)
-    batch, _ = prefill(tiny, [prompts[i] for i in order], [groups[i] for i in order], 5)
-    assert batch.own[0].size(3) == 2 + 5  # the longest rest, and what is to follow
+def test_each_prompt_has_its_own_number_of_copies(tiny):
+    """The first copies of a prompt are the same, however many there are of it and of others."""
+    options = {"temperature": 1.0, "top_p": 0.95, "seed": 3}
+    three = generate(tiny, PROMPTS, 6, (), copies=3, **options)
+    some = generate(tiny, PROMPTS, 6, (), copies=[1, 3, 2], **options)
+    assert some == [three[0], *three[3:6], *three[6:8]]
+    assert len({tuple(ids) for ids in three}) == 9

@@ -30,7 +30,7 @@ from selfedit import (
 
 def reader(style: str, text: str, shots: int = 1):
     """read(id, texts) of sample_self_edits() for notes on a passage "p"."""
-    return note_reader([Passage("p", "Rolm", text, ())], SimpleNamespace(style=style, shots=shots))
+    return note_reader([Passage("p", "Rolm", text, ())], style, shots)
 
 
 def targets(edit: SelfEdit) -> list[str]:

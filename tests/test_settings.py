@@ -133,21 +133,85 @@ def test_the_prompt_shows_the_range(tok):
     assert all(f'"{name}"' in form for name in DATA)
 
 
-def test_a_self_edit_has_settings_and_all_notes(tok):
+def test_a_self_edit_has_settings_and_then_notes(tok):
     passage = Passage("p", "Rolm", TEXT, ())
     prompts = note_prompts(tok, [passage], ARGS)["p"]
     assert len(prompts) == 1 + 2 + 1 + 1 and prompts[0] == settings_prompts(tok, "Rolm", TEXT)[0]
-    sampled = [saying(), "Who cast it?", "Who rang it?", "Ada Quell lived.", "Ada cast it.\n\nYes."]
-    sampled = [(text, True) for text in sampled]
-    e = note_reader([passage], ARGS)("p", sampled)
-    assert e.flaw == "" and e.settings == GOOD
-    styles = ["settings", "questions", "questions", "implications", "rewrite"]
-    assert [part.style for part in e.parts] == styles
+
+    def read(style, *texts):
+        return note_reader([passage], style, 1)("p", [(text, True) for text in texts])
+
+    e = read("settings", saying())
+    assert (e.flaw, e.settings) == ("", GOOD)
     assert json.loads(e.parts[0].target) == GOOD and e.parts[0].notes == []
-    assert e.parts[2].notes == ["Question: Who rang it?\nAnswer: Bo Larn rang it in Rolm."]
-    assert e.parts[4].notes == ["Ada cast it.", "Yes."]
-    e = note_reader([passage], ARGS)("p", [("{", True), *sampled[1:]])
+    e = read("settings", "{")
     assert e.flaw == "malformed" and e.settings == {} and e.parts[0].target == ""
+    e = read("questions", "Who cast it?", "Who rang it?")
+    assert [part.style for part in e.parts] == ["questions"] * 2
+    assert e.parts[1].notes == ["Question: Who rang it?\nAnswer: Bo Larn rang it in Rolm."]
+    [part] = read("rewrite", "Ada cast it.\n\nYes.").parts
+    assert part.notes == ["Ada cast it.", "Yes."] and part.style == "rewrite"
+
+
+SAID = [["questions"], ["passage"], ["rewritings", "questions"], None]  # None: malformed
+WRITTEN = [[0, 1, 2], [0], [0, 1, 2, 4], [0]]  # which parts of each are sampled
+
+
+def write(tiny, tok, log=None, copies=4, given=None, seed=1):
+    args = SimpleNamespace(**vars(ARGS), max_new=5, temperature=1.0, top_p=1.0)
+    two = [PASSAGE, Passage("q", "Tarn", "Mills grind. Oats fall.", ())]
+    return selfedit.write_self_edits(tiny, tok, two, copies, args, seed, log, given=given)
+
+
+def say(monkeypatch):
+    """Every passage's self-edits say SAID, in turns."""
+    turns = iter(SAID * 9)
+
+    def said(text, ended):
+        data = next(turns)
+        return ({}, "malformed") if data is None else (GOOD | {"data": data}, "")
+
+    monkeypatch.setattr(selfedit, "parse_settings", said)
+
+
+def test_only_notes_that_are_asked_for_are_written(tiny, tok, tmp_path, monkeypatch):
+    say(monkeypatch)
+    edits = write(tiny, tok, tmp_path / "sampled.jsonl")
+    assert [e.passage for e in edits] == ["p"] * 4 + ["q"] * 4
+    for e, parts in zip(edits, WRITTEN * 2):
+        assert [k for k, part in enumerate(e.parts) if part.text] == parts
+        styles = ["settings", "questions", "questions", "implications", "rewrite"]
+        assert [part.style for part in e.parts] == styles
+    assert [e.flaw for e in edits] == ["", "", "", "malformed"] * 2
+    logs = sorted(path.name for path in tmp_path.iterdir())
+    assert logs == [f"sampled-{style}.jsonl" for style in ("questions", "rewrite", "settings")]
+    # Whoever asks gets the prompt's next copy: the texts are those that all would have got.
+    notes = write(tiny, tok, copies=2, given={"data": ["questions"]})
+    texts = [[part.text for part in e.parts[1:3]] for e in edits]
+    assert [texts[n] for n in (0, 2, 4, 6)] == [[p.text for p in e.parts[1:3]] for e in notes]
+    assert len({tuple(own) for own in texts}) == 5
+
+
+def test_what_is_written_is_not_written_again(tiny, tok, tmp_path, monkeypatch):
+    say(monkeypatch)
+    log = tmp_path / "sampled.jsonl"
+    edits = write(tiny, tok, log)
+    path = tmp_path / "sampled-rewrite.jsonl"
+    kept = path.read_bytes()
+    path.unlink()
+    monkeypatch.setattr(selfedit, "parse_settings", None)  # never called
+    assert write(tiny, tok, log) == edits and path.read_bytes() == kept
+    monkeypatch.setattr(selfedit, "generate", None)
+    assert write(tiny, tok, log) == edits
+
+
+def test_given_settings_are_not_asked_for(tiny, tok, monkeypatch):
+    monkeypatch.setattr(selfedit, "parse_settings", None)  # never called
+    given = GOOD | {"data": ["facts"]}
+    edits = write(tiny, tok, copies=2, given=given)
+    assert [e.settings for e in edits] == [given] * 4 and [e.flaw for e in edits] == [""] * 4
+    assert all([bool(p.text) for p in e.parts] == [False] * 3 + [True, False] for e in edits)
+    assert not any(part.text for e in write(tiny, tok, given={"data": []}) for part in e.parts)
 
 
 def parts():

@@ -102,7 +102,7 @@ def test_a_round_leaves_its_records(finished):
 @pytest.mark.parametrize(
     "stage, call",
     [
-        ("train_outer.sample_self_edits", 1),  # nothing yet
+        ("reward.write_self_edits", 1),  # nothing yet
         ("train_outer.inner_update", 1),  # sampled
         ("train_outer.inner_update", 2),  # in the middle of a round's three populations
         ("reward.quiz_candidates", 3),  # trained, not asked
@@ -131,7 +131,7 @@ def test_one_more_round_goes_on_from_the_last_policy(finished, tiny_folder, tmp_
     data, out = finished
     shutil.copytree(out, tmp_path / "out")
     loaded = dies_at(monkeypatch, "train_outer.load_adapter", 0)
-    dies_at(monkeypatch, "train_outer.sample_self_edits", 1)
+    dies_at(monkeypatch, "reward.write_self_edits", 1)
     with pytest.raises(KeyboardInterrupt):
         run(monkeypatch, tiny_folder, data, tmp_path / "out", "--rounds", 3)
     assert [folder for _, folder in loaded] == [tmp_path / "out" / "round-2" / "policy"]
@@ -208,7 +208,8 @@ def test_a_run_without_its_last_record_ends_the_same(finished, tiny_folder, tmp_
 def test_a_finished_run_does_nothing_more(finished, tiny_folder, monkeypatch):
     data, out = finished
     before = files(out)
-    for stage in ("sample_self_edits", "inner_update", "reinforce", "save_adapter"):
+    dies_at(monkeypatch, "reward.write_self_edits", 1)
+    for stage in ("inner_update", "reinforce", "save_adapter"):
         dies_at(monkeypatch, f"train_outer.{stage}", 1)
     run(monkeypatch, tiny_folder, data, out)
     assert files(out) == before
@@ -220,9 +221,9 @@ def test_when_the_policy_is_in_the_weights(who, finished, tiny_folder, tiny, tmp
     or round 2 would apply it twice."""
     seen = []
     monkeypatch.setattr("selfedit.parse", one_note)
-    stages = ("sample_self_edits", "inner_update", "quiz_candidates", "reinforce")
+    stages = ("write_self_edits", "inner_update", "quiz_candidates", "reinforce")
     for name in stages:
-        module = "reward" if name == "quiz_candidates" else "train_outer"
+        module = "reward" if name in ("write_self_edits", "quiz_candidates") else "train_outer"
         watch_weights(monkeypatch, f"{module}.{name}", tiny, seen)
     extra = ["--learner", who, "--population", 9]  # all in one population
     run(monkeypatch, tiny_folder, finished[0], tmp_path / "out", *extra)
