@@ -14,6 +14,8 @@ Rows:
     passage+self-edit    after an inner update on the passage and the untrained model's notes on it
     passage+pooled       the same, with the notes of all --samples self-edits at once: is it enough
                          to write more?
+    proxy                the same, with notes of a policy that was trained with --reward proxy
+                         (--proxy)
     seal-K               the same, with notes that the policy wrote after outer round K (--learner
                          policy: it learns, too)
     stronger-editor      the same, with the "self_edits" that stand in the data file
@@ -31,7 +33,7 @@ rows above, which are studied as the flags (or --recipes) say; these are more:
 means more optimiser steps. With --match steps every row takes exactly --steps steps, of up to
 --row-len tokens of passage or notes each; with --recipes (experiments/recipes.py) each row takes
 the steps and the learning rate that suit it best, found on training passages. passage+pooled,
-seal-K, stronger-editor and told take those of passage+self-edit.
+proxy, seal-K, stronger-editor and told take those of passage+self-edit.
 
 Columns: accuracy, em, f1 and logprob are defined in quiz.py; means over passages of the mean over a
 passage's questions (and its self-edits, and --seeds). ci95 is a bootstrap interval over passages;
@@ -91,6 +93,7 @@ from lora import merged
 from quiz import ask, mean_scores, quiz_items
 from reward import (
     NOTHING,
+    QUESTIONS,
     accuracy_of,
     by_sentence,
     edit_candidate,
@@ -107,7 +110,6 @@ from selfedit import SelfEdit, parse, parse_settings, settle, write_self_edits
 
 OUT = "results/qa_ladder.json"
 METRICS = ("accuracy", "em", "f1", "logprob")
-QUESTIONS = {"data": ["questions"]}  # what the notes of the other rows are, with --settings
 
 
 def parse_arguments():
@@ -132,6 +134,7 @@ def parse_arguments():
     add("--fixed", help=about)
     about = "add the row told, whose notes ask the quiz's own questions"
     add("--told", action="store_true", help=about)
+    reward.add_proxy_flag(parser)
     add_ladder_flags(parser, "qa", OUT)
     args = settle(parser.parse_args())
     if args.match != "epochs" and not (args.steps or args.no_study):
@@ -322,10 +325,11 @@ class Climb:
             self.settings_row("best-fixed", self.write(name, self.fixed), self.fixed)
         for method, adapter in policies.items():
             policy = load_adapter(model, adapter)
+            says_how = self.args.settings and method != "proxy"
             with merged(model, policy):
-                edits = self.write(method)
+                edits = self.write(method, None if says_how else QUESTIONS)
             with learner(model, policy, self.args):
-                if self.args.settings:
+                if says_how:
                     self.settings_row(method, edits)
                 else:
                     self.row(method, notes_of(edits, self.args.style))
@@ -444,7 +448,7 @@ def main() -> None:
     model, tok = load(args)
     lora_config(args, model)  # complains now rather than after sampling
     out = Path(args.out)
-    free = "out work match steps recipes seeds run policy no_study told fixed".split()
+    free = "out work match steps recipes seeds run policy proxy no_study told fixed".split()
     settings = {k: v for k, v in vars(args).items() if k not in free}  # free: may change on resume
     settings |= {"data_sha256": digest(args.data), "policies": policy_digests(policies)}
     work = open_run(args.work, settings)

@@ -49,6 +49,11 @@ def add_flags(parser) -> None:
     inner.add_sft_flags(parser)
 
 
+def add_proxy_flag(parser) -> None:
+    about = "adapter of a policy trained with --reward proxy: adds the row proxy"
+    parser.add_argument("--proxy", metavar="FOLDER", help=about)
+
+
 # -----------------------------------------------------------------------------
 # candidates
 
@@ -67,6 +72,7 @@ class Candidate:
         return sum(len(e.ids) for e in self.examples)
 
 
+QUESTIONS = {"data": ["questions"]}  # with --settings: what rows of notes alone are written with
 LONGEST = 512  # most tokens of a text that is trained on as one sequence
 
 

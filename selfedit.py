@@ -16,6 +16,7 @@ Top to bottom: the record, prompt styles, parsing, notes that need no model, set
 import json
 import re
 from collections import Counter
+from copy import copy
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -517,7 +518,7 @@ def add_style_flag(parser) -> None:
     add = parser.add_argument
     add("--style", default="questions", choices=STYLES, help="prompt style of notes on a passage")
     about = "longest self-edit, or part of one, in tokens; 0: 80 on a sentence, 320 on a passage"
-    add("--max-new", type=at_least(0), default=0, help=about + ", or with --settings")
+    add("--max-new", type=at_least(0), default=0, help=about + ", 128 for settings")
 
 
 def add_settings_flags(parser) -> None:
@@ -530,9 +531,15 @@ def add_settings_flags(parser) -> None:
 
 def settle(args):
     """The same settings, without --max-new 0: what it stands for depends on the style."""
-    usual = 80 if STYLES[args.style].by_sentence and not says_how(args) else 320
-    args.max_new = args.max_new or usual
+    args.max_new = args.max_new or max(map(usual_length, styles_of(args)))
     return args
+
+
+def usual_length(style: str) -> int:
+    """Most tokens of a part in this style. What ends by itself is shorter."""
+    if style == "settings":
+        return 128
+    return 80 if STYLES[style].by_sentence else 320
 
 
 def says_how(args) -> bool:
@@ -667,10 +674,12 @@ def write_self_edits(
 
     def write(style, passages, copies):
         prompts = {p.id: style_prompts(tok, p, style, args.shots) for p in passages}
-        read, own, name = note_reader(passages, style, args.shots), log, label
+        read, own, how = note_reader(passages, style, args.shots), (seed, log, label), args
         if says_how(args):
-            own, name = log and Path(log).with_stem(f"{Path(log).stem}-{style}"), f"{label} {style}"
-        return sample_self_edits(model, tok, prompts, read, copies, args, seed, own, name)
+            own_log = log and Path(log).with_stem(f"{Path(log).stem}-{style}")
+            own, how = (seed, own_log, f"{label} {style}"), copy(args)
+            how.max_new = min(args.max_new, usual_length(style))
+        return sample_self_edits(model, tok, prompts, read, copies, how, *own)
 
     if not says_how(args):
         return write(args.style, passages, copies)

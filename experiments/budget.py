@@ -1,19 +1,22 @@
 """What a trained token is worth: accuracy against the number of tokens that are trained on.
 
-    python experiments/budget.py --run runs/qa --limit 48       # -> results/qa_budget.json
+    python experiments/budget.py --run runs/seal --settings --limit 48  # -> results/qa_budget.json
 
-Each way of learning a held-out passage, at several numbers of optimiser steps (a step is a row of
-up to --row-len tokens):
+Each way of learning a held-out passage, within several --budgets of trained tokens:
     passage     the passage alone
     untrained   and one self-edit of the untrained model
     pooled      and the notes of --samples of its self-edits
-    seal-K      and one self-edit of the policy after round K of --run, or of --policy
-    told        and notes that ask the quiz's own questions: the ceiling of notes
-All with the same learning rate. "at_half" says for each seal-K: with at most half of the trained
-tokens that the untrained notes take to their best accuracy, how much better or worse it is than
-that best, on the same passages.
+    proxy       and one self-edit of the --proxy policy (train_outer.py --reward proxy)
+    seal-K      one self-edit of the policy after round K of --run, or of --policy
+    told        the passage, and notes that ask the quiz's own questions: the ceiling of notes
+All notes are questions, studied with the same learning rate, in as many optimiser steps as fit (a
+step is a row of up to --row-len tokens). With --settings those of seal-K are what it writes, and
+studied as it says, in as many of its epochs as fit; if none does, nothing is answered. "at_half"
+says for each seal-K: with at most half of the trained tokens that the untrained notes take to their
+best accuracy, how much better or worse it is than that best, on the same passages.
 """
 
+import argparse
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +27,7 @@ import numpy as np
 
 import data.qa
 import reward
+import selfedit
 from data.qa import counts, load_passages
 from inner import lora_config, sft_config
 from lm.adapters import load_adapter
@@ -34,7 +38,10 @@ from lm.log import Log
 from lm.runs import add_ladder_flags, find_policies, open_run, policy_digests, set_outputs
 from lora import merged
 from reward import (
+    QUESTIONS,
+    Candidate,
     accuracy_of,
+    edit_candidate,
     passage_candidate,
     pooled,
     populations,
@@ -43,7 +50,7 @@ from reward import (
     told,
     update_and_quiz,
 )
-from selfedit import settle, write_self_edits
+from selfedit import SelfEdit, settle, write_self_edits
 
 OUT = "results/qa_budget.json"
 
@@ -54,50 +61,69 @@ def parse_arguments():
     data.qa.add_flags(parser, "heldout", limit=48)
     add = parser.add_argument_group("experiment").add_argument
     add("--samples", type=at_least(2), default=4, help="self-edits that are pooled")
-    numbers = {"type": at_least(1), "nargs": "+", "default": [4, 8, 16, 32, 64]}
-    add("--step-counts", **numbers, help="numbers of optimiser steps")
+    numbers = {"type": at_least(1), "nargs": "+", "default": [1024, 2048, 4096, 8192]}
+    add("--budgets", **numbers, help="most trained tokens")
+    selfedit.add_settings_flags(parser)
+    reward.add_proxy_flag(parser)
     add_ladder_flags(parser, "qa", OUT)
-    parser.set_defaults(lr=8e-3, learner="base", settings=False)
+    parser.set_defaults(lr=8e-3, learner="base")
     args = settle(parser.parse_args())
-    refuse_unused(parser, args, ["steps", "epochs"], "beside --step-counts")
+    refuse_unused(parser, args, ["steps", "epochs"], "beside --budgets")
+    if not args.settings:
+        refuse_unused(parser, args, ["budget"], "without --settings")
+    if not 0 < args.row_len <= min(args.budgets):
+        parser.error(f"--row-len {args.row_len}: a row must fit {min(args.budgets)} tokens")
     args.out = args.out or OUT
     return set_outputs(args, OUT)
 
 
-def notes_of(model, tok, passages, policies: dict, args, work: Path) -> dict:
-    """{row: [the notes of each passage]}."""
+def ways(model, tok, passages, policies: dict, args, work: Path) -> dict:
+    """{row: what each passage is learnt by: notes, or a self-edit that says how it is studied}."""
     seed, found = sub_seed(args.seed, 0), {"passage": [()] * len(passages)}
 
-    def write(copies, name):
+    def write(copies, name, given=QUESTIONS):
         log = work / f"{name}-sampled.jsonl"
-        edits = write_self_edits(model, tok, passages, copies, args, seed, log, f"{name} sample")
-        return chunks([tuple(e.notes) for e in edits], copies)
+        how = (passages, copies, args, seed, log, f"{name} sample", given)
+        return write_self_edits(model, tok, *how)
 
-    several = write(args.samples, "untrained")
+    several = chunks([tuple(e.notes) for e in write(args.samples, "untrained")], args.samples)
     found["untrained"] = [own[0] for own in several]
     found["pooled"] = [pooled(own) for own in several]
     for name, folder in policies.items():
+        says = args.settings and name != "proxy"
         with merged(model, load_adapter(model, folder)):
-            found[name] = [own[0] for own in write(1, name)]
+            edits = write(1, name, None if says else QUESTIONS)
+        found[name] = edits if says else [tuple(e.notes) for e in edits]
     return found | {"told": [told(p) for p in passages]}
 
 
+def candidate(tok, n: int, passage, own, budget: int, args) -> Candidate | None:
+    """Of notes, or of a self-edit that says how they are studied; None if it is not."""
+    if isinstance(own, SelfEdit):
+        how = argparse.Namespace(**vars(args) | {"budget": budget})
+        return edit_candidate(tok, n, passage, own, how, sub_seed(args.seed, 2))[0]
+    config = replace(sft_config(args), steps=budget // args.row_len)
+    return passage_candidate(tok, n, passage, own, config)
+
+
 def measure(model, tok, passages, policies: dict, args, work: Path) -> tuple[list[dict], dict]:
-    """The rows, and {(row, steps): accuracies of the passages}."""
+    """The rows, and {(row, budget): accuracies of the passages}."""
     rows, table, lora = [], {}, lora_config(args, model)
-    for name, notes in notes_of(model, tok, passages, policies, args, work).items():
-        for steps in args.step_counts:
-            config, candidates = replace(sft_config(args), steps=steps), []
-            for n, (passage, own) in enumerate(zip(passages, notes, strict=True)):
-                candidates.append(passage_candidate(tok, n, passage, own, config))
-            log, label = Log(work / f"{name}-{steps}.jsonl", accuracy_of), f"{name} x{steps}"
+    for name, learnt in ways(model, tok, passages, policies, args, work).items():
+        for budget in args.budgets:
+            candidates = []
+            for n, (passage, own) in enumerate(zip(passages, learnt, strict=True)):
+                candidates.append(candidate(tok, n, passage, own, budget, args))
+            log, label = Log(work / f"{name}-{budget}.jsonl", accuracy_of), f"{name} {budget}"
             how = (lora, sub_seed(args.seed, 1), log, quiz_candidates, label)
-            update_and_quiz(model, tok, populations(candidates, args.population), *how)
-            table[name, steps] = np.array([accuracy_of(log[c]) for c in candidates])
-            row = {"method": name, "steps": steps}
-            row["tokens"] = float(np.mean([log[c]["tokens"] for c in candidates]))
-            row["accuracy"] = accuracy = float(table[name, steps].mean())
-            rows.append(row | {"ci95": bootstrap(table[name, steps], args.seed)})
+            groups = populations([c for c in candidates if c], args.population)
+            update_and_quiz(model, tok, groups, *how)
+            results = [log[c] if c else None for c in candidates]
+            table[name, budget] = np.array([accuracy_of(r) if r else 0.0 for r in results])
+            row = {"method": name, "budget": budget}
+            row["tokens"] = float(np.mean([r["tokens"] if r else 0 for r in results]))
+            row["accuracy"] = accuracy = float(table[name, budget].mean())
+            rows.append(row | {"ci95": bootstrap(table[name, budget], args.seed)})
             print(f"{label:16} {row['tokens']:7.0f} tokens  {100 * accuracy:.1f} %", flush=True)
     return rows, table
 
@@ -112,7 +138,7 @@ def at_half(rows: list[dict], table: dict, seed: int) -> list[dict]:
         if not own:
             continue  # every point takes more
         r = max(own, key=lambda r: r["accuracy"])
-        delta = table[name, r["steps"]] - table["untrained", best["steps"]]
+        delta = table[name, r["budget"]] - table["untrained", best["budget"]]
         about = {"method": name, "tokens": r["tokens"], "of": best["tokens"]}
         found.append(about | {"delta": float(delta.mean()), "ci95": bootstrap(delta, seed)})
     return found
@@ -126,13 +152,13 @@ def main() -> None:
         refuse_training_passages(passages, args)
     model, tok = load(args)
     lora_config(args, model)  # complains now rather than after sampling
-    free = "out work steps run policy step_counts".split()
+    free = "out work steps run policy proxy budgets".split()
     settings = {k: v for k, v in vars(args).items() if k not in free}
     settings |= {"data_sha256": digest(args.data), "policies": policy_digests(policies)}
     work = open_run(args.work, settings)
     rows, table = measure(model, tok, passages, policies, args, work)
     head = result_head(args, model) | counts(passages)
-    head["settings"] = settings | {"step_counts": args.step_counts}
+    head["settings"] = settings | {"budgets": args.budgets}
     write_json(args.out, head | {"rows": rows, "at_half": at_half(rows, table, args.seed)})
 
 

@@ -130,9 +130,9 @@ def set_outputs(args, out: str):
 
 
 def find_policies(args, domain: str) -> dict:
-    """{"seal-K": adapter folder} of --run and --policy. Exits if --run has no finished round, or
-    was of another domain or to write otherwise."""
-    found = {}
+    """{"seal-K": adapter folder} of --run and --policy, after "proxy" if there is a --proxy. Exits
+    if --run has no finished round, or was of another domain or to write otherwise."""
+    found, proxy = {}, getattr(args, "proxy", None)
     if args.run:
         for file in sorted(Path(args.run).glob("round-*/policy/adapter_config.json")):
             k = file.parent.parent.name.removeprefix("round-")
@@ -155,7 +155,8 @@ def find_policies(args, domain: str) -> dict:
                 )
         refuse_other_settings(before, args)
         say_what_differs(before, args)
-    policies = {f"seal-{k}": found[k] for k in sorted(found)}
+    policies = {"proxy": Path(proxy)} if proxy else {}
+    policies |= {f"seal-{k}": found[k] for k in sorted(found)}
     start = max(found, default=0) + 1
     return policies | {f"seal-{k}": Path(folder) for k, folder in enumerate(args.policy, start)}
 

@@ -301,11 +301,13 @@ def test_the_ladder_with_settings(tiny, tiny_folder, passages_file, tmp_path, mo
 
     monkeypatch.setattr(eval_qa, "update_and_quiz", spy)
     extra = ["--run", tmp_path / "run", "--settings", "--fixed", tmp_path / "grid.json"]
+    extra += ["--proxy", tmp_path / "run" / "round-1" / "policy"]
     ladder(monkeypatch, tiny_folder, passages_file, tmp_path, *extra)
     result = result_of(tmp_path / "ladder.json")
     rows = {r["method"]: r for r in result["rows"]}
     added = ["untrained-settings", "best-fixed", "seal-1"]
-    assert list(rows) == [*ALL[:4], *added, "in-context"]
+    assert list(rows) == [*ALL[:4], *added[:2], "proxy", "seal-1", "in-context"]
+    assert ("proxy", "seal-1") in [(step["from"], step["to"]) for step in result["steps"]]
     counted = {m: len(seen[f"{m} (steps)"]) for m in added}
     assert counted == {"untrained-settings": 1, "best-fixed": 2, "seal-1": 2}
     assert len(seen["best-fixed (steps)"][0].examples) == 3  # the passage, a fact, another order
@@ -322,8 +324,9 @@ def test_the_ladder_with_settings(tiny, tiny_folder, passages_file, tmp_path, mo
     facts = ["In implications."]
     assert [r["notes"] for r in learnt] == [[], [], facts, facts, [], []]
     plain = [r for r in read_jsonl(tmp_path / "work" / "answers.jsonl") if "settings" not in r]
-    notes = [r["notes"] for r in plain if r["method"] == "passage+self-edit"]
-    assert notes == [["In questions."]] * 2
+    for row in ("passage+self-edit", "proxy"):  # the same protocol, whatever the other rows say
+        notes = [r["notes"] for r in plain if r["method"] == row]
+        assert notes == [["In questions."]] * 2 and rows[row]["lr"] == 0.004
     assert rows["untrained-settings"]["logprob"] < -40  # -100 of the one that was not studied
 
 

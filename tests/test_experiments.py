@@ -2,6 +2,7 @@
 a tiny model."""
 
 import json
+import shutil
 from functools import partial
 
 import numpy as np
@@ -318,7 +319,7 @@ def test_the_grid(tiny_folder, passages_file, tmp_path, monkeypatch):
 def test_at_half_of_the_tokens():
     """Of each policy, the best point within half of the tokens of the untrained notes' best."""
     rows, table = [], {}
-    for name, steps, tokens, accuracy in (
+    for name, most, tokens, accuracy in (
         ("untrained", 4, 400, 0.5),
         ("untrained", 8, 800, 0.6),
         ("untrained", 16, 1600, 0.55),
@@ -327,29 +328,70 @@ def test_at_half_of_the_tokens():
         ("seal-1", 8, 401, 0.9),
         ("seal-2", 8, 900, 0.9),
     ):
-        rows.append({"method": name, "steps": steps, "tokens": tokens, "accuracy": accuracy})
-        table[name, steps] = np.full(10, accuracy)
+        rows.append({"method": name, "budget": most, "tokens": tokens, "accuracy": accuracy})
+        table[name, most] = np.full(10, accuracy)
     [found] = budget.at_half(rows, table, 0)
     assert (found["method"], found["tokens"], found["of"]) == ("seal-1", 400, 800)
     assert found["delta"] == pytest.approx(0.1) and found["ci95"] == pytest.approx([0.1, 0.1])
 
 
-def test_the_budget_curve(tiny, tiny_folder, passages_file, tmp_path, monkeypatch):
-    policy = Adapters.init(tiny, LoRAConfig(2, 4.0, tuple(PROJECTIONS), 0, 4), 1, seed=0)
+def budget_curve(tiny, tiny_folder, passages_file, tmp_path, monkeypatch, *extra):
+    """Its rows, with one policy as the proxy's and as seal-1, of two budgets, and what each was
+    studied as."""
+    policy, seen = Adapters.init(tiny, LoRAConfig(2, 4.0, tuple(PROJECTIONS), 0, 4), 1, seed=0), {}
     save_adapter(policy, tmp_path / "policy", tiny_folder)
     monkeypatch.setattr("reward.ask", partial(ask, max_new=4))
     monkeypatch.setattr(
         "selfedit.parse", lambda text, *_: ([f"Question: {text or 1}?\nAnswer: x"], "")
     )
+    real = budget.update_and_quiz
+
+    def spy(model, tok, groups, lora, seed, log, quiz, label):
+        seen[label] = [c for group in groups for c in group]
+        real(model, tok, groups, lora, seed, log, quiz, label)
+
+    monkeypatch.setattr(budget, "update_and_quiz", spy)
     args = ["--data", passages_file, "--work", tmp_path / "work", "--out", tmp_path / "b.json"]
     args += ["--max-new", 4, "--top-layers", 2, "--rank", 2, "--samples", 2]
-    args += ["--policy", tmp_path / "policy", "--step-counts", 1, 3]
+    args += ["--policy", tmp_path / "policy", "--proxy", tmp_path / "policy", *extra]
     run_script(monkeypatch, budget, tiny_folder, *args)
     rows = json.loads((tmp_path / "b.json").read_text())["rows"]
-    names = ["passage", "untrained", "pooled", "seal-1", "told"]
-    assert [(r["method"], r["steps"]) for r in rows] == [(n, k) for n in names for k in (1, 3)]
+    names = ["passage", "untrained", "pooled", "proxy", "seal-1", "told"]
+    found = [(r["method"], r["budget"]) for r in rows]
+    assert found == [(name, most) for name in names for most in (256, 768)]
+    for r in rows:
+        assert r["tokens"] <= r["budget"] and r["ci95"][0] <= r["accuracy"] <= r["ci95"][1]
+    return rows, seen
+
+
+def test_the_budget_curve(tiny, tiny_folder, passages_file, tmp_path, monkeypatch):
+    where = (tiny, tiny_folder, passages_file, tmp_path, monkeypatch)
+    rows, seen = budget_curve(*where, "--budgets", 256, 768)
     for few, many in zip(rows[::2], rows[1::2]):
         assert 0 < few["tokens"] < many["tokens"]
-        assert few["ci95"][0] <= few["accuracy"] <= few["ci95"][1]
-    with pytest.raises(SystemExit):
-        run_script(monkeypatch, budget, tiny_folder, *args, "--steps", 3)
+    for name in ("passage", "untrained", "proxy", "seal-1", "told"):
+        for most, steps in ((256, 1), (768, 3)):
+            assert {c.config.steps for c in seen[f"{name} {most}"]} == {steps}
+    for extra in (["--steps", 3], ["--row-len", 512], ["--row-len", 0], ["--budget", 512]):
+        with pytest.raises(SystemExit):
+            budget_curve(*where, "--budgets", 256, 768, *extra)
+
+
+def test_the_budget_curve_of_those_that_say_how(
+    tiny, tiny_folder, passages_file, tmp_path, monkeypatch
+):
+    """As many of their epochs are studied as fit, and nothing if none does."""
+    says = settings_of(["passage"], 0, 0, 3, "all", 0.001, 50)
+    monkeypatch.setattr("selfedit.parse_settings", lambda *_: (says, ""))
+    where = (tiny, tiny_folder, passages_file, tmp_path, monkeypatch)
+    rows, seen = budget_curve(*where, "--budgets", 256, 768, "--settings")
+    for c in seen["seal-1 256"] + seen["seal-1 768"]:
+        assert c.config.lr == 0.001 and c.config.steps == 0
+    epochs = [{c.subject.id: c.config.epochs for c in seen[f"seal-1 {n}"]} for n in (256, 768)]
+    assert all(epochs[1][name] > n for name, n in epochs[0].items()) and len(epochs[1]) == 2
+    assert {c.config.steps for c in seen["proxy 768"]} == {3}
+    says["epochs"], says["orders"] = 1, 8
+    shutil.rmtree(tmp_path / "work")
+    rows, seen = budget_curve(*where, "--budgets", 256, 768, "--settings")
+    [over] = [r for r in rows if (r["method"], r["budget"]) == ("seal-1", 256)]
+    assert seen["seal-1 256"] == [] and over["tokens"] == over["accuracy"] == 0

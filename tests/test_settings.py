@@ -205,6 +205,28 @@ def test_what_is_written_is_not_written_again(tiny, tok, tmp_path, monkeypatch):
     assert write(tiny, tok, log) == edits
 
 
+def test_each_style_has_its_own_length(tiny, tok, monkeypatch):
+    lengths = {}
+
+    def generate(model, prompts, max_new, *_, copies, **__):
+        kind = "settings" if "masked" in tok.decode(prompts[0]) else len(prompts)
+        lengths[kind] = max_new
+        return [tok.encode(saying(data=["questions", "facts"])) for _ in range(sum(copies))]
+
+    monkeypatch.setattr(selfedit, "generate", generate)
+    args = SimpleNamespace(**vars(ARGS), max_new=0, temperature=1.0, top_p=1.0)
+    assert selfedit.settle(args).max_new == 320
+    for most in (320, 100):
+        args.max_new = most
+        selfedit.write_self_edits(tiny, tok, [PASSAGE], 2, args, 0)
+        # Two prompts ask about a sentence each, one for facts.
+        assert lengths == {"settings": min(most, 128), 2: 80, 1: most}
+    alone = SimpleNamespace(style="rewrite", max_new=0)
+    assert selfedit.settle(alone).max_new == 320
+    alone = SimpleNamespace(style="questions", max_new=0)
+    assert selfedit.settle(alone).max_new == 80
+
+
 def test_given_settings_are_not_asked_for(tiny, tok, monkeypatch):
     monkeypatch.setattr(selfedit, "parse_settings", None)  # never called
     given = GOOD | {"data": ["facts"]}
