@@ -8,6 +8,8 @@ Each figure is written beside its JSON:
     ladder.svg        qa_ladder_best, qa_ladder and qa_ladder_epochs.json (eval_qa.py): accuracy of
                       each row, 95 % intervals
     directions.svg    qa_ladder_best.json: questions along the passage's sentences, and against them
+    budget.svg        qa_budget.json (experiments/budget.py): accuracy against trained tokens, with
+                      95 % intervals
     rounds.svg        qa_rounds.jsonl (metrics.jsonl of train_outer.py): reward of all and of the
                       reinforced self-edits
     arc_ladder.svg    arc_ladder.json (eval_arc.py): share of tasks that each row solves, 95 %
@@ -38,6 +40,7 @@ from lm.intervals import protocol_title
 
 # Told apart with any colour vision (Okabe and Ito).
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#999999"
+LINES = (GREY, BLUE, "#56B4E9", "#009E73", "#CC79A7", "#E69F00")
 # The ten colours of ARC's own pages.
 ARC_COLOURS = (
     "#000000 #0074D9 #FF4136 #2ECC40 #FFDC00 #AAAAAA #F012BE #FF851B #7FDBFF #870C25".split()
@@ -100,6 +103,33 @@ def draw_directions(result: dict):
     axes.set_ylabel("quiz accuracy, %")
     axes.legend(frameon=False, title="question against the sentence")
     return figure
+
+
+def draw_budget(result: dict):
+    """A line for each way of learning: accuracy against the trained tokens."""
+    figure, axes = plt.subplots(figsize=(6.5, 4))
+    methods = list(dict.fromkeys(r["method"] for r in result["rows"]))
+    last = [m for m in methods if m.startswith("seal")][-1:]
+    for method, paint, mark in zip([m for m in methods if m not in last], LINES, "os^vDP"):
+        draw_line(axes, result["rows"], method, color=paint, marker=mark, linewidth=1.2)
+    for method in last:
+        draw_line(axes, result["rows"], method, color=ORANGE, marker="*", linewidth=2.4)
+    axes.set_xscale("log", base=2)
+    axes.set_xlabel("trained tokens for each passage")
+    axes.set_ylabel("quiz accuracy, %")
+    axes.set_title(f"{result['n_passages']} passages", fontsize=11)
+    axes.legend(frameon=False)
+    return figure
+
+
+def draw_line(axes, rows: list[dict], method: str, **look) -> None:
+    """The points of one method that trained on anything, each with its interval."""
+    own = [r for r in rows if r["method"] == method and r["tokens"]]
+    values = [100 * r["accuracy"] for r in own]
+    error = [[v - 100 * r["ci95"][0] for v, r in zip(values, own)]]
+    error += [[100 * r["ci95"][1] - v for v, r in zip(values, own)]]
+    tokens = [r["tokens"] for r in own]
+    axes.errorbar(tokens, values, error, label=method, capsize=2, elinewidth=0.7, **look)
 
 
 def draw_rounds(metrics: list[dict]):
@@ -236,6 +266,7 @@ def main() -> None:
     figures = {
         "ladder": (ladders, lambda *paths: draw_ladder([read_json(p) for p in paths])),
         "directions": (ladders[:1], lambda path: draw_directions(read_json(path))),
+        "budget": ([folder / "qa_budget.json"], lambda path: draw_budget(read_json(path))),
         "rounds": ([folder / "qa_rounds.jsonl"], lambda path: draw_rounds(read_jsonl(path))),
         "arc_ladder": (arc, lambda path: draw_arc_ladder(read_json(path))),
         "arc_tasks": (arc, lambda path: draw_arc_tasks(read_json(path))),

@@ -161,3 +161,23 @@ def test_what_is_missing_or_malformed(results, tmp_path, monkeypatch):
         draw(monkeypatch, results)
     with pytest.raises(SystemExit, match="no results there to draw"):
         draw(monkeypatch, tmp_path / "nowhere")
+
+
+def test_the_budget_curve():
+    """A line for each method, through the points that were trained on anything; the last policy
+    stands out."""
+    rows = []
+    for method in ("passage", "seal-1", "seal-2"):
+        for tokens, accuracy in ((0, 0.0), (1000, 0.25), (2000, 0.5)):
+            ci = [accuracy - 0.1 * bool(tokens), accuracy + 0.1 * bool(tokens)]
+            rows.append({"method": method, "tokens": tokens, "accuracy": accuracy, "ci95": ci})
+    [axes] = figures.draw_budget({"rows": rows, "n_passages": 3}).axes
+    drawn = {c.get_label(): c for c in axes.containers}
+    assert list(drawn) == ["passage", "seal-1", "seal-2"]
+    for container in drawn.values():
+        assert container.lines[0].get_xydata().tolist() == [[1000, 25], [2000, 50]]
+        [whiskers] = container.lines[2]
+        ends = [segment[:, 1].tolist() for segment in whiskers.get_segments()]
+        assert ends == [pytest.approx([15, 35]), pytest.approx([40, 60])]
+    paints = [container.lines[0].get_color() for container in drawn.values()]
+    assert paints[-1] == figures.ORANGE and figures.ORANGE not in paints[:-1]
