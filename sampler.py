@@ -39,8 +39,7 @@ def choose(logits, temperature: float, top_p: float, u):
     probs = (logits.float() / temperature).softmax(-1)
     # Sorting these few costs less than sorting 49,152.
     likely = probs > 1e-4 * probs.amax(-1, keepdim=True)
-    if (torch.where(likely, probs, 0).sum(-1) < top_p).any():
-        likely = torch.ones_like(likely)
+    likely |= torch.where(likely, probs, 0).sum(-1, keepdim=True) < top_p
     each = likely.sum(-1).tolist()
     mass, at = pad_sequence(probs[likely].split(each), batch_first=True).sort(
         dim=-1, descending=True, stable=True

@@ -118,6 +118,9 @@ def test_nucleus():
     flat = torch.zeros(1, 1000)  # the nucleus is larger than the first 256 tokens
     assert len({int(choose(flat, 1.0, 0.9, torch.tensor([k / 500]))) for k in range(500)}) == 500
     assert int(choose(logits, 0.0, 1.0, torch.tensor([0.99]))) == 0
+    peaked = torch.full((1000,), -30.0).index_fill(0, torch.tensor([7]), 0.0)
+    both = torch.stack([peaked, flat[0], peaked])  # each row has its own nucleus
+    assert choose(both, 1.0, 0.9, torch.tensor([0.99, 0.5, 0.01])).tolist() == [7, 450, 7]
 
 
 @torch.no_grad()
