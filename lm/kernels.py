@@ -4,7 +4,7 @@ of it.
     weights      F.linear brings a weight into the layout that its product wants, in every call:
                  with 50 rows that takes as long as the product. Here oneDNN's form of it is kept,
                  which takes memory once more; in bfloat16 also its transpose's, where it is trained
-                 through. (In float32 a training step is so long that the layout costs nothing.)
+                 through (in float32 the backward pass is as fast without).
     norms        autograd's version of RMSNorm costs as much as a projection; here its backward pass
                  is written out.
     attention    most of what attention writes are the scores; here they have one buffer and not
@@ -71,8 +71,7 @@ class KeptLinear(nn.Linear):
         ):
             return F.linear(x, self.weight, self.bias)
         if x.requires_grad and torch.is_grad_enabled():
-            half = self.weight.dtype == torch.bfloat16
-            return KeptProduct.apply(x, self) if half else F.linear(x, self.weight, self.bias)
+            return KeptProduct.apply(x, self)
         return kept_product(x, self.form(), self.bias)
 
     def form(self, transposed: bool = False):
@@ -87,7 +86,7 @@ class KeptLinear(nn.Linear):
 
 
 class KeptProduct(torch.autograd.Function):
-    """y = x W^T, dx = dy W, each on the form that the layer keeps for it."""
+    """y = x W^T, dx = dy W, on the forms that the layer keeps."""
 
     @staticmethod
     def forward(ctx, x, linear):
@@ -96,6 +95,9 @@ class KeptProduct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
+        weight = ctx.linear.weight
+        if weight.dtype == torch.float32:
+            return grad @ weight, None
         return kept_product(grad, ctx.linear.form(transposed=True)), None
 
 

@@ -197,7 +197,7 @@ def test_a_form_is_made_once_for_each_weight_and_only_when_needed(monkeypatch):
     assert made == [(80, 48), (80, 48)]
     for _ in range(3):
         linear(x.clone().requires_grad_()).sum().backward()
-    assert made == [(80, 48), (80, 48)]  # nor in float32, where it does not pay
+    assert made == [(80, 48), (80, 48)]  # nor in float32, where it would not pay
 
 
 def test_in_bfloat16_the_transpose_is_kept_for_training(monkeypatch):
