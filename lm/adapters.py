@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from lm.checkpoint import numbers, unreadable
-from lm.files import read_json, write_atomic
+from lm.files import fingerprint, read_json, write_atomic
 from lora import PROJECTIONS, Adapters, LoRAConfig
 from model import Transformer
 
@@ -21,15 +21,12 @@ def peft_name(path: str, part: str) -> str:
     return f"base_model.model.model.{path}.lora_{part}.weight"
 
 
-def save_adapter(adapters: Adapters, folder, base: str, row: int = 0) -> None:
+def save_adapter(adapters: Adapters, folder, base: str, row: int = 0, dtype=torch.float32) -> None:
     """Write one adapter as a PEFT folder. Each file is replaced atomically."""
     tensors = {}
     for path in adapters.places:
-        a, b = adapters.views(adapters.flat[row : row + 1], path)
-        tensors[peft_name(path, "A")], tensors[peft_name(path, "B")] = (
-            a[0].contiguous(),
-            b[0].contiguous(),
-        )
+        for part, m in zip("AB", adapters.views(adapters.flat[row : row + 1], path)):
+            tensors[peft_name(path, part)] = m[0].to(dtype).contiguous()
     c = adapters.config
     config = {
         "peft_type": "LORA",
@@ -94,10 +91,31 @@ def aimed_at(config: dict, path: str) -> bool:
     return not layers or int(path.split(".")[1]) in layers
 
 
+# -----------------------------------------------------------------------------
+# which base model an adapter belongs to
+
+
+def base_of(model: Transformer) -> str:
+    """A fingerprint of the token embeddings, which no adapter changes: the same for float32 and
+    bfloat16, and while a policy is merged."""
+    some = model.embed_tokens.weight[:256].to("cpu", torch.bfloat16).contiguous()
+    return fingerprint(some.view(torch.int16).numpy().tobytes())
+
+
+def fits(model: Transformer, folder) -> bool:
+    """Is `model` the base that the shipped policy in `folder` was trained on?"""
+    return read_json(Path(folder) / POLICY).get("base") == base_of(model)
+
+
+POLICY = "policy.json"  # of a shipped policy: its base, and how it was trained
+
+
 def load_adapter(model: Transformer, folder) -> Adapters:
     """Read a PEFT LoRA folder for `model`, as a population of one. Exits with one line if it does
-    not fit."""
+    not fit, or says that it was made for another base."""
     folder = Path(folder)
+    if (folder / POLICY).is_file() and not fits(model, folder):
+        raise SystemExit(f"error: {folder} is a policy for another base model than this one")
     config = read_adapter_config(folder / "adapter_config.json")
     file, rank = folder / "adapter_model.safetensors", config["r"]
     if not file.is_file():

@@ -20,7 +20,7 @@ FLOORS = [
     "experiments/rewards.py experiments/proxy.py experiments/recipes.py experiments/notes.py",
     "experiments/warm.py experiments/figures.py experiments/walkthrough.py",
     "experiments/exercises.py experiments/own_texts.py experiments/noise.py",
-    "experiments/tools.py experiments/grid.py experiments/budget.py",
+    "experiments/tools.py experiments/grid.py experiments/budget.py experiments/ship.py",
     "bench/baselines.py bench/scaling.py bench/speed.py",
 ]
 ORDER = " ".join(FLOORS).split()

@@ -1,0 +1,84 @@
+"""A policy that is shipped: its size, what it was made for, and that another base refuses it."""
+
+import json
+
+import pytest
+import torch
+from conftest import run_script, write_checkpoint
+
+import train_outer
+from experiments import ship
+from lm.adapters import base_of, load_adapter
+from lm.checkpoint import load_model
+from lora import merge
+
+
+@pytest.fixture(scope="module")
+def shipped(tiny_folder, tmp_path_factory):
+    """A run of one round that imitates everything, its data and the shipped policy."""
+    tmp = tmp_path_factory.mktemp("ship")
+    entry = {"title": "Rolm", "passage": "Rolm was founded by Ada Quell."}
+    entry |= {"questions": [{"question": "Who?", "answer": "Ada"}]}
+    data, note = tmp / "passages.json", "Question: Who founded it?\nAnswer: Ada Quell."
+    data.write_text(json.dumps([entry]))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("selfedit.parse", lambda text, *_: ([note], ""))
+        patch.setattr("reward.keep_best_part", lambda group, k: None)
+        args = ["--data", data, "--out", tmp / "run", "--samples", 2, "--rounds", 1]
+        args += ["--max-new", 6, "--steps", 2, "--top-layers", 2, "--outer-rank", 2]
+        run_script(patch, train_outer, tiny_folder, "qa", *args, "--outer-epochs", 9)
+        run_script(patch, ship, tiny_folder, "--run", tmp / "run", "--out", tmp / "policy")
+    return tmp
+
+
+def test_what_is_shipped(shipped, tiny):
+    folder = shipped / "policy"
+    about = json.loads((folder / "policy.json").read_text())
+    policy, run = load_adapter(tiny, folder), load_adapter(tiny, shipped / "run/round-1/policy")
+    assert torch.equal(policy.flat, run.flat.bfloat16().float())
+    assert (about["round"], about["n"], about["bytes"]) == ("round-1", 2, 2 * policy.size)
+    size = (folder / "adapter_model.safetensors").stat().st_size
+    assert about["bytes"] < size < 1.5 * about["bytes"]
+    scores = about["logprob"]  # the policy was taught these
+    assert scores["float32"] > scores["untrained"] + 0.1
+    assert scores["bfloat16"] == pytest.approx(scores["float32"], abs=0.02)
+    assert about["settings"]["samples"] == 2 and about["base"] == base_of(tiny)
+
+
+def test_another_base_refuses_it(shipped, tiny, tmp_path):
+    other = load_model(write_checkpoint(tmp_path / "other", "smollm2"), "cpu", "float32")
+    with torch.no_grad():
+        other.embed_tokens.weight[0, 0] += 1.0
+    with pytest.raises(SystemExit, match="is a policy for another base model than this one"):
+        load_adapter(other, shipped / "policy")
+    assert base_of(other) != base_of(tiny)
+
+
+def test_the_fingerprint_is_the_bases(shipped, tiny_folder, tiny):
+    for dtype in ("float32", "bfloat16"):
+        model = load_model(tiny_folder, "cpu", dtype)
+        assert base_of(model) == base_of(model.bfloat16())
+        merge(model, load_adapter(model, shipped / "policy"))
+        load_adapter(model, shipped / "policy")  # a merged policy makes no other base
+
+
+@pytest.mark.parametrize(
+    "extra, message",
+    [
+        (["--round", 2], "round 2 is not finished, of 1"),
+        (["--run", "nowhere"], "nowhere"),
+        (["--out", "README.md"], "README.md"),
+    ],
+)
+def test_what_cannot_be_shipped(extra, message, shipped, tiny_folder, tmp_path, monkeypatch):
+    args = ["--run", shipped / "run", "--out", tmp_path / "policy", *extra]
+    with pytest.raises(SystemExit, match=message):
+        run_script(monkeypatch, ship, tiny_folder, *args)
+
+
+def test_a_large_one_is_refused(shipped, tiny_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(ship, "LARGEST", 1000)
+    with pytest.raises(SystemExit, match="has rank 2, 0.0 MB .* smaller --outer-rank"):
+        args = ["--run", shipped / "run", "--out", tmp_path / "policy"]
+        run_script(monkeypatch, ship, tiny_folder, *args)
+    assert not (tmp_path / "policy").exists()
