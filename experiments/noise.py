@@ -23,10 +23,13 @@ last seed; of whole self-edits, and of the sentences of a passage, as in a part'
 are over passages. --recipe takes other ways to study than the default (16 steps at 0.004):
     epochs      whole epochs, 3 of them: each row is visited equally often
     dose        32 steps at 0.008
+With --settings, as in train_outer.py, there is one way: each self-edit is studied as it says; those
+that are flawed are left out.
 """
 
 import math
 import sys
+from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 
@@ -37,9 +40,10 @@ import torch
 
 import data.qa
 import reward
+import selfedit
 from data.qa import Passage, Question, counts, load_passages
 from data.text import question_and_answer, sentences
-from inner import lora_config, sft_config
+from inner import lora_config
 from lm.files import (
     GOES_ON,
     check_output,
@@ -49,7 +53,7 @@ from lm.files import (
     sub_seed,
     write_json,
 )
-from lm.flags import Parser, at_least, load, result_head
+from lm.flags import Parser, at_least, load, refuse_unused, result_head
 from lm.intervals import bootstrap, of_sums
 from lm.log import Log
 from lm.runs import open_run
@@ -57,7 +61,7 @@ from lora import attached
 from quiz import answer_logprobs, quiz_items
 from reward import (
     accuracy_of,
-    passage_candidate,
+    edit_candidate,
     populations,
     quiz_candidates,
     sentence_about,
@@ -68,6 +72,7 @@ from selfedit import settle, write_self_edits
 
 SCORES = {"accuracy": "accuracy", "answer": "logprob", "sentence": "sentence"}
 RECIPES = {"default": {}, "epochs": {"steps": 0, "epochs": 3}, "dose": {"steps": 32, "lr": 8e-3}}
+SAID = {"said": {}}  # with --settings
 PARTS = ("question", "candidate", "its questions", "study", "rest")
 
 
@@ -82,7 +87,14 @@ def parse_arguments():
     add("--wordings", default="data/wordings.json", help="other wordings of the quiz")
     add("--work", default="runs/noise", help="folder for progress, to resume a killed run")
     add("--out", default="results/reward_noise.json", help="result file")
-    return settle(parser.parse_args())
+    selfedit.add_settings_flags(parser)
+    args = settle(parser.parse_args())
+    if args.settings:
+        refuse_unused(parser, args, ["recipe", "style", "lr", "steps", "epochs"], "with --settings")
+        args.recipe = ["said"]
+    else:
+        refuse_unused(parser, args, ["budget"], "without --settings")
+    return args
 
 
 # -----------------------------------------------------------------------------
@@ -181,7 +193,7 @@ def judge(table: list, passages, key: str, seed: int) -> dict:
         own = of_passage(scores[..., :n], key)
         other = of_passage(scores[:, -1, n:], "accuracy")  # the last seed judges
         other = (other[:, :n] + other[:, n:]) / 2
-        if n > 1:
+        if n > 1 and len(scores) > 1:
             split.append(components(own))
         for seeds in range(1, scores.shape[1]):
             mean = own[:, :seeds].mean(axis=1)
@@ -208,27 +220,31 @@ def measure(model, tok, passages, longer, args, work: Path) -> list[dict]:
     edits = write_self_edits(model, tok, passages, args.samples, args, seed, log)
     subjects, rows = {p.id: p for p in longer}, []
     for recipe in args.recipe:
-        config, candidates = replace(sft_config(args), **RECIPES[recipe]), []
+        how, candidates = Namespace(**vars(args) | (RECIPES | SAID)[recipe]), []
         for n, e in enumerate(edits):
-            candidates.append(passage_candidate(tok, n, subjects[e.passage], e.notes, config))
-        groups, by_seed, lora = (
-            populations(candidates, args.population),
-            [],
-            lora_config(args, model),
-        )
+            seed = sub_seed(args.seed, 1)
+            candidates.append(edit_candidate(tok, n, subjects[e.passage], e, how, seed)[0])
+        groups = populations([c for c in candidates if c], args.population)
+        by_seed, lora = [], lora_config(args, model)
         for s in range(args.seeds):
             log = Log(work / f"{recipe}-{s}.jsonl", accuracy_of)
             label, seed = f"{recipe} {s + 1}/{args.seeds}", sub_seed(args.seed, 1, s)
             update_and_quiz(model, tok, groups, lora, seed, log, ask_all, label)
-            by_seed.append([log[c]["answers"] for c in candidates])
-        table = []
-        for n in range(0, len(edits), args.samples):
-            studies = [own[n : n + args.samples] for own in by_seed]
-            table.append(np.array(studies, dtype=object).swapaxes(0, 1))
+            by_seed.append([log[c]["answers"] if c else None for c in candidates])
+        table, asked = [], []
+        for p, n in zip(longer, range(0, len(edits), args.samples)):
+            studies = [[a for a in own[n : n + args.samples] if a] for own in by_seed]
+            if studies[0]:
+                table.append(np.array(studies, dtype=object).swapaxes(0, 1))
+                asked.append(p)
+        if not table:
+            raise SystemExit("error: no self-edit is sound; nothing was studied")
         accuracy = np.array([of_passage(scores, "accuracy").mean() for scores in table])
-        row = {"recipe": recipe, "lr": config.lr, "steps": config.steps, "epochs": config.epochs}
+        row = {"recipe": recipe, "n": sum(map(len, table))}
+        if not args.settings:
+            row |= {"lr": how.lr, "steps": how.steps, "epochs": how.epochs}
         row |= {"accuracy": float(accuracy.mean()), "ci95": bootstrap(accuracy, args.seed)}
-        row["scores"] = {name: judge(table, longer, key, args.seed) for name, key in SCORES.items()}
+        row["scores"] = {name: judge(table, asked, key, args.seed) for name, key in SCORES.items()}
         rows.append(row)
         show(row)
     return rows

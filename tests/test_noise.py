@@ -1,6 +1,7 @@
 """experiments/noise.py: components and correlations with known answers, and a whole run."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -9,7 +10,8 @@ from conftest import run_script
 from data.qa import Passage, Question, load_passages
 from experiments import noise
 from experiments.noise import PARTS, components, judge
-from lm.files import read_json
+from lm.files import read_json, read_jsonl
+from selfedit import settings_of
 
 SPREAD = {"question": 2.0, "candidate": 1.0, "its questions": 0.7, "study": 0.5, "rest": 0.3}
 
@@ -96,6 +98,37 @@ def test_a_run(tiny_folder, passages_file, tmp_path, monkeypatch, capsys):
     for name in ("reward.inner_update", "reward.ask", "selfedit.generate"):
         monkeypatch.setattr(name, None)  # everything is found in the work folder
     assert run(monkeypatch, tiny_folder, passages_file, tmp_path, *flags)["rows"] == result["rows"]
+
+
+def test_those_that_say_how_are_studied_as_they_say(
+    tiny_folder, passages_file, tmp_path, monkeypatch
+):
+    """One of three is flawed, and left out; of one passage all are."""
+    flags, calls = ["--wordings", wordings_of(passages_file, tmp_path), "--settings"], []
+
+    def said(text, ended):
+        calls.append(text)
+        n = len(calls)
+        settings = settings_of(["passage"], 0, 0, 0, "all", 0.001 * n, n)
+        return ({}, "malformed") if n % 3 == 0 or n <= 3 else (settings, "")
+
+    monkeypatch.setattr("selfedit.parse_settings", said)
+    flags += ["--samples", 3]
+    [row] = run(monkeypatch, tiny_folder, passages_file, tmp_path, *flags)["rows"]
+    passages = len(load_passages(passages_file))
+    assert row["recipe"] == "said" and row["n"] == 2 * (passages - 1) and "lr" not in row
+    assert row["scores"]["sentence"]["variance"]["candidate"] != 0
+    logs = read_jsonl(tmp_path / "work" / "said-0.jsonl")
+    assert sorted(r["steps"] for r in logs) == [n for n in range(4, 3 * passages) if n % 3]
+    monkeypatch.setattr("selfedit.parse_settings", lambda *_: ({}, "malformed"))
+    shutil.rmtree(tmp_path / "work")
+    with pytest.raises(SystemExit, match="no self-edit is sound"):
+        run(monkeypatch, tiny_folder, passages_file, tmp_path, *flags)
+    for more in (["--steps", 3], ["--recipe", "dose"]):
+        with pytest.raises(SystemExit):
+            run(monkeypatch, tiny_folder, passages_file, tmp_path, *flags, *more)
+    with pytest.raises(SystemExit):
+        run(monkeypatch, tiny_folder, passages_file, tmp_path, *flags[:2], "--budget", 9)
 
 
 @pytest.mark.parametrize(
