@@ -26,6 +26,7 @@ import selfedit
 from data.qa import Passage, Question, load_passages
 from data.text import pieces, question_and_answer, sentences
 from inner import Outcome, SFTConfig, inner_update, sft_config
+from lm import files
 from lm.files import digest, sub_seed
 from lm.flags import add_model_flags
 from lm.log import Log
@@ -157,12 +158,13 @@ def pooled(notes: list[tuple]) -> tuple:
 
 
 def told(passage: Passage) -> tuple:
-    """Notes that ask the quiz's own questions, each answered by the sentence about it: what notes
-    could teach at most."""
+    """Notes that ask the quiz's own questions, each answered by the sentence about it, if there is
+    one: what notes could teach at most."""
     texts, notes = sentences(passage.text), []
     for q in passage.questions:
-        _, answer = question_and_answer(texts[sentence_about(q, texts)])
-        notes.append(f"Question: {q.question}\nAnswer: {answer}")
+        if (k := sentence_about(q, texts)) is not None:
+            _, answer = question_and_answer(texts[k])
+            notes.append(f"Question: {q.question}\nAnswer: {answer}")
     return tuple(dict.fromkeys(notes))
 
 
@@ -291,15 +293,15 @@ def score_by_proxy(edits: list[SelfEdit], passages: dict) -> None:
 # credit
 
 
-def sentence_about(question: Question, texts: list[str]) -> int:
+def sentence_about(question: Question, texts: list[str]) -> int | None:
     """Which sentence a question is about: the one with its answer, and of several the one with most
-    of its words.
+    of its words; None if none has it, so that no part is credited with what no sentence says.
 
     "Who cast it?" (Hessa Lorn) of ["A bell was cast.", "Hessa Lorn cast it."]: 1.
     """
-    told = [score_answer(t, question.answers)["accuracy"] for t in texts]
+    told = [k for k, t in enumerate(texts) if score_answer(t, question.answers)["accuracy"]]
     has, asked = [normalize(t).split() for t in texts], normalize(question.question).split()
-    return max(range(len(texts)), key=lambda k: (told[k], sum(w in has[k] for w in asked)))
+    return max(told, key=lambda k: sum(w in has[k] for w in asked), default=None)
 
 
 def by_sentence(passage: Passage, values: list[float]) -> list:
@@ -308,8 +310,21 @@ def by_sentence(passage: Passage, values: list[float]) -> list:
     texts = sentences(passage.text)
     of_each = [[] for _ in texts]
     for question, value in zip(passage.questions, values):
-        of_each[sentence_about(question, texts)].append(value)
+        if (k := sentence_about(question, texts)) is not None:
+            of_each[k].append(value)
     return [float(np.mean(v)) if v else None for v in of_each]
+
+
+def note_uncredited(passages: list[Passage]) -> None:
+    """Say how many questions are about no one sentence."""
+    missing = 0
+    for p in passages:
+        texts = sentences(p.text)
+        missing += sum(sentence_about(q, texts) is None for q in p.questions)
+    if missing:
+        total = sum(len(p.questions) for p in passages)
+        told = f"{missing} of {total} questions have their answer in no sentence of their passage"
+        files.note(f"{told}: they count for the reward of a self-edit, but for no part's credit")
 
 
 def credit(e: SelfEdit, passage: Passage, result: dict | None, reward: str) -> None:
@@ -532,6 +547,7 @@ class Passages:
         self.args, self.tok = args, tok
         passages = load_passages(args.data, args.split, args.skip, args.limit)
         self.passages = {p.id: p for p in passages}
+        note_uncredited(passages)
         self.prompts = note_prompts(tok, passages, args)
         self.pinned = {"data_sha256": digest(args.data)}  # what a resumed run must find unchanged
 

@@ -128,7 +128,8 @@ def ask_all(model, tok, group, adapters, outcomes) -> list[dict]:
     for n, c in enumerate(group):
         statements = sentences(c.subject.text)
         for item in quiz_items(tok, c.subject, n):
-            _, answer = question_and_answer(statements[sentence_about(item.question, statements)])
+            k = sentence_about(item.question, statements)
+            _, answer = question_and_answer(statements[k] if k is not None else c.subject.text)
             prompts.append(list(item.prompt))
             replies.append([*tok.encode(answer), tok.end_ids[0]])
             owner.append(n)
@@ -189,7 +190,8 @@ def judge(table: list, passages, key: str, seed: int) -> dict:
     split, whole, by_part = [], {}, {}
     for scores, p in zip(table, passages):
         n, statements = len(p.questions) // 3, sentences(p.text)
-        about = np.array([sentence_about(q, statements) for q in p.questions[:n]])
+        about = [sentence_about(q, statements) for q in p.questions[:n]]
+        about = np.array([-1 if k is None else k for k in about])  # -1: about no sentence
         own = of_passage(scores[..., :n], key)
         other = of_passage(scores[:, -1, n:], "accuracy")  # the last seed judges
         other = (other[:, :n] + other[:, n:]) / 2
@@ -197,13 +199,11 @@ def judge(table: list, passages, key: str, seed: int) -> dict:
             split.append(components(own))
         for seeds in range(1, scores.shape[1]):
             mean = own[:, :seeds].mean(axis=1)
-            parts = [about == k for k in sorted(set(about))]
-            credit = np.stack([mean[:, of].mean(axis=1) for of in parts], axis=1)
-            truth = np.stack([other[:, of].mean(axis=1) for of in parts], axis=1)
-            whole.setdefault(seeds, []).append(
-                products(mean.mean(axis=1)[:, None], other.mean(axis=1)[:, None])
-            )
-            by_part.setdefault(seeds, []).append(products(credit, truth))
+            parts = [about == k for k in sorted(set(about) - {-1})]
+            credit = np.stack([mean[:, of].mean(axis=1) for of in [*parts, ...]], axis=1)
+            truth = np.stack([other[:, of].mean(axis=1) for of in [*parts, ...]], axis=1)
+            whole.setdefault(seeds, []).append(products(credit[:, -1:], truth[:, -1:]))
+            by_part.setdefault(seeds, []).append(products(credit[:, :-1], truth[:, :-1]))
     variance = dict(zip(PARTS, map(float, np.mean(split or [[0.0] * 5], axis=0))))
     predicts = {
         str(n): {
@@ -233,7 +233,7 @@ def measure(model, tok, passages, longer, args, work: Path) -> list[dict]:
             by_seed.append([log[c]["answers"] if c else None for c in candidates])
         table, asked = [], []
         for p, n in zip(longer, range(0, len(edits), args.samples)):
-            studies = [[a for a in own[n : n + args.samples] if a] for own in by_seed]
+            studies = [list(filter(None, own[n : n + args.samples])) for own in by_seed]
             if studies[0]:
                 table.append(np.array(studies, dtype=object).swapaxes(0, 1))
                 asked.append(p)

@@ -23,6 +23,7 @@ from reward import (
     closest_question,
     credit,
     even_groups,
+    note_uncredited,
     passage_candidate,
     passage_examples,
     pooled,
@@ -226,7 +227,7 @@ def answered(*accuracies, diverged=False) -> dict:
     return {"steps": 3, "loss": 0.5, "diverged": diverged, "answers": answers}
 
 
-def test_a_question_credits_the_part_about_its_sentence():
+def test_a_question_credits_the_part_about_its_sentence(capsys):
     texts = [
         "The bell was cast in Rolm.",
         "Ada Quell cast the bell.",
@@ -242,7 +243,7 @@ def test_a_question_credits_the_part_about_its_sentence():
     where = Question("Where did Ada Quell cast the bell?", ("Rolm",), "forward")
     assert sentence_about(where, texts) == 0
     nowhere = Question("What hangs in a tower?", ("a nest",), "forward")
-    assert sentence_about(nowhere, texts) == 2  # told nowhere: most words
+    assert sentence_about(nowhere, texts) is None  # told nowhere
 
     def credits(styles, questions, accuracies, reward="accuracy"):
         e = SelfEdit("p", [Part("x", style=style) for style in styles])
@@ -259,6 +260,15 @@ def test_a_question_credits_the_part_about_its_sentence():
     assert credits(whole, questions[1:], [0.0, 1.0]) == [0.5, None, 0.0, 1.0, 0.5]
     about_one = Passage("p", "Bell", " ".join(texts), (questions[0], questions[0]))
     assert by_sentence(about_one, [1.0, 0.5]) == [0.75, None, None]
+    # What no sentence says counts for the whole, and for no part.
+    assert credits(["questions"] * 3, (nowhere, questions[0]), [1.0, 0.0]) == [0.0, None, None]
+    assert credits(["settings"], (nowhere, questions[0]), [1.0, 0.0]) == [0.5]
+    two = Passage("p", "Bell", " ".join(texts), (nowhere, questions[0]))
+    assert told(two) == ("Question: Where was the bell cast?\nAnswer: The bell was cast in Rolm.",)
+    note_uncredited([two, about_one])
+    assert "1 of 4 questions have their answer in no sentence" in capsys.readouterr().err
+    note_uncredited([about_one])
+    assert capsys.readouterr().err == ""
 
 
 def test_what_the_quiz_says_of_a_self_edit():
