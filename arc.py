@@ -270,8 +270,8 @@ def side_by_side(lengths: list[int], size: int) -> list[list[int]]:
 
 
 class Puzzles:
-    """The domain as train_outer.py and eval_arc.py see it: prompts, how a reply is read,
-    candidates, quiz, credit."""
+    """The domain as train_outer.py and eval_arc.py see it: prompts, sampling, candidates, quiz,
+    credit."""
 
     def __init__(self, args, model, tok):
         self.args, self.tok, self.context = args, tok, model.config.max_seq_len

@@ -23,11 +23,12 @@ Rows:
                          teach at most
     in-context           the model as it is, with the passage in the prompt (what learning replaces)
 
-With --settings, as in train_outer.py, the policies' self-edits say how they are studied, each
-within --budget trained tokens. Of the untrained notes only those that are questions are in the
-rows above, which are studied as the flags (or --recipes) say; these are more:
-    untrained-settings   all notes, as the untrained model's own settings say
-    best-fixed           all notes, as the best settings of experiments/grid.py say (--fixed)
+With --settings, as in train_outer.py, the self-edits of seal-K say what is studied, and how, each
+within --budget trained tokens. The notes of the other rows above are questions, studied as the
+flags (or --recipes) say. These are more:
+    untrained-settings   what the untrained model's own settings ask for, studied as they say
+    best-fixed           what the best settings of experiments/grid.py ask for, written by the
+                         untrained model, studied as they say (--fixed)
 
 --match epochs is the paper's protocol: every row takes the same number of epochs, so more text
 means more optimiser steps. With --match steps every row takes exactly --steps steps, of up to
@@ -212,13 +213,9 @@ def without_update(model, tok, passages, show_passage: bool, label: str, batch: 
     return answers
 
 
-def notes_of(edits: list[list[SelfEdit]], style: str) -> list[list[tuple]]:
-    """The notes of edits[passage][sample] that are in one style."""
-    found = []
-    for e in itertools.chain(*edits):
-        notes = [note for part in e.parts if part.style == style for note in part.notes]
-        found.append(tuple(dict.fromkeys(notes)))
-    return chunks(found, len(edits[0]))
+def notes_of(edits: list[list[SelfEdit]]) -> list[list[tuple]]:
+    """The notes of edits[passage][sample]."""
+    return chunks([tuple(e.notes) for e in itertools.chain(*edits)], len(edits[0]))
 
 
 def unstudied(passage) -> dict:
@@ -253,17 +250,16 @@ class Climb:
             table[method]["lr"] = np.full(len(notes), config.lr)
         self.record(method, results, notes)
 
-    def settings_row(self, method: str, edits: list[list[SelfEdit]], fixed: dict | None = None):
-        """Each passage is learnt as each of its self-edits says; `fixed`: what all of them say."""
+    def settings_row(self, method: str, edits: list[list[SelfEdit]], name: str = ""):
+        """Each passage is learnt as each of its self-edits says; `name`: of the log."""
         candidates = []
         for passage, samples in zip(self.passages, edits):
             for e in samples:
                 how = (passage, e, self.args, sub_seed(self.seed, 1))
                 c, e.flaw = edit_candidate(self.tok, len(candidates), *how)
                 candidates.append(c)
-        name = f"{method}-{self.args.budget}"
-        name += f"-{fingerprint(json.dumps(fixed).encode())}" if fixed else ""
-        results = self.study(method, "steps", name, candidates)
+        log = f"{name or method}-{self.args.budget}"
+        results = self.study(method, "steps", log, candidates)
         self.tables["steps"][method] = self.columns(results, edits)
         self.record(method, results, edits)
 
@@ -312,7 +308,7 @@ class Climb:
         model, passages = self.model, self.passages
         self.row("passage", [[()]] * len(passages))
         edits = self.write("passage+self-edit", QUESTIONS)
-        notes = notes_of(edits, self.args.style)
+        notes = notes_of(edits)
         if len(passages) > 1:
             self.row("passage+unrelated", *unrelated(passages, notes))
         self.row("passage+self-edit", notes)
@@ -322,7 +318,7 @@ class Climb:
             self.settings_row("untrained-settings", self.write("untrained-settings"))
         if self.fixed:
             name = f"best-fixed-{fingerprint(json.dumps(self.fixed).encode())}"
-            self.settings_row("best-fixed", self.write(name, self.fixed), self.fixed)
+            self.settings_row("best-fixed", self.write(name, self.fixed), name)
         for method, adapter in policies.items():
             policy = load_adapter(model, adapter)
             says_how = self.args.settings and method != "proxy"
@@ -332,7 +328,7 @@ class Climb:
                 if says_how:
                     self.settings_row(method, edits)
                 else:
-                    self.row(method, notes_of(edits, self.args.style))
+                    self.row(method, notes_of(edits))
         if all(p.self_edits for p in passages):
             given = []
             for p in passages:

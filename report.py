@@ -289,6 +289,7 @@ def self_edit(e: dict) -> str:
     if e["style"] == "settings":
         text += f"<p>{asked_for(e['config'], e['flaw'])}</p>\n"
     parts = [] if e["style"] == "settings" and e["config"] else e["parts"]
+    parts = [part for part in parts if part["text"] or part["flaw"]]  # others were not asked for
     return text + "".join(map(part_of, parts)) + "</section>\n"
 
 

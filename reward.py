@@ -540,7 +540,7 @@ def refuse_training_passages(passages, args) -> None:
 
 
 class Passages:
-    """What train_outer.py asks of a domain: prompts, reading replies, candidates, the quiz,
+    """What train_outer.py asks of a domain: prompts, sampling, candidates, the quiz,
     credit."""
 
     def __init__(self, args, model, tok):

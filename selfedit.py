@@ -17,7 +17,7 @@ import json
 import re
 from collections import Counter
 from copy import copy
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -518,7 +518,8 @@ def add_style_flag(parser) -> None:
     add = parser.add_argument
     add("--style", default="questions", choices=STYLES, help="prompt style of notes on a passage")
     about = "longest self-edit, or part of one, in tokens; 0: 80 on a sentence, 320 on a passage"
-    add("--max-new", type=at_least(0), default=0, help=about + ", 128 for settings")
+    about += "; with --settings no more than these, and 128 for settings"
+    add("--max-new", type=at_least(0), default=0, help=about)
 
 
 def add_settings_flags(parser) -> None:
@@ -564,13 +565,7 @@ def sample_self_edits(
     written to `log` (JSON lines) and, found there, not sampled again. Exits with one line if a
     prompt does not fit the model's context.
     """
-    for name, parts in prompts.items():
-        if (longest := max(map(len, parts))) + args.max_new > model.config.max_seq_len:
-            raise SystemExit(
-                f"error: {name!r} makes a prompt of {longest} tokens; with --max-new "
-                f"{args.max_new} that is "
-                f"over the model's context of {model.config.max_seq_len}"
-            )
+    refuse_long_prompts(model, prompts, args.max_new)
     copies = copies if isinstance(copies, dict) else dict.fromkeys(prompts, copies)
     edits = read_edits(log, resume=True) if log and Path(log).is_file() else []
     expected = [(i, len(parts)) for i, parts in prompts.items() for _ in range(copies[i])]
@@ -606,6 +601,15 @@ def sample_self_edits(
     return edits
 
 
+def refuse_long_prompts(model, prompts: dict, max_new: int) -> None:
+    for name, parts in prompts.items():
+        if (longest := max(map(len, parts))) + max_new > model.config.max_seq_len:
+            raise SystemExit(
+                f"error: {name!r} makes a prompt of {longest} tokens; with --max-new {max_new} "
+                f"that is over the model's context of {model.config.max_seq_len}"
+            )
+
+
 def sampled_text(tok: Tokenizer, ids: list[int]) -> tuple[str, bool]:
     """(text, did it end by itself?) of a continuation."""
     ended = ids[-1] in tok.end_ids
@@ -614,7 +618,7 @@ def sampled_text(tok: Tokenizer, ids: list[int]) -> tuple[str, bool]:
 
 def styles_of(args) -> tuple:
     """The styles of a self-edit's parts: the one asked for, or with --settings how to study, and
-    then all notes to choose from."""
+    then those of the notes that it may ask for."""
     return ("settings", *STYLE_OF.values()) if says_how(args) else (args.style,)
 
 
@@ -671,29 +675,47 @@ def write_self_edits(
     """Self-edits on each passage, `copies` times. With --settings the model first says how it
     studies, unless that is `given`, and then writes only the notes that its settings ask for: the
     other parts stay empty, and `log` becomes one for each style."""
+    if not says_how(args):
+        return write_parts(model, tok, passages, args.style, copies, args, seed, log, label)
+    for style in styles_of(args):  # complains now rather than when one is asked for
+        for p in passages:
+            prompts = {p.id: style_prompts(tok, p, style, args.shots)}
+            refuse_long_prompts(model, prompts, longest_of(args, style))
 
     def write(style, passages, copies):
-        prompts = {p.id: style_prompts(tok, p, style, args.shots) for p in passages}
-        read, own, how = note_reader(passages, style, args.shots), (seed, log, label), args
-        if says_how(args):
-            own_log = log and Path(log).with_stem(f"{Path(log).stem}-{style}")
-            own, how = (seed, own_log, f"{label} {style}"), copy(args)
-            how.max_new = min(args.max_new, usual_length(style))
-        return sample_self_edits(model, tok, prompts, read, copies, how, *own)
+        own = log and Path(log).with_stem(f"{Path(log).stem}-{style}")
+        how = copy(args)
+        how.max_new = longest_of(args, style)
+        what = (style, copies, how, seed, own, f"{label} {style}")
+        return write_parts(model, tok, passages, *what)
 
-    if not says_how(args):
-        return write(args.style, passages, copies)
     if given:
-        edits = [SelfEdit(p.id, [Part("", style="settings")], settings=given) for p in passages]
-        edits = [replace(e) for e in edits for _ in range(copies)]
+        edits = []
+        for p in passages:
+            for _ in range(copies):
+                edits.append(SelfEdit(p.id, [Part("", style="settings")], settings=given))
     else:
         edits = write("settings", passages, copies)
+    n_sentences = {p.id: len(sentences(p.text)) for p in passages}
     for style in STYLE_OF.values():
         asked = Counter(e.passage for e in edits if e.asks_for(style))
         written = iter(write(style, [p for p in passages if asked[p.id]], asked))
-        empty = {p.id: len(style_prompts(tok, p, style, args.shots)) for p in passages}
         for e in edits:
-            parts = [Part("", style=style) for _ in range(empty[e.passage])]
-            e.parts = [*e.parts, *(next(written).parts if e.asks_for(style) else parts)]
-            e.style = args.style
+            n = n_sentences[e.passage] if STYLES[style].by_sentence else 1
+            empty = [Part("", style=style) for _ in range(n)]
+            e.parts += next(written).parts if e.asks_for(style) else empty
+    for e in edits:
+        e.style = args.style
     return edits
+
+
+def longest_of(args, style: str) -> int:
+    """Most tokens of a part in one of the styles of --settings."""
+    return min(args.max_new, usual_length(style))
+
+
+def write_parts(model, tok, passages, style: str, copies, args, seed, log, label):
+    """sample_self_edits() of the parts in one style."""
+    prompts = {p.id: style_prompts(tok, p, style, args.shots) for p in passages}
+    read = note_reader(passages, style, args.shots)
+    return sample_self_edits(model, tok, prompts, read, copies, args, seed, log, label)

@@ -7,13 +7,14 @@ Each way of learning a held-out passage, within several --budgets of trained tok
     untrained   and one self-edit of the untrained model
     pooled      and the notes of --samples of its self-edits
     proxy       and one self-edit of the --proxy policy (train_outer.py --reward proxy)
-    seal-K      one self-edit of the policy after round K of --run, or of --policy
-    told        the passage, and notes that ask the quiz's own questions: the ceiling of notes
-All notes are questions, studied with the same learning rate, in as many optimiser steps as fit (a
-step is a row of up to --row-len tokens). With --settings those of seal-K are what it writes, and
-studied as it says, in as many of its epochs as fit; if none does, nothing is answered. "at_half"
-says for each seal-K: with at most half of the trained tokens that the untrained notes take to their
-best accuracy, how much better or worse it is than that best, on the same passages.
+    seal-K      and one self-edit of the policy after round K of --run, or of --policy
+    told        and notes that ask the quiz's own questions: the ceiling of notes
+All notes are questions, studied with the same learning rate, in as many optimiser steps as surely
+fit: each takes one row of tokens. With --settings seal-K studies instead what its self-edit asks
+for, as it says, in as many of its epochs as fit. What does not fit answers nothing.
+
+"at_half" says for each seal-K: with at most half of the trained tokens that the untrained notes
+take to their best accuracy, how much better or worse it is than that best, on the same passages.
 """
 
 import argparse
@@ -35,6 +36,7 @@ from lm.files import GOES_ON, chunks, digest, run_main, sub_seed, write_json
 from lm.flags import Parser, at_least, load, refuse_unused, result_head
 from lm.intervals import bootstrap
 from lm.log import Log
+from lm.packing import arrange, row_tokens
 from lm.runs import add_ladder_flags, find_policies, open_run, policy_digests, set_outputs
 from lora import merged
 from reward import (
@@ -71,8 +73,8 @@ def parse_arguments():
     refuse_unused(parser, args, ["steps", "epochs"], "beside --budgets")
     if not args.settings:
         refuse_unused(parser, args, ["budget"], "without --settings")
-    if not 0 < args.row_len <= min(args.budgets):
-        parser.error(f"--row-len {args.row_len}: a row must fit {min(args.budgets)} tokens")
+    refuse_unused(parser, args, ["style"], "here: the notes are questions")
+    args.budgets = sorted(set(args.budgets))
     args.out = args.out or OUT
     return set_outputs(args, OUT)
 
@@ -98,12 +100,16 @@ def ways(model, tok, passages, policies: dict, args, work: Path) -> dict:
 
 
 def candidate(tok, n: int, passage, own, budget: int, args) -> Candidate | None:
-    """Of notes, or of a self-edit that says how they are studied; None if it is not."""
+    """Of notes, or of a self-edit that says how they are studied; None if not even one step or
+    epoch of it fits the budget."""
     if isinstance(own, SelfEdit):
         how = argparse.Namespace(**vars(args) | {"budget": budget})
         return edit_candidate(tok, n, passage, own, how, sub_seed(args.seed, 2))[0]
-    config = replace(sft_config(args), steps=budget // args.row_len)
-    return passage_candidate(tok, n, passage, own, config)
+    c = passage_candidate(tok, n, passage, own, sft_config(args))
+    longest = max(row_tokens(c.examples, *row) for row in arrange(c.examples, args.row_len))
+    if longest > budget:
+        return None
+    return replace(c, config=replace(c.config, steps=budget // longest))
 
 
 def measure(model, tok, passages, policies: dict, args, work: Path) -> tuple[list[dict], dict]:
@@ -152,7 +158,7 @@ def main() -> None:
         refuse_training_passages(passages, args)
     model, tok = load(args)
     lora_config(args, model)  # complains now rather than after sampling
-    free = "out work steps run policy proxy budgets".split()
+    free = "out work run policy proxy budgets".split()
     settings = {k: v for k, v in vars(args).items() if k not in free}
     settings |= {"data_sha256": digest(args.data), "policies": policy_digests(policies)}
     work = open_run(args.work, settings)

@@ -21,6 +21,7 @@ Each figure is written beside its JSON:
 
 import sys
 from functools import partial
+from itertools import cycle
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run it from anywhere
@@ -110,7 +111,8 @@ def draw_budget(result: dict):
     figure, axes = plt.subplots(figsize=(6.5, 4))
     methods = list(dict.fromkeys(r["method"] for r in result["rows"]))
     last = [m for m in methods if m.startswith("seal")][-1:]
-    for method, paint, mark in zip([m for m in methods if m not in last], LINES, "os^vDP"):
+    looks = zip([m for m in methods if m not in last], cycle(LINES), cycle("os^vDP"))
+    for method, paint, mark in looks:
         draw_line(axes, result["rows"], method, color=paint, marker=mark, linewidth=1.2)
     for method in last:
         draw_line(axes, result["rows"], method, color=ORANGE, marker="*", linewidth=2.4)

@@ -8,7 +8,8 @@ question by another hand (data/wordings.json), which nothing is trained on. Thre
 question:
     accuracy    is an accepted answer in the reply?
     answer      log-probability of the bare answer, per token (quiz.py)
-    sentence    log-probability of the passage's sentence about it as the reply, per token
+    sentence    log-probability of the passage's sentence about it as the reply, per token (of the
+                passage, if no sentence is about it)
 
 "variance" splits a score's variance within a passage into components (a nested analysis of
 variance, averaged over passages):
@@ -72,7 +73,6 @@ from selfedit import settle, write_self_edits
 
 SCORES = {"accuracy": "accuracy", "answer": "logprob", "sentence": "sentence"}
 RECIPES = {"default": {}, "epochs": {"steps": 0, "epochs": 3}, "dose": {"steps": 32, "lr": 8e-3}}
-SAID = {"said": {}}  # with --settings
 PARTS = ("question", "candidate", "its questions", "study", "rest")
 
 
@@ -200,8 +200,9 @@ def judge(table: list, passages, key: str, seed: int) -> dict:
         for seeds in range(1, scores.shape[1]):
             mean = own[:, :seeds].mean(axis=1)
             parts = [about == k for k in sorted(set(about) - {-1})]
-            credit = np.stack([mean[:, of].mean(axis=1) for of in [*parts, ...]], axis=1)
-            truth = np.stack([other[:, of].mean(axis=1) for of in [*parts, ...]], axis=1)
+            parts.append(np.ones(n, bool))  # last: all questions, of the whole
+            credit = np.stack([mean[:, of].mean(axis=1) for of in parts], axis=1)
+            truth = np.stack([other[:, of].mean(axis=1) for of in parts], axis=1)
             whole.setdefault(seeds, []).append(products(credit[:, -1:], truth[:, -1:]))
             by_part.setdefault(seeds, []).append(products(credit[:, :-1], truth[:, :-1]))
     variance = dict(zip(PARTS, map(float, np.mean(split or [[0.0] * 5], axis=0))))
@@ -220,9 +221,9 @@ def measure(model, tok, passages, longer, args, work: Path) -> list[dict]:
     edits = write_self_edits(model, tok, passages, args.samples, args, seed, log)
     subjects, rows = {p.id: p for p in longer}, []
     for recipe in args.recipe:
-        how, candidates = Namespace(**vars(args) | (RECIPES | SAID)[recipe]), []
+        how, candidates = Namespace(**vars(args) | RECIPES.get(recipe, {})), []
+        seed = sub_seed(args.seed, 1)
         for n, e in enumerate(edits):
-            seed = sub_seed(args.seed, 1)
             candidates.append(edit_candidate(tok, n, subjects[e.passage], e, how, seed)[0])
         groups = populations([c for c in candidates if c], args.population)
         by_seed, lora = [], lora_config(args, model)

@@ -115,7 +115,8 @@ def main() -> None:
     logs = sorted(Path(args.work).glob("*-sampled.jsonl"))
     if not logs:
         raise SystemExit(
-            f"error: --work {args.work}: no *-sampled.jsonl there; give a ladder's climb"
+            f"error: --work {args.work}: no *-sampled.jsonl there; give a climb of a ladder, "
+            "without --settings"
         )
     model, tok = load(args)
     result = compare(tok, passages, logs, args.seed)

@@ -3,9 +3,10 @@ trained, and a fingerprint of the base model that it belongs to.
 
     python experiments/ship.py --run runs/seal      # -> policies/smollm2-135m-instruct/
 
-Of the run's last round, or --round K. What the rounding costs is measured on what that round was
-taught to imitate: "logprob" is its mean log-likelihood per token for the untrained model, the
-policy as the run has it, and the policy as it is written.
+Of the run's last round, or --round K; at most 6 MB, which train_outer.py --outer-rank 8 makes of
+the 135M model. What the rounding costs is measured on what that round was taught to imitate:
+"logprob" is its mean log-likelihood per token for the untrained model, the policy as the run has
+it, and the policy as it is written.
 """
 
 import argparse
@@ -17,17 +18,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run it from a
 import numpy as np
 import torch
 
+from data.qa import load_passages
 from lm.adapters import POLICY, base_of, load_adapter, save_adapter
-from lm.files import check_output, chunks, run_main, write_json
+from lm.files import check_output, chunks, digest, run_main, write_json
 from lm.flags import Parser, add_model_flags, at_least, load, result_head
 from lm.runs import Rounds, read_settings
 from lora import merged
 from quiz import answer_logprobs
-from reward import Passages, to_imitate
+from reward import to_imitate
 from sampler import prefill
-from selfedit import read_edits
+from selfedit import note_prompts, read_edits
 
 LARGEST = 6_000_000  # bytes
+NEEDED = "model data data_sha256 split skip limit style shots select keep".split()
 
 
 def parse_arguments():
@@ -63,12 +66,28 @@ def logprob(model, tok, pairs: list[tuple]) -> float:
     return float(total / tokens)
 
 
+def imitated(tok, before: dict, folder: Path) -> list[tuple]:
+    """What a round was taught to imitate. Exits with one line if its data has changed since, or if
+    there is nothing."""
+    if digest(before["data"]) != before["data_sha256"]:
+        raise SystemExit(f"error: {before['data']} has changed since the run was trained on it")
+    passages = load_passages(before["data"], before["split"], before["skip"], before["limit"])
+    prompts = note_prompts(tok, passages, argparse.Namespace(**before))
+    edits = read_edits(folder / "candidates.jsonl")
+    pairs = to_imitate(prompts, edits, before["select"], before["keep"])
+    if not pairs:
+        raise SystemExit(f"error: {folder}: nothing was imitated in this round")
+    return pairs
+
+
 def main() -> None:
     args = parse_arguments()
     check_output(args.out, folder=True)
-    before = read_settings(args.run)
+    before = read_settings(args.run, *NEEDED)
     if before["domain"] != "qa":
         raise SystemExit(f"error: {args.run} was trained with train_outer.py {before['domain']}")
+    if before["model"] != args.model:
+        raise SystemExit(f"error: {args.run} was trained with --model {before['model']}")
     folder = round_of(args.run, args.round)
     model, tok = load(args)
     policy = load_adapter(model, folder / "policy")
@@ -78,17 +97,16 @@ def main() -> None:
             f"error: {folder} has rank {policy.config.rank}, {size / 1e6:.1f} MB in bfloat16, of "
             f"at most {LARGEST / 1e6:.0f}; train it with a smaller --outer-rank"
         )
-    prompts = Passages(argparse.Namespace(**before), model, tok).prompts
-    edits = read_edits(folder / "candidates.jsonl")
-    pairs = to_imitate(prompts, edits, before["select"], before["keep"])
-    save_adapter(policy, args.out, args.model, dtype=torch.bfloat16)
+    pairs, rounded = imitated(tok, before, folder), policy.pick([0])
+    rounded.flat = policy.flat.bfloat16().float()
     scores = {"untrained": logprob(model, tok, pairs)}
-    for name, adapter in (("float32", policy), ("bfloat16", load_adapter(model, args.out))):
+    for name, adapter in (("float32", policy), ("bfloat16", rounded)):
         with merged(model, adapter):
             scores[name] = logprob(model, tok, pairs)
     about = {"base": base_of(model), "round": folder.name, "bytes": size, "n": len(pairs)}
     about |= {"logprob": scores, "settings": before}
     write_json(Path(args.out) / POLICY, result_head(args, model) | about)
+    save_adapter(policy, args.out, args.model, dtype=torch.bfloat16)
     print(f"{args.out}: {size / 1e6:.1f} MB, logprob {scores}")
 
 

@@ -95,26 +95,22 @@ def aimed_at(config: dict, path: str) -> bool:
 # which base model an adapter belongs to
 
 
+POLICY = "policy.json"  # of a shipped policy: its base, and how it was trained
+
+
 def base_of(model: Transformer) -> str:
-    """A fingerprint of the token embeddings, which no adapter changes: the same for float32 and
-    bfloat16, and while a policy is merged."""
+    """A fingerprint of the first 256 token embeddings, which no adapter changes: the same for
+    float32 and bfloat16, and while a policy is merged."""
     some = model.embed_tokens.weight[:256].to("cpu", torch.bfloat16).contiguous()
     return fingerprint(some.view(torch.int16).numpy().tobytes())
-
-
-def fits(model: Transformer, folder) -> bool:
-    """Is `model` the base that the shipped policy in `folder` was trained on?"""
-    return read_json(Path(folder) / POLICY).get("base") == base_of(model)
-
-
-POLICY = "policy.json"  # of a shipped policy: its base, and how it was trained
 
 
 def load_adapter(model: Transformer, folder) -> Adapters:
     """Read a PEFT LoRA folder for `model`, as a population of one. Exits with one line if it does
     not fit, or says that it was made for another base."""
     folder = Path(folder)
-    if (folder / POLICY).is_file() and not fits(model, folder):
+    shipped = folder / POLICY
+    if shipped.is_file() and read_json(shipped).get("base") != base_of(model):
         raise SystemExit(f"error: {folder} is a policy for another base model than this one")
     config = read_adapter_config(folder / "adapter_config.json")
     file, rank = folder / "adapter_model.safetensors", config["r"]

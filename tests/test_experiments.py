@@ -17,6 +17,7 @@ from experiments.notes import measure
 from experiments.rewards import correlation, judge_reward
 from lm.adapters import save_adapter
 from lm.files import read_jsonl, write_jsonl
+from lm.packing import arrange, row_tokens
 from lora import PROJECTIONS, Adapters, LoRAConfig
 from quiz import ask
 from selfedit import QA_PAIR, STYLES, WORKED, Part, SelfEdit, parse_settings, settings_of
@@ -370,11 +371,18 @@ def test_the_budget_curve(tiny, tiny_folder, passages_file, tmp_path, monkeypatc
     for few, many in zip(rows[::2], rows[1::2]):
         assert 0 < few["tokens"] < many["tokens"]
     for name in ("passage", "untrained", "proxy", "seal-1", "told"):
-        for most, steps in ((256, 1), (768, 3)):
-            assert {c.config.steps for c in seen[f"{name} {most}"]} == {steps}
-    for extra in (["--steps", 3], ["--row-len", 512], ["--row-len", 0], ["--budget", 512]):
+        for most in (256, 768):
+            for c in seen[f"{name} {most}"]:
+                rows = arrange(c.examples, 256)
+                assert c.config.steps == most // max(row_tokens(c.examples, *r) for r in rows) > 0
+    for extra in (["--steps", 3], ["--style", "rewrite"], ["--budget", 512]):
         with pytest.raises(SystemExit):
             budget_curve(*where, "--budgets", 256, 768, *extra)
+    shutil.rmtree(tmp_path / "work")
+    rows, seen = budget_curve(*where, "--budgets", 768, 256, 256, "--row-len", 0)
+    assert {len(c.examples) for c in seen["passage 256"]} == {1}
+    most = {c.config.steps for c in seen["passage 768"]}
+    assert min(most) > 256 // 20  # a passage of some twenty tokens
 
 
 def test_the_budget_curve_of_those_that_say_how(
@@ -387,9 +395,10 @@ def test_the_budget_curve_of_those_that_say_how(
     rows, seen = budget_curve(*where, "--budgets", 256, 768, "--settings")
     for c in seen["seal-1 256"] + seen["seal-1 768"]:
         assert c.config.lr == 0.001 and c.config.steps == 0
-    epochs = [{c.subject.id: c.config.epochs for c in seen[f"seal-1 {n}"]} for n in (256, 768)]
-    assert all(epochs[1][name] > n for name, n in epochs[0].items()) and len(epochs[1]) == 2
-    assert {c.config.steps for c in seen["proxy 768"]} == {3}
+    few = {c.subject.id: c.config.epochs for c in seen["seal-1 256"]}
+    many = {c.subject.id: c.config.epochs for c in seen["seal-1 768"]}
+    assert all(many[name] > n for name, n in few.items()) and len(many) == 2
+    assert all(c.config.steps > 2 for c in seen["proxy 768"])
     says["epochs"], says["orders"] = 1, 8
     shutil.rmtree(tmp_path / "work")
     rows, seen = budget_curve(*where, "--budgets", 256, 768, "--settings")

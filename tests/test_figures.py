@@ -167,13 +167,14 @@ def test_the_budget_curve():
     """A line for each method, through the points that were trained on anything; the last policy
     stands out."""
     rows = []
-    for method in ("passage", "seal-1", "seal-2"):
+    methods = [*map(str, range(8)), "seal-1", "seal-2"]  # more than there are colours
+    for method in methods:
         for tokens, accuracy in ((0, 0.0), (1000, 0.25), (2000, 0.5)):
             ci = [accuracy - 0.1 * bool(tokens), accuracy + 0.1 * bool(tokens)]
             rows.append({"method": method, "tokens": tokens, "accuracy": accuracy, "ci95": ci})
     [axes] = figures.draw_budget({"rows": rows, "n_passages": 3}).axes
     drawn = {c.get_label(): c for c in axes.containers}
-    assert list(drawn) == ["passage", "seal-1", "seal-2"]
+    assert list(drawn) == methods
     for container in drawn.values():
         assert container.lines[0].get_xydata().tolist() == [[1000, 25], [2000, 50]]
         [whiskers] = container.lines[2]

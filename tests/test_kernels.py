@@ -200,6 +200,13 @@ def test_a_form_is_made_once_for_each_weight_and_only_when_needed(monkeypatch):
     assert made == [(80, 48), (80, 48)]  # nor in float32, where it would not pay
 
 
+def test_in_float32_training_uses_the_form_of_decoding():
+    skip_without_kept_products(torch.float32)
+    linear = kept_linear(48, 80)
+    linear(draw(2, 7, 48).requires_grad_()).sum().backward()
+    assert list(linear.kept) == [False]
+
+
 def test_in_bfloat16_the_transpose_is_kept_for_training(monkeypatch):
     skip_without_kept_products(torch.bfloat16)
     linear, x = kept_linear(48, 80, dtype=torch.bfloat16), draw(2, 7, 48).bfloat16()

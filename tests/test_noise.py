@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -53,6 +54,10 @@ def test_a_score_predicts_other_wordings_under_another_seed():
             scores[at]["answer"] = n[at[0], at[1], k] if at[2] < 2 else 0.0
         table.append(scores)
     perfect = judge(table, [passage] * 300, "sentence", 0)["predicts"]
+    # A question about no sentence is no part: with that one alone there is nothing to compare.
+    none = replace(passage, questions=tuple(replace(q, answers=("Cy",)) for q in quiz) * 3)
+    blind = judge(table, [none] * 300, "sentence", 0)["predicts"]["1"]
+    assert blind["whole"]["value"] == pytest.approx(1) and blind["part"]["value"] == 0
     for kind in ("whole", "part"):
         assert perfect["1"][kind]["value"] == pytest.approx(1)
         blind = judge(table, [passage] * 300, "accuracy", 0)["predicts"]["1"][kind]

@@ -128,7 +128,7 @@ def qa_run(tmp_path):
     credits = {"Who cast it?": [0.1, 0.67]}
     good = Part("as it was said", notes, credit=1.0, kept=True, note_credits=credits)
     bad = Part(f"Sure! {EVIL}", flaw="malformed")
-    edits = [new_edit("t0", [good, bad], why="some parts are the best", reward=0.75)]
+    edits = [new_edit("t0", [good, bad, Part("")], why="some parts are the best", reward=0.75)]
     edits += [new_edit(f"t{n}", [bad], why="no sound part is the best") for n in range(1, 5)]
     write(run / "round-1" / "candidates.jsonl", *edits)
     return run

@@ -12,7 +12,20 @@ import eval_qa
 import learn
 import train_outer
 from bench import speed
-from experiments import exercises, notes, proxy, recipes, rewards, walkthrough, warm
+from experiments import (
+    budget,
+    credits,
+    exercises,
+    grid,
+    noise,
+    notes,
+    proxy,
+    recipes,
+    rewards,
+    ship,
+    walkthrough,
+    warm,
+)
 
 
 @pytest.mark.parametrize("path", [*ROOT.glob("*.py"), *ROOT.glob("*/*.py")], ids=lambda p: p.name)
@@ -35,6 +48,11 @@ SCRIPTS = [  # script, its first arguments, what it writes
     (recipes, ["--top-layers", 2, "--layers", 2], FILES | {"--work": "README.md"}),
     (rewards, ["--top-layers", 2], FILES | {"--work": "README.md"}),
     (exercises, [], FILES),
+    (noise, [], FILES | {"--work": "README.md"}),
+    (credits, [], FILES | {"--work": "README.md"}),
+    (grid, [], FILES | {"--work": "README.md"}),
+    (budget, [], FILES | {"--work": "README.md"}),
+    (ship, ["--run", "runs"], {"--out": "README.md"}),
     (warm, [], {"--out": "README.md/x", "--work": "README.md"}),
     (speed, [], FILES),
 ]
@@ -49,7 +67,8 @@ def test_what_cannot_be_written_is_refused_before_the_work(
 ):
     for work in ("write_self_edits", "sample_self_edits", "inner_update", "train_part", "Climb"):
         monkeypatch.setattr(script, work, None, raising=False)
-    monkeypatch.setattr("eval_qa.without_update", None)
+    for work in ("reward.write_self_edits", "arc.sample_self_edits", "eval_qa.without_update"):
+        monkeypatch.setattr(work, None)
     monkeypatch.setattr("eval_arc.predict", None)
     extra = ["--data", tasks_file] if script in (eval_arc, warm) else []
     if script is warm and flag == "--work":
@@ -81,6 +100,7 @@ def test_too_many_layers_are_refused_before_the_work(
 ):
     for work in ("write_self_edits", "sample_self_edits", "without_update"):
         monkeypatch.setattr(script, work, None, raising=False)
+    monkeypatch.setattr("reward.write_self_edits", None)
     flags = ["--data", passages_file, "--out", tmp_path / "out"]
     if script in (eval_qa, recipes, rewards):
         flags += ["--work", tmp_path / "work"]

@@ -23,6 +23,7 @@ from selfedit import (
     note_reader,
     parse,
     policy_example,
+    sample_self_edits,
     settle,
     write_self_edits,
 )
@@ -219,6 +220,31 @@ def test_what_was_sampled_is_not_sampled_again(tiny, tok, tmp_path, monkeypatch)
     # Of a batch that is there in part, nothing counts.
     write_jsonl(tmp_path / "b.jsonl", read_jsonl(tmp_path / "a.jsonl")[: 8 * 8 + 3])
     assert write_self_edits(tiny, tok, *how, tmp_path / "b.jsonl") == whole
+
+
+def test_each_passage_has_its_own_number_of_self_edits(tiny, tok, tmp_path, monkeypatch):
+    """In several batches, and resumed after each: those that one batch gives."""
+    prompts, counts = {}, {}
+    for n in range(9):
+        prompts[f"p{n}"], counts[f"p{n}"] = [[5, 6 + n], [7, 6 + n]], 1 + 5 * (n % 4)
+    args = SimpleNamespace(max_new=2, temperature=1.0, top_p=1.0)
+
+    def read(id, sampled):
+        return SelfEdit(id, [Part(text) for text, _ in sampled])
+
+    def sample(log, some=prompts):
+        own = {name: counts[name] for name in some}
+        return sample_self_edits(tiny, tok, some, read, own, args, 3, log)
+
+    whole = sample(None)
+    assert [e.passage for e in whole] == [name for name in prompts for _ in range(counts[name])]
+    alone = [e for name in prompts for e in sample(None, {name: prompts[name]})]
+    assert alone == whole and len({e.parts[0].text for e in whole}) > 20
+    calls = dies_at(monkeypatch, "selfedit.generate", 2)
+    with pytest.raises(KeyboardInterrupt):
+        sample(tmp_path / "a.jsonl")
+    assert 0 < len(read_jsonl(tmp_path / "a.jsonl")) < len(whole) and len(calls) == 2
+    assert sample(tmp_path / "a.jsonl") == whole
 
 
 def test_clozes_ask_with_half_of_a_statements_words():

@@ -187,9 +187,9 @@ def test_only_notes_that_are_asked_for_are_written(tiny, tok, tmp_path, monkeypa
     assert logs == [f"sampled-{style}.jsonl" for style in ("questions", "rewrite", "settings")]
     # Whoever asks gets the prompt's next copy: the texts are those that all would have got.
     notes = write(tiny, tok, copies=2, given={"data": ["questions"]})
-    texts = [[part.text for part in e.parts[1:3]] for e in edits]
-    assert [texts[n] for n in (0, 2, 4, 6)] == [[p.text for p in e.parts[1:3]] for e in notes]
-    assert len({tuple(own) for own in texts}) == 5
+    texts = [(e.parts[1].text, e.parts[2].text) for e in edits]
+    assert texts[::2] == [(e.parts[1].text, e.parts[2].text) for e in notes]
+    assert len(set(texts)) == 5
 
 
 def test_what_is_written_is_not_written_again(tiny, tok, tmp_path, monkeypatch):
@@ -216,15 +216,28 @@ def test_each_style_has_its_own_length(tiny, tok, monkeypatch):
     monkeypatch.setattr(selfedit, "generate", generate)
     args = SimpleNamespace(**vars(ARGS), max_new=0, temperature=1.0, top_p=1.0)
     assert selfedit.settle(args).max_new == 320
-    for most in (320, 100):
+    for most in (320, 100, 600):
         args.max_new = most
         selfedit.write_self_edits(tiny, tok, [PASSAGE], 2, args, 0)
         # Two prompts ask about a sentence each, one for facts.
-        assert lengths == {"settings": min(most, 128), 2: 80, 1: most}
+        assert lengths == {"settings": min(most, 128), 2: 80, 1: min(most, 320)}
     alone = SimpleNamespace(style="rewrite", max_new=0)
     assert selfedit.settle(alone).max_new == 320
     alone = SimpleNamespace(style="questions", max_new=0)
     assert selfedit.settle(alone).max_new == 80
+
+
+def test_a_prompt_of_any_style_that_is_too_long_is_refused_at_once(tiny, tok, monkeypatch):
+    """Also of a style that nobody asked for yet."""
+    monkeypatch.setattr(selfedit, "generate", None)
+    long = [1] * (tiny.config.max_seq_len - 4)
+    monkeypatch.setattr(selfedit, "edit_prompts", lambda *_: [long])
+    monkeypatch.setattr(selfedit, "settings_prompts", lambda *_: [[1]])
+    with pytest.raises(SystemExit, match="'p' makes a prompt of .* tokens; with --max-new 5 that"):
+        write(tiny, tok)
+    long.pop()
+    with pytest.raises(TypeError):  # that is None, called
+        write(tiny, tok)
 
 
 def test_given_settings_are_not_asked_for(tiny, tok, monkeypatch):
@@ -232,8 +245,10 @@ def test_given_settings_are_not_asked_for(tiny, tok, monkeypatch):
     given = GOOD | {"data": ["facts"]}
     edits = write(tiny, tok, copies=2, given=given)
     assert [e.settings for e in edits] == [given] * 4 and [e.flaw for e in edits] == [""] * 4
-    assert all([bool(p.text) for p in e.parts] == [False] * 3 + [True, False] for e in edits)
-    assert not any(part.text for e in write(tiny, tok, given={"data": []}) for part in e.parts)
+    for e in edits:
+        assert [bool(part.text) for part in e.parts] == [False, False, False, True, False]
+    for e in write(tiny, tok, given={"data": []}):
+        assert not any(part.text for part in e.parts)
 
 
 def parts():

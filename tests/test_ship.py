@@ -1,6 +1,7 @@
 """A policy that is shipped: its size, what it was made for, and that another base refuses it."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -68,6 +69,7 @@ def test_the_fingerprint_is_the_bases(shipped, tiny_folder, tiny):
         (["--round", 2], "round 2 is not finished, of 1"),
         (["--run", "nowhere"], "nowhere"),
         (["--out", "README.md"], "README.md"),
+        (["--model", "elsewhere"], "was trained with --model"),
     ],
 )
 def test_what_cannot_be_shipped(extra, message, shipped, tiny_folder, tmp_path, monkeypatch):
@@ -82,3 +84,24 @@ def test_a_large_one_is_refused(shipped, tiny_folder, tmp_path, monkeypatch):
         args = ["--run", shipped / "run", "--out", tmp_path / "policy"]
         run_script(monkeypatch, ship, tiny_folder, *args)
     assert not (tmp_path / "policy").exists()
+
+
+def test_other_data_and_nothing_imitated_are_one_line(shipped, tiny_folder, tmp_path, monkeypatch):
+    data, args = shipped / "passages.json", ["--run", shipped / "run", "--out", tmp_path / "policy"]
+    before = data.read_text()
+    data.write_text(before.replace("Who?", "Whom?"))
+    with pytest.raises(SystemExit, match="passages.json has changed since"):
+        run_script(monkeypatch, ship, tiny_folder, *args)
+    data.write_text(before)
+    monkeypatch.setattr(ship, "to_imitate", lambda *_: [])
+    with pytest.raises(SystemExit, match="round-1: nothing was imitated in this round"):
+        run_script(monkeypatch, ship, tiny_folder, *args)
+    assert not (tmp_path / "policy").exists()
+
+
+def test_a_damaged_label_is_no_label(shipped, tiny, tmp_path):
+    """A policy.json that names no base does not pass for one that fits."""
+    shutil.copytree(shipped / "policy", tmp_path / "policy")
+    (tmp_path / "policy" / "policy.json").write_text("{}")
+    with pytest.raises(SystemExit, match="for another base model"):
+        load_adapter(tiny, tmp_path / "policy")
