@@ -14,6 +14,7 @@ from lm.packing import (
     Packed,
     Ragged,
     SharedPrefix,
+    alike,
     arrange,
     attend_to,
     make_row,
@@ -66,6 +67,25 @@ def test_sequences_that_begin_alike_share_a_row():
     assert arrange([example(12, 1), example(12, 1)], 64) == [([0, 1], 0)]  # counted: no prompt
     other = [Example((7, *e.ids), (False, *e.counts)) for e in asked]
     assert shared_prefix(asked + other) == 0  # no common beginning
+
+
+def test_prompts_of_several_kinds_share_rows_with_their_own_kind():
+    """Where that takes fewer tokens; of one kind, or of short beginnings, all share theirs."""
+    one, two = tuple(range(20, 60)), tuple(range(100, 160))
+    kinds = []
+    for n, start in enumerate((one, two, one, two, one)):
+        kinds.append(Example.reply([*start, 300 + n], [7, 8]))
+    rows = arrange(kinds, 128)
+    assert rows == [([1, 3], 60), ([0, 2, 4], 40)]
+    assert [row_tokens(kinds, *row) for row in rows] == [66, 49]
+    apart = [make_row([kinds[i] for i in row], prefix).ids.tolist() for row, prefix in rows]
+    assert apart[0] == [*two, 301, 7, 8, 303, 7, 8]
+    assert arrange(kinds[::2], 128) == [([0, 1, 2], 40)]
+    short = []  # of 13 tokens 3 are alike, then some 10 of 13: two rows would read the three twice
+    for n in range(2):
+        short.append(Example.reply([1, 2, 3, *range(50 * n + 10, 50 * n + 18)], [9, 9]))
+    assert alike(short, [0, 1]) == [[0], [1]] and arrange(short, 128) == [([0, 1], 3)]
+    assert alike(kinds, [4, 1, 0]) == [[0, 4], [1]] and alike(kinds, []) == []
 
 
 def test_a_prefix_leaves_each_sequence_a_token():
