@@ -3,6 +3,7 @@ help it learn.
 
     python train_outer.py qa --out runs/demo --limit 12 --samples 3 --rounds 1      # minutes
     python train_outer.py qa --out runs/qa --samples 8 --reward proxy --select notes
+    python train_outer.py qa --settings --samples 8 --outer-row-len 2048 --out runs/seal
     python train_outer.py arc --tasks results/arc_tasks.json --out runs/arc --samples 5
 
     for each round:
