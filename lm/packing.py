@@ -10,9 +10,11 @@ Everything but attention runs on tokens laid end to end, (1, N, ...), so no weig
 multiplied with padding. Letters as in model.py.
 """
 
+import itertools
 import math
 import os.path
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
@@ -90,8 +92,9 @@ def arrange(examples: list[Example], row_len: int) -> list[tuple[list[int], int]
             packed = pack([len(examples[i].ids) - prefix for i in kind], max(0, row_len - prefix))
             rows += [(list(map(kind.__getitem__, row)), prefix) for row in packed]
         ways.append(rows)
-    tokens = [sum(row_tokens(examples, *row) for row in rows) for rows in ways]
-    return sorted(ways[tokens.index(min(tokens))], key=lambda row: -row_tokens(examples, *row))
+    tokens = partial(row_tokens, examples)
+    fewest = min(ways, key=lambda rows: sum(itertools.starmap(tokens, rows)))
+    return sorted(fewest, key=lambda row: -tokens(*row))
 
 
 def alike(examples: list[Example], some: list[int]) -> list[list[int]]:
