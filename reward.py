@@ -417,15 +417,21 @@ def credit_by_halves(pools: list[Pool], results: list[dict], metric: str, config
         credit_sentences(pool, own, metric)
 
 
+def notes_about(pool: Pool) -> list[list[str]]:
+    """The notes of a pool that are answered by each sentence of its passage."""
+    pairs, found = {note: QA_PAIR.fullmatch(note) for note in pool.notes}, []
+    for statement in sentences(pool.passage.text):
+        _, answer = question_and_answer(statement)
+        found.append([note for note, m in pairs.items() if m and m[2] == answer])
+    return found
+
+
 def credit_sentences(pool: Pool, results: list[dict], metric: str) -> None:
     scores = []  # of each half: by sentence
     for r in results:
         values = by_sentence(pool.passage, [a[metric] for a in r["answers"]])
         scores.append([math.nan if r["diverged"] and v is not None else v for v in values])
-    for k, statement in enumerate(sentences(pool.passage.text) if results else ()):
-        _, answer = question_and_answer(statement)
-        pairs = {note: QA_PAIR.fullmatch(note) for note in pool.notes}
-        about = [note for note, m in pairs.items() if m and m[2] == answer]
+    for k, about in enumerate(notes_about(pool) if results else ()):
         if scores[0][k] is None:
             continue  # nothing is asked about this sentence
         found, worth = note_credits(pool.halves, [of[k] for of in scores], about), {}
@@ -433,7 +439,7 @@ def credit_sentences(pool: Pool, results: list[dict], metric: str) -> None:
             worth[note] = value if abs(value) > 1.96 * error else 0.0
         for part in (e.parts[k] for e in pool.edits):
             own = [note for note in part.notes if note in worth]
-            part.note_credits = {pairs[note][1]: [worth[note]] for note in own}
+            part.note_credits = {QA_PAIR.fullmatch(note)[1]: [worth[note]] for note in own}
             part.credit = float(np.mean([worth[note] for note in own])) if own else None
 
 

@@ -675,34 +675,35 @@ def write_self_edits(
     """Self-edits on each passage, `copies` times. With --settings the model first says how it
     studies, unless that is `given`, and then writes only the notes that its settings ask for: the
     other parts stay empty, and `log` becomes one for each style."""
-    if not says_how(args):
-        return write_parts(model, tok, passages, args.style, copies, args, seed, log, label)
+    prompts = {}
     for style in styles_of(args):  # complains now rather than when one is asked for
-        for p in passages:
-            prompts = {p.id: style_prompts(tok, p, style, args.shots)}
-            refuse_long_prompts(model, prompts, longest_of(args, style))
+        prompts[style] = {p.id: style_prompts(tok, p, style, args.shots) for p in passages}
+        refuse_long_prompts(model, prompts[style], longest_of(args, style))
 
-    def write(style, passages, copies):
-        own = log and Path(log).with_stem(f"{Path(log).stem}-{style}")
-        how = copy(args)
-        how.max_new = longest_of(args, style)
-        what = (style, copies, how, seed, own, f"{label} {style}")
-        return write_parts(model, tok, passages, *what)
+    def write(style, copies: dict):
+        asked = {i: own for i, own in prompts[style].items() if copies[i]}
+        read, how, own = note_reader(passages, style, args.shots), args, (log, label)
+        if says_how(args):
+            how = copy(args)
+            how.max_new = longest_of(args, style)
+            own_log = log and Path(log).with_stem(f"{Path(log).stem}-{style}")
+            own = (own_log, f"{label} {style}")
+        return sample_self_edits(model, tok, asked, read, copies, how, seed, *own)
 
+    all_alike = {p.id: copies for p in passages}
+    if not says_how(args):
+        return write(args.style, all_alike)
     if given:
         edits = []
         for p in passages:
             for _ in range(copies):
                 edits.append(SelfEdit(p.id, [Part("", style="settings")], settings=given))
     else:
-        edits = write("settings", passages, copies)
-    n_sentences = {p.id: len(sentences(p.text)) for p in passages}
+        edits = write("settings", all_alike)
     for style in STYLE_OF.values():
-        asked = Counter(e.passage for e in edits if e.asks_for(style))
-        written = iter(write(style, [p for p in passages if asked[p.id]], asked))
+        written = iter(write(style, Counter(e.passage for e in edits if e.asks_for(style))))
         for e in edits:
-            n = n_sentences[e.passage] if STYLES[style].by_sentence else 1
-            empty = [Part("", style=style) for _ in range(n)]
+            empty = [Part("", style=style) for _ in prompts[style][e.passage]]
             e.parts += next(written).parts if e.asks_for(style) else empty
     for e in edits:
         e.style = args.style
@@ -710,12 +711,5 @@ def write_self_edits(
 
 
 def longest_of(args, style: str) -> int:
-    """Most tokens of a part in one of the styles of --settings."""
-    return min(args.max_new, usual_length(style))
-
-
-def write_parts(model, tok, passages, style: str, copies, args, seed, log, label):
-    """sample_self_edits() of the parts in one style."""
-    prompts = {p.id: style_prompts(tok, p, style, args.shots) for p in passages}
-    read = note_reader(passages, style, args.shots)
-    return sample_self_edits(model, tok, prompts, read, copies, args, seed, log, label)
+    """Most tokens of a part in this style: with --settings no more than is usual."""
+    return min(args.max_new, usual_length(style)) if says_how(args) else args.max_new

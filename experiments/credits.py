@@ -44,6 +44,7 @@ from reward import (
     accuracy_of,
     by_sentence,
     note_credits,
+    notes_about,
     passage_candidate,
     passage_examples,
     pools,
@@ -52,7 +53,7 @@ from reward import (
     sentence_about,
     update_and_quiz,
 )
-from selfedit import QA_PAIR, settle, write_self_edits
+from selfedit import settle, write_self_edits
 
 WITHOUT_STUDY = ("influence", "alignment", "proxy")
 
@@ -121,16 +122,6 @@ def credits_of(lot: Lot, n: int, key: str, others: bool) -> list[dict]:
         of = [s[k] if s else math.nan for s in scores]
         credits = note_credits(pool.halves, of, about) if about and None not in of else {}
         found.append({note: value for note, (value, _) in credits.items()})
-    return found
-
-
-def notes_about(pool) -> list[list[str]]:
-    """The notes of a pool that are answered by each sentence of its passage."""
-    found = []
-    for statement in sentences(pool.passage.text):
-        _, answer = question_and_answer(statement)
-        pairs = {note: QA_PAIR.fullmatch(note) for note in pool.notes}
-        found.append([note for note, m in pairs.items() if m and m[2] == answer])
     return found
 
 

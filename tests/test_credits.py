@@ -9,11 +9,11 @@ from test_noise import wordings_of
 
 from data.qa import Passage, Question
 from experiments import credits
-from experiments.credits import Lot, agreement, credits_of, gradients, influences, notes_about
+from experiments.credits import Lot, agreement, credits_of, gradients, influences
 from inner import SFTConfig, inner_update
 from lm.files import read_json
 from lora import PROJECTIONS, Adapters, LoRAConfig
-from reward import Pool, passage_examples, random_halves
+from reward import Pool, notes_about, passage_examples, random_halves
 
 TEXT = "Ada Quell cast the bell. Bo Larn rang it in Rolm."
 QUIZ = (Question("Who cast it?", ("Ada Quell",)), Question("Who rang it?", ("Bo Larn",)))
