@@ -173,6 +173,10 @@ class Batch:
         self._serve(counts)
         self.own, self.length = self._empty(sum(counts), room), 0
 
+    @property
+    def full(self) -> bool:
+        return self.length == self.own[0].size(3)
+
     def extend(self, tokens: int) -> None:
         """See to it that there is room for so many more tokens."""
         if (more := self.length + tokens - self.own[0].size(3)) > 0:
@@ -203,6 +207,8 @@ class Batch:
 # -----------------------------------------------------------------------------
 # prompts, and what follows
 
+ROOM = 32  # the cache grows by so many tokens at a time; most rows are finished soon
+
 
 def prefill(
     model: Transformer,
@@ -218,12 +224,7 @@ def prefill(
     and [1 6], [1 7] of another are read as the rows [1 2], [1] and then as [3], [4 5], [6], [7].
     Exits with one line if a prompt does not fit the model's context.
     """
-    longest = max(map(len, prompts))
-    if longest + room > model.config.max_seq_len:
-        limit = f"the model's context of {model.config.max_seq_len}"
-        raise SystemExit(
-            f"error: a prompt of {longest} tokens with room for {room} more is longer than {limit}"
-        )
+    refuse_long(model, prompts, room)
     of_owner = {o: [] for o in owner}
     for prompt, o in zip(prompts, owner):
         of_owner[o].append(prompt)
@@ -236,9 +237,16 @@ def prefill(
         batch.read(list(prefix.values()))
         batch.fork([len(own) for own in of_owner.values()], max(map(len, rest)) + room)
     else:
-        batch, rest = Batch(model, owner, longest + room, lora), prompts
+        batch, rest = Batch(model, owner, max(map(len, prompts)) + room, lora), prompts
     x = batch.read(rest)
     return batch, x[torch.tensor([len(r) for r in rest], device=x.device).cumsum(0) - 1]
+
+
+def refuse_long(model: Transformer, prompts: list[list[int]], room: int) -> None:
+    longest, limit = max(map(len, prompts)), model.config.max_seq_len
+    if longest + room > limit:
+        told = f"a prompt of {longest} tokens with room for {room} more"
+        raise SystemExit(f"error: {told} is longer than the model's context of {limit}")
 
 
 @torch.inference_mode()
@@ -283,9 +291,9 @@ def generate(
     u = u.to(model.device)
     out, live = [[] for _ in rows], [True] * len(rows)
     with attached(model, adapters) if adapters else nullcontext() as lora:
-        batch, x = prefill(
-            model, [prompts[i] for i in order], [owner[i] for i in order], max_new, lora
-        )
+        refuse_long(model, prompts, max_new)
+        in_order, owners = [prompts[i] for i in order], [owner[i] for i in order]
+        batch, x = prefill(model, in_order, owners, min(ROOM, max_new), lora)
         if on_prefill:
             on_prefill(order, batch, x)
         if len(rows) > len(prompts):
@@ -305,10 +313,12 @@ def generate(
             if not any(live) or step == max_new - 1:
                 break
             kept = [n for n, alive in enumerate(live) if alive]
-            if len(kept) <= 0.75 * len(live):  # copying the cache must pay
+            if batch.full or len(kept) <= 0.75 * len(live):  # copying the cache must pay
                 batch.keep(kept)
                 rows = [rows[n] for n in kept]
                 tokens = [tokens[n] for n in kept]
                 live = [True] * len(kept)
+            if batch.full:
+                batch.extend(min(ROOM, max_new - step - 1))
             x = batch.read([[t] for t in tokens])
     return out

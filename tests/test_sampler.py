@@ -123,6 +123,28 @@ def test_nucleus():
     assert choose(both, 1.0, 0.9, torch.tensor([0.99, 0.5, 0.01])).tolist() == [7, 450, 7]
 
 
+def test_the_cache_grows_as_it_is_needed(tiny, monkeypatch):
+    """A few tokens at a time, for the rows that are not finished: with the same texts, and never
+    with room for all that could follow."""
+    options = {"temperature": 1.0, "seed": 3, "copies": 2}
+    ends = list(range(0, tiny.config.vocab_size, 3))
+    monkeypatch.setattr("sampler.ROOM", 1000)
+    at_once = generate(tiny, PROMPTS, 20, ends, **options)
+    assert len(set(map(len, at_once))) > 2  # rows end at several steps
+    grown, extend = [], Batch.extend
+
+    def watched(batch, tokens):
+        extend(batch, tokens)
+        grown.append(batch.own[0].shape[1::2])  # rows, places
+
+    monkeypatch.setattr("sampler.ROOM", 2)
+    monkeypatch.setattr(Batch, "extend", watched)
+    assert generate(tiny, PROMPTS, 20, ends, **options) == at_once
+    rows, places = [list(own) for own in zip(*grown)]
+    alive = [sum(len(own) > n for own in at_once) for n in range(3, 20, 2)]  # where it is full
+    assert rows == [n for n in alive if n] and places == sorted(set(places))
+
+
 @torch.no_grad()
 def test_a_batch_reads_what_prompts_have_in_common_once(tiny):
     """Prompts of two owners, and then parts of unequal length: the states are those of each row
