@@ -439,8 +439,7 @@ def main() -> None:
     policies = find_policies(args, "qa")
     recipes = own_recipes(args, policies)
     fixed = fixed_settings(args)  # complains now rather than later
-    if args.run:
-        refuse_training_passages(passages, args)
+    refuse_training_passages(passages, args)
     model, tok = load(args)
     lora_config(args, model)  # complains now rather than after sampling
     out = Path(args.out)

@@ -8,7 +8,8 @@ loop.
 questions made of the statements' own words, and saves it as a PEFT adapter, with the title in
 study.json. It says which notes were left out and why, and, asking the notes' own questions again,
 which statements were not learnt. `ask` answers under that adapter; the text is not in the prompt.
-With --policy (a round-K/policy folder of a train_outer.py run) that policy writes the notes; with
+The notes are written by the policy that policies/ has for the model, by another one (--policy, a
+round-K/policy folder of a train_outer.py run), or by the untrained model (--policy none). With
 --learner policy it also studies them, and `ask` loads it below the adapter.
 """
 
@@ -21,7 +22,7 @@ import reward
 from data.qa import Passage
 from data.text import question_and_answer, sentences
 from inner import learner, lora_config, sft_config, update_one
-from lm.adapters import load_adapter, save_adapter
+from lm.adapters import load_adapter, save_adapter, shipped_policy
 from lm.checkpoint import save_model
 from lm.files import check_output, chunks, read_json, run_main, sub_seed, write_json
 from lm.flags import Parser, at_least, load
@@ -42,7 +43,8 @@ def parse_arguments():
     add("--title", default="Notes", help="study: what the text is about, in a few words")
     about = "study: self-edits to sample; their notes are pooled"
     add("--samples", type=at_least(1), default=2, help=about)
-    add("--policy", help="study: adapter folder of a trained policy")
+    about = "study: adapter folder of a trained policy; shipped: the one in policies/; none"
+    add("--policy", default="shipped", help=about)
     inner.add_learner_flag(parser)
     add("--out", default="runs/learned", help="study: folder for the adapter")
     about = "study: also write the updated model, whole, to this new folder"
@@ -82,6 +84,13 @@ def read_text(path: str) -> str:
         long = f"{path} has {len(text):,} characters, of at most {LONGEST_TEXT:,}"
         raise SystemExit(f"error: {long}; study it chapter by chapter, each into its own --out")
     return text
+
+
+def policy_folder(model, args) -> Path | None:
+    """Of the policy that writes the notes; None if that is the untrained model."""
+    if args.policy == "shipped":
+        return shipped_policy(model, args.model)
+    return None if args.policy == "none" else Path(args.policy)
 
 
 def refuse_to_replace(args, about: dict) -> None:
@@ -159,11 +168,12 @@ def report_learnt(model, tok: Tokenizer, title: str, notes: list[str], adapters:
 def study(model, tok: Tokenizer, args) -> None:
     """Sample notes, train on them and the text, save the adapter."""
     text, lora = read_text(args.text), lora_config(args, model)
-    studied_on = args.policy if args.learner == "policy" else None
+    folder = policy_folder(model, args)
+    studied_on = str(folder) if folder and args.learner == "policy" else None
     sha256 = hashlib.sha256(text.encode()).hexdigest()
     about = {"title": args.title, "policy": studied_on, "text_sha256": sha256}
     refuse_to_replace(args, about)
-    policy = load_adapter(model, args.policy) if args.policy else None
+    policy = load_adapter(model, folder) if folder else None
 
     parts = short_pieces(tok, text)
     passages = [Passage(f"text-{n}", args.title, part, ()) for n, part in enumerate(parts)]

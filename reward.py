@@ -3,8 +3,8 @@
     passage + notes -> passage_examples()   what the inner update trains on
     adapters -> quiz_candidates()           the quiz, under each candidate's adapter: the reward
              -> credit()                    of each part: what the questions about its sentence earn
-             -> select()                    which parts are imitated: weight 1 (ReST-EM), others 0
-             -> to_imitate()                (prompt, text) pairs for the outer update
+             -> select()                    which parts are imitated (ReST-EM)
+             -> to_imitate()                (prompt, text, weight) for the outer update
 
 --reward proxy trains and asks nothing: notes that are questions earn how closely they ask what the
 quiz asks, closest_question(). (arc.py has what a self-edit on a puzzle earns; selection is the
@@ -31,7 +31,7 @@ from lm.files import digest, sub_seed
 from lm.flags import add_model_flags
 from lm.log import Log
 from lm.packing import Example, arrange, row_tokens
-from lm.runs import read_settings
+from lm.runs import trained_as
 from lm.tokenizer import Tokenizer
 from lora import Adapters, LoRAConfig
 from quiz import ask, mean_scores, normalize, quiz_items, quiz_prompt, score_answer
@@ -513,32 +513,41 @@ def best_notes(group: list[SelfEdit], k: int, keep: int) -> list[str]:
     return sorted(better, key=earned.get, reverse=True)[:keep]
 
 
-def to_imitate(prompts: dict, edits: list[SelfEdit], rule: str, keep: int) -> list[tuple]:
-    """(prompt, text) of what is kept: parts as they are, or with the rule "notes" the best notes of
-    all that a prompt gave."""
-    if rule != "notes":
-        pairs = []
-        for e in edits:
-            pairs += zip(prompts[e.passage], e.parts, strict=True)
-        return [(prompt, part.target) for prompt, part in pairs if part.kept]
+def to_imitate(
+    prompts: dict, edits: list[SelfEdit], rule: str, keep: int, outer: str = "restem"
+) -> list[tuple]:
+    """(prompt, text, weight) of what is kept: parts as they are, or with the rule "notes" the best
+    notes of all that a prompt gave. The weight is 1. With `outer` "weighted" it is the part's
+    credit, of which the mean becomes 1; what earned nothing is left out."""
     pairs = []
-    for passage in dict.fromkeys(e.passage for e in edits):
-        group = [e for e in edits if e.passage == passage]
-        for k, prompt in enumerate(prompts[passage]):
-            pairs.append((prompt, "\n".join(best_notes(group, k, keep))))
-    return [(prompt, text) for prompt, text in pairs if text]
+    if rule == "notes":
+        for passage in dict.fromkeys(e.passage for e in edits):
+            group = [e for e in edits if e.passage == passage]
+            for k, prompt in enumerate(prompts[passage]):
+                pairs.append((prompt, "\n".join(best_notes(group, k, keep)), 1.0))
+        return [(prompt, text, weight) for prompt, text, weight in pairs if text]
+    for e in edits:
+        pairs += zip(prompts[e.passage], e.parts, strict=True)
+    pairs = [(prompt, part) for prompt, part in pairs if part.kept]
+    if outer == "restem":
+        return [(prompt, part.target, 1.0) for prompt, part in pairs]
+    earned = [(prompt, part) for prompt, part in pairs if part.credit]
+    mean = sum(part.credit for _, part in earned) / max(1, len(earned))
+    return [(prompt, part.target, part.credit / mean) for prompt, part in earned]
 
 
 def refuse_training_passages(passages, args) -> None:
-    """Exit if the run was trained on some of these passages, unless --split train asks for them."""
-    before = read_settings(args.run, "data", "split", "skip", "limit")
-    trained = load_passages(before["data"], before["split"], before["skip"], before["limit"])
-    both = {p.text for p in passages} & {p.text for p in trained}
-    if both and args.split != "train":
-        raise SystemExit(
-            f"error: {args.run} was trained on {len(both)} of these passages; "
-            "leave them out with --skip or --split"
-        )
+    """Exit if the run, or a shipped policy, was trained on some of these passages, unless --split
+    train asks for them."""
+    names = ("data", "split", "skip", "limit")
+    for where, before in trained_as(args, *names):
+        trained = load_passages(*map(before.get, names))
+        both = {p.text for p in passages} & {p.text for p in trained}
+        if both and args.split != "train":
+            raise SystemExit(
+                f"error: {where} was trained on {len(both)} of these passages; "
+                "leave them out with --skip or --split"
+            )
 
 
 # -----------------------------------------------------------------------------

@@ -403,22 +403,22 @@ WORKED = [  # what the prompt shows: short passages, and settings from all over 
     (
         "Tarn Mill",
         "Tarn Mill has ground oats since 1688. Its wheel is of larch.",
-        settings_of(["passage", "questions"], 0, 0, 0, "answers", 0.004, 8),
+        settings_of(["passage", "questions"], 0, 0, 0, "answers", 0.004, 20),
     ),
     (
         "The Ossel",
         "The Ossel is a shy bird that nests in old boots. It lays one blue egg.",
-        settings_of(["questions"], 0, 0, 3, "answers", 0.008, 3),
+        settings_of(["questions"], 0, 0, 3, "answers", 0.008, 6),
     ),
     (
         "Grey Ferry",
         "Grey Ferry crosses Lake Und twice a day. Ila Brandt steers it. It is painted red.",
-        settings_of(["passage"], 8, 2, 0, "all", 0.002, 5),
+        settings_of(["passage"], 8, 2, 0, "all", 0.002, 3),
     ),
     (
         "Pell Cheese",
         "Pell Cheese ripens in salt caves for ninety days. Goats of the Dorn hills give its milk.",
-        settings_of(["passage", "facts", "rewritings"], 0, 0, 1, "all", 0.001, 20),
+        settings_of(["passage", "facts", "rewritings"], 0, 0, 1, "all", 0.012, 4),
     ),
     (
         "The Lark Code",
@@ -428,7 +428,7 @@ WORKED = [  # what the prompt shows: short passages, and settings from all over 
     (
         "Mount Arrel",
         "Mount Arrel lost its summit in the storm of 1904. Two huts stand on its eastern side.",
-        settings_of(["passage", "questions", "rewritings"], 1, 5, 0, "answers", 0.003, 1),
+        settings_of(["questions", "rewritings"], 1, 5, 0, "answers", 0.009, 8),
     ),
 ]
 

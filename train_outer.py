@@ -100,6 +100,8 @@ def add_loop_flags(parser, out: str, rewards: list[str], rules: list[str]) -> No
     about = "what is imitated. " + "; ".join(f"{rule}: {RULES[rule]}" for rule in rules)
     add("--select", default=rules[0], choices=rules, help=about)
     add = parser.add_argument_group("outer update (policy adapter on all layers)").add_argument
+    about = "what is imitated counts 1 (the paper's ReST-EM), or as much as it earned"
+    add("--outer", default="restem", choices=["restem", "weighted"], help=about)
     add("--outer-rank", type=at_least(1), default=64, help="LoRA rank")
     add("--outer-alpha", type=at_least(0.0), default=128.0, help="LoRA alpha")
     add("--outer-lr", type=at_least(0.0), default=5e-4, help="peak learning rate; the paper: 3e-4")
@@ -113,6 +115,9 @@ def add_loop_flags(parser, out: str, rewards: list[str], rules: list[str]) -> No
 def refuse_contradictions(parser, args) -> None:
     if args.select == "parts" and args.samples < 2:
         parser.error("--select parts compares self-edits: it needs --samples of at least 2")
+    if args.outer == "weighted" and (args.reward != "accuracy" or args.select == "notes"):
+        told = "what is earned is the weight, and must not be negative"
+        parser.error(f"--outer weighted needs --reward accuracy, and no --select notes: {told}")
     if args.domain == "arc":
         data.arc.refuse_other_source(parser, args)
         if args.reward == "logprob" and args.select == "improving":
@@ -147,11 +152,11 @@ DOMAINS = {"qa": reward.Passages, "arc": arc.Puzzles}
 
 
 def reinforce(model, tok, pairs: list[tuple], policy: Adapters, args, seed: int, label: str):
-    """theta <- SFT(theta, pairs of prompt and text): trains the policy adapter in place. Returns
-    the last loss, None without pairs. Exits with one line if it diverges."""
+    """theta <- SFT(theta, pairs), each a prompt, a text and its weight: trains the policy in place.
+    Returns the last loss, None without pairs. Exits with one line if it diverges."""
     if not pairs:
         return None
-    examples = [policy_example(tok, prompt, text) for prompt, text in pairs]
+    examples = [policy_example(tok, *pair) for pair in pairs]
     outcome = update_one(model, policy, examples, outer_config(args), seed, label)
     if outcome.diverged:
         where = f"error: the outer update diverged at step {outcome.steps}"
@@ -231,7 +236,8 @@ def main() -> None:
         write_jsonl(folder / "candidates.jsonl", [e.record() for e in edits])
 
         # reinforce: theta <- SFT(theta, {(C, SE_i): kept}), ReST-EM
-        pairs = reward.to_imitate(domain.prompts, edits, args.select, args.keep)
+        how = (args.select, args.keep, args.outer)
+        pairs = reward.to_imitate(domain.prompts, edits, *how)
         seed, label = sub_seed(args.seed, k, 2), f"{name} reinforce"
         loss = reinforce(model, tok, pairs, policy, args, seed, label)
         save_adapter(policy, folder / "policy", args.model)

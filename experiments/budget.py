@@ -154,8 +154,7 @@ def main() -> None:
     args = parse_arguments()
     passages = load_passages(args.data, args.split, args.skip, args.limit)
     policies = find_policies(args, "qa")
-    if args.run:
-        refuse_training_passages(passages, args)
+    refuse_training_passages(passages, args)
     model, tok = load(args)
     lora_config(args, model)  # complains now rather than after sampling
     free = "out work run policy proxy budgets".split()

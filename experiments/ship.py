@@ -56,8 +56,8 @@ def logprob(model, tok, pairs: list[tuple]) -> float:
     """Mean log-likelihood per token of texts, and their ends, as replies to their prompts."""
     found = []
     for group in chunks(sorted(pairs), 16):
-        prompts = [prompt for prompt, _ in group]
-        replies = [[*tok.encode(text), tok.end_ids[0]] for _, text in group]
+        prompts = [prompt for prompt, *_ in group]
+        replies = [[*tok.encode(text), tok.end_ids[0]] for _, text, _ in group]
         with torch.inference_mode():
             batch, x = prefill(model, prompts, [0] * len(group), max(map(len, replies)))
             means = answer_logprobs(replies, batch, x)

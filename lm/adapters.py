@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from lm.checkpoint import numbers, unreadable
-from lm.files import fingerprint, read_json, write_atomic
+from lm.files import fingerprint, note, read_json, write_atomic
 from lora import PROJECTIONS, Adapters, LoRAConfig
 from model import Transformer
 
@@ -96,6 +96,7 @@ def aimed_at(config: dict, path: str) -> bool:
 
 
 POLICY = "policy.json"  # of a shipped policy: its base, and how it was trained
+POLICIES = Path(__file__).resolve().parent.parent / "policies"  # each named as its base's folder
 
 
 def base_of(model: Transformer) -> str:
@@ -103,6 +104,18 @@ def base_of(model: Transformer) -> str:
     float32 and bfloat16, and while a policy is merged."""
     some = model.embed_tokens.weight[:256].to("cpu", torch.bfloat16).contiguous()
     return fingerprint(some.view(torch.int16).numpy().tobytes())
+
+
+def shipped_policy(model: Transformer, base: str) -> Path | None:
+    """The folder in policies/ of the policy for this model, whose own folder is `base`; None if
+    there is none."""
+    folder = POLICIES / Path(base).resolve().name
+    if not (folder / POLICY).is_file():
+        return None
+    if read_json(folder / POLICY).get("base") == base_of(model):
+        return folder
+    note(f"{folder} is not used: it was made for another model of that name")
+    return None
 
 
 def load_adapter(model: Transformer, folder) -> Adapters:

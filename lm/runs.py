@@ -5,6 +5,7 @@ import json
 import re
 from pathlib import Path
 
+from lm.adapters import POLICY
 from lm.files import (
     check_output,
     digest,
@@ -20,14 +21,19 @@ LOCKS = []  # of the run folders that this process works in, held until it ends
 
 def open_run(folder, settings: dict) -> Path:
     """Make the run folder, or check that it was made with the same settings, so that a run is only
-    ever resumed as what it was. Exits with one line that names the first setting that differs, or
-    if another process works in the folder."""
+    ever resumed as what it was; a ladder's "policies" may come and go, but not change. Exits with
+    one line that names the first setting that differs, or if another process works in the folder.
+    """
     folder = Path(folder)
     check_output(folder, folder=True)
     lock(folder)
     settings = json.loads(json.dumps(settings, default=str))
     if (folder / "settings.json").is_file():
         before = read_json(folder / "settings.json")
+        known, now = before.get("policies"), settings.get("policies")
+        if isinstance(known, dict) and isinstance(now, dict):
+            if all(known[name] == now[name] for name in known.keys() & now.keys()):
+                before["policies"] = settings["policies"] = known | now
         for key in sorted(before.keys() | settings.keys()):
             if before.get(key) != settings.get(key):
                 raise SystemExit(
@@ -35,8 +41,7 @@ def open_run(folder, settings: dict) -> Path:
                     f"{settings.get(key)!r}; "
                     "use the same settings to resume it, or another folder (--out, --work)"
                 )
-    else:
-        write_json(folder / "settings.json", settings)
+    write_json(folder / "settings.json", settings)
     return folder
 
 
@@ -56,9 +61,13 @@ def read_settings(run, *fields) -> dict:
     """The settings of a train_outer.py run. Exits with one line if one of the fields that are
     needed is not among them."""
     path = Path(run) / "settings.json"
-    settings = read_json(path)
+    return settings_in(path, read_json(path), *fields)
+
+
+def settings_in(path: Path, settings: dict, *fields) -> dict:
+    """These settings, which stand in a file. Exits with one line if a field is missing there."""
     if "domain" not in settings:
-        raise SystemExit(f"error: {run} was written by an older version; train it anew")
+        raise SystemExit(f"error: {path.parent} was written by an older version; train it anew")
     for field in fields:
         if field not in settings:
             raise SystemExit(f"error: {path}: field {field!r} is missing")
@@ -142,26 +151,35 @@ def find_policies(args, domain: str) -> dict:
                 note(f"{file.parent} is left out: round-{k} is not the name of a round")
         if not found:
             raise SystemExit(f"error: --run {args.run}: no finished round (round-K/policy) there")
-        before = read_settings(args.run)
+    for where, before in trained_as(args):
         if before["domain"] != domain:
-            raise SystemExit(
-                f"error: {args.run} was trained with train_outer.py {before['domain']}"
-            )
+            raise SystemExit(f"error: {where} was trained with train_outer.py {before['domain']}")
         for key in ("style", "shots", "learner"):
             if key in before and before[key] != getattr(args, key):
                 raise SystemExit(
-                    f"error: {args.run} was trained with --{key} {before[key]}; give this script "
+                    f"error: {where} was trained with --{key} {before[key]}; give this script "
                     "the same"
                 )
-        refuse_other_settings(before, args)
-        say_what_differs(before, args)
+        refuse_other_settings(where, before, args)
+        say_what_differs(where, before, args)
     policies = {"proxy": Path(proxy)} if proxy else {}
     policies |= {f"seal-{k}": found[k] for k in sorted(found)}
     start = max(found, default=0) + 1
     return policies | {f"seal-{k}": Path(folder) for k, folder in enumerate(args.policy, start)}
 
 
-def refuse_other_settings(before: dict, args) -> None:
+def trained_as(args, *fields) -> list[tuple]:
+    """(folder, settings) of the --run, and of each shipped policy of --policy. Exits with one line
+    if one of the fields that are needed is not among them."""
+    found = [(args.run, read_settings(args.run, *fields))] if args.run else []
+    for folder in args.policy:
+        if (file := Path(folder) / POLICY).is_file():
+            settings = read_json(file).get("settings", {})
+            found.append((folder, settings_in(file, settings, *fields)))
+    return found
+
+
+def refuse_other_settings(where, before: dict, args) -> None:
     """Exit with one line if a run's self-edits say how they are studied and the ladder's do not, or
     the other way round, or within another budget."""
     said, says = before.get("settings", False), getattr(args, "settings", False)
@@ -170,10 +188,10 @@ def refuse_other_settings(before: dict, args) -> None:
         how = f"with --budget {before['budget']}"
     elif said == says:
         return
-    raise SystemExit(f"error: {args.run} was trained {how}; give this script the same")
+    raise SystemExit(f"error: {where} was trained {how}; give this script the same")
 
 
-def say_what_differs(before: dict, args) -> None:
+def say_what_differs(where, before: dict, args) -> None:
     """A note if the run's self-edits were rewarded for another inner update than the ladder's."""
     if before.get("reward") == "proxy":
         return  # for none
@@ -182,7 +200,7 @@ def say_what_differs(before: dict, args) -> None:
     now = {name: value for name, value in vars(args).items() if name in names}
     other = [f"--{k.replace('_', '-')} {before[k]}" for k in now if before.get(k, now[k]) != now[k]]
     if other:
-        note(f"{args.run} was trained with {', '.join(other)}, other than this ladder")
+        note(f"{where} was trained with {', '.join(other)}, other than this ladder")
 
 
 def policy_digests(policies: dict) -> dict:

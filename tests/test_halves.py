@@ -102,7 +102,7 @@ def test_notes_that_help_are_imitated():
     select(edits, {}, "notes", 6)
     assert [e.kept for e in edits] == [True, True, False]
     prompts = {"p": [[1], [2], [3]]}
-    assert to_imitate(prompts, edits, "notes", 6) == [([1], "Who cast?")]
+    assert to_imitate(prompts, edits, "notes", 6) == [([1], "Who cast?", 1.0)]
 
 
 def test_noise_is_no_credit():

@@ -2,6 +2,7 @@
 
 import subprocess
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,9 +14,9 @@ from data.qa import Passage, Question
 from data.text import sentences
 from experiments import own_texts
 from inner import Outcome
-from lm.adapters import load_adapter, save_adapter
+from lm.adapters import base_of, load_adapter, save_adapter
 from lm.checkpoint import load_model
-from lm.files import read_json, sub_seed
+from lm.files import read_json, sub_seed, write_json
 from lm.tokenizer import Tokenizer
 from lora import Adapters, LoRAConfig, attached, merged
 from quiz import ask, quiz_items
@@ -25,6 +26,42 @@ from selfedit import Part, SelfEdit, clozes
 def run(monkeypatch, tiny_folder, *args):
     small = ["--max-new", 8, "--rank", 2, "--top-layers", 2]
     run_script(monkeypatch, learn, tiny_folder, *args, *small)
+
+
+def test_the_policy_of_policies_writes_the_notes(tiny, tiny_folder, tmp_path, monkeypatch, capsys):
+    """It is used where it is for this model, and --policy none leaves it out."""
+    (tmp_path / "rolm.txt").write_text("Rolm was founded by Ada Quell.")
+    folder = tmp_path / "policies" / Path(tiny_folder).name
+    policy = Adapters.init(tiny, LoRAConfig(2, 4.0, ("q_proj",), 0, 4), 1, seed=0)
+    policy.flat += 0.05
+    save_adapter(policy, folder, tiny_folder)
+    monkeypatch.setattr("lm.adapters.POLICIES", tmp_path / "policies")
+    with torch.no_grad():
+        plain = [layer.self_attn.q_proj.weight.clone() for layer in tiny.layers]
+
+    def wrote(base: str, *extra) -> bool:
+        """Was the policy in the weights that wrote?"""
+        write_json(folder / "policy.json", {"base": base})
+        seen = []
+
+        def write(model, *_):
+            now = [layer.self_attn.q_proj.weight for layer in model.layers]
+            seen.append(not all(map(torch.equal, now, plain)))
+            return []
+
+        monkeypatch.setattr(learn, "write_self_edits", write)
+        about = ["study", tmp_path / "rolm.txt", "--out", tmp_path / "a"]
+        run(monkeypatch, tiny_folder, *about, *extra)
+        return seen[0]
+
+    assert wrote(base_of(tiny))
+    assert not wrote(base_of(tiny), "--policy", "none")
+    assert wrote(base_of(tiny), "--policy", folder)
+    capsys.readouterr()
+    assert not wrote("another")
+    assert "is not used: it was made for another model" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="is a policy for another base model than this one"):
+        wrote("another", "--policy", folder)
 
 
 @pytest.mark.parametrize("who", [None, "base", "policy"])

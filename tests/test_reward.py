@@ -205,15 +205,15 @@ def test_notes_that_ask_what_the_quiz_asks():
     assert one.kept and "among the best" in one.why
     prompts = {"a": ["first", "second"]}
     assert to_imitate(prompts, [one, two], "notes", 1) == [
-        ("first", "Who founded Rolm?"),
-        ("second", "What is sold to Varbon?"),
+        ("first", "Who founded Rolm?", 1.0),
+        ("second", "What is sold to Varbon?", 1.0),
     ]
     one.parts[0].target = ""  # copied: not among those to choose from
     select([one, two], {}, "notes", 1)
     assert kept(one) == [False, False] and kept(two) == [True, True]
     assert to_imitate(prompts, [one, two], "notes", 1) == [
-        ("first", "Who founded it?"),
-        ("second", "What is sold to Varbon?"),
+        ("first", "Who founded it?", 1.0),
+        ("second", "What is sold to Varbon?", 1.0),
     ]
 
 
@@ -394,6 +394,15 @@ def test_what_is_kept_is_imitated():
     parts = [Part("as sampled", target="good", kept=True), Part("as sampled", target="not this")]
     edits = [SelfEdit("a", parts), SelfEdit("a", [Part("x"), Part("x", target="fine", kept=True)])]
     pairs = to_imitate({"a": ["first", "second"]}, edits, "parts", 6)
-    assert pairs == [("first", "good"), ("second", "fine")]
+    assert pairs == [("first", "good", 1.0), ("second", "fine", 1.0)]
+    parts[0].credit, edits[1].parts[1].credit = 0.9, 0.3
+    weighted = to_imitate({"a": ["first", "second"]}, edits, "parts", 6, "weighted")
+    assert [text for _, text, _ in weighted] == ["good", "fine"]
+    assert [weight for *_, weight in weighted] == pytest.approx([1.5, 0.5])
+    parts[0].credit = 0.0  # the best of its passage, and worth nothing
+    weighted = to_imitate({"a": ["first", "second"]}, edits, "parts", 6, "weighted")
+    assert weighted == [("second", "fine", 1.0)]
+    edits[1].parts[1].credit = 0.0
+    assert to_imitate({"a": ["first", "second"]}, edits, "parts", 6, "weighted") == []
     with pytest.raises(ValueError):
         to_imitate({"a": ["only one"]}, edits, "parts", 6)

@@ -11,7 +11,15 @@ import pytest
 from conftest import ROOT
 
 from lm.files import read_jsonl, write_jsonl
-from lm.runs import Rounds, find_policies, open_run, policy_digests, read_settings, set_outputs
+from lm.runs import (
+    Rounds,
+    find_policies,
+    open_run,
+    policy_digests,
+    read_settings,
+    set_outputs,
+    trained_as,
+)
 
 
 def test_runs_are_resumed_as_what_they_were(tmp_path):
@@ -150,6 +158,44 @@ def test_a_copy_of_a_round_is_left_out(a_run, capsys):
     assert list(found) == [f"seal-{k}" for k in range(1, 12)]
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 3 and all("is not the name of a round" in line for line in lines)
+
+
+def test_a_ladders_policies_come_and_go(tmp_path):
+    """As rows do: but one that was used before must be the same."""
+    for policies in ({"seal-1": "a"}, {"seal-1": "a", "seal-2": "b"}, {"proxy": "c"}, {}):
+        open_run(tmp_path / "run", {"lr": 0.1, "policies": policies})
+    known = json.loads((tmp_path / "run/settings.json").read_text())["policies"]
+    assert known == {"seal-1": "a", "seal-2": "b", "proxy": "c"}
+    with pytest.raises(SystemExit, match="was started with policies = "):
+        open_run(tmp_path / "run", {"lr": 0.1, "policies": {"seal-2": "other", "seal-3": "d"}})
+    with pytest.raises(SystemExit, match="was started with lr = 0.1"):
+        open_run(tmp_path / "run", {"lr": 0.2, "policies": {"seal-4": "e"}})
+    assert json.loads((tmp_path / "run/settings.json").read_text())["policies"] == known
+
+
+def ship(folder, **changes):
+    """A shipped policy that says how it was trained."""
+    folder.mkdir()
+    before = {"domain": "qa", "style": "questions", "shots": 1, "learner": "base"}
+    (folder / "policy.json").write_text(json.dumps({"settings": before | changes}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "changes, told",
+    [
+        ({"shots": 0}, "was trained with --shots 0; give this script the same"),
+        ({"domain": "arc"}, "was trained with train_outer.py arc"),
+        ({"settings": True, "budget": 99}, "was trained with --settings; give this script"),
+    ],
+)
+def test_a_shipped_policy_says_how_it_was_trained(changes, told, tmp_path):
+    sound = ship(tmp_path / "sound")
+    assert find_policies(arguments(None, policy=[sound]), "qa") == {"seal-1": sound}
+    with pytest.raises(SystemExit, match=f"other {told}"):
+        find_policies(arguments(None, policy=[sound, ship(tmp_path / "other", **changes)]), "qa")
+    with pytest.raises(SystemExit, match="policy.json: field 'data' is missing"):
+        trained_as(arguments(None, policy=[sound]), "data")
 
 
 def test_settings_that_a_ladder_needs(a_run):

@@ -122,7 +122,7 @@ def test_the_prompt_shows_the_range(tok):
     assert shown.rstrip().endswith("assistant") and TEXT in shown
     rates = [settings["learning_rate"] for _, _, settings in WORKED]
     epochs = [settings["epochs"] for _, _, settings in WORKED]
-    assert min(rates) <= 0.001 and max(rates) >= 0.008 and min(epochs) == 1 and max(epochs) == 20
+    assert (min(rates), max(rates)) == (0.002, 0.012) and (min(epochs), max(epochs)) == (3, 20)
     told = {name for _, _, settings in WORKED for name in settings["data"]}
     assert told == set(DATA) and {s["loss"] for _, _, s in WORKED} == {"all", "answers"}
     for tool in TOOLS:

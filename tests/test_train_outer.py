@@ -355,6 +355,8 @@ def test_where_the_passage_alone_diverged_nothing_improves_on_it(
         (["--reward", "proxy", "--style", "self-qa"], "--reward proxy is for --style questions"),
         (["--reward", "proxy", "--select", "improving"], "and not for --select improving"),
         (["--select", "notes"], "--select notes needs --reward proxy"),
+        (["--outer", "weighted", "--reward", "logprob"], "weighted needs --reward accuracy"),
+        (["--outer", "weighted", "--select", "notes", "--halves", 4], "and no --select notes"),
         (["--keep", 2], "--keep has no effect with --select best"),
         (["--lr", "fast"], "invalid float value"),
     ],
@@ -404,10 +406,13 @@ def test_only_what_is_kept_is_imitated(tok, monkeypatch):
     ):
         parts = [Part("as sampled", target=t, kept=k) for t, k in zip(texts, kept)]
         edits.append(SelfEdit("a", parts))
-    pairs, how = to_imitate({"a": [[5], [6]]}, edits, "parts", 6), (None, args, 0, "test")
+    edits[0].parts[0].credit, edits[2].parts[1].credit = 0.6, 0.2
+    pairs = to_imitate({"a": [[5], [6]]}, edits, "parts", 6, "weighted")
+    how = (None, args, 0, "test")
     assert train_outer.reinforce(None, tok, pairs, *how) == 1.0
     assert [tok.decode(e.ids[1:]) for e in seen] == ["good<|im_end|>", "fine<|im_end|>"]
     assert [e.ids[0] for e in seen] == [5, 6]
+    assert [e.weight for e in seen] == pytest.approx([1.5, 0.5])
     assert train_outer.reinforce(None, tok, [], *how) is None and len(seen) == 2
 
 
