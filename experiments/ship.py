@@ -19,10 +19,10 @@ import numpy as np
 import torch
 
 from data.qa import load_passages
-from lm.adapters import POLICY, base_of, load_adapter, save_adapter
+from lm.adapters import base_of, load_adapter, save_adapter
 from lm.files import check_output, chunks, digest, run_main, write_json
 from lm.flags import Parser, add_model_flags, at_least, load, result_head
-from lm.runs import Rounds, read_settings
+from lm.runs import POLICY, Rounds, read_settings
 from lora import merged
 from quiz import answer_logprobs
 from reward import to_imitate

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from lm.checkpoint import numbers, unreadable
 from lm.files import fingerprint, note, read_json, write_atomic
+from lm.runs import POLICY
 from lora import PROJECTIONS, Adapters, LoRAConfig
 from model import Transformer
 
@@ -95,7 +96,6 @@ def aimed_at(config: dict, path: str) -> bool:
 # which base model an adapter belongs to
 
 
-POLICY = "policy.json"  # of a shipped policy: its base, and how it was trained
 POLICIES = Path(__file__).resolve().parent.parent / "policies"  # each named as its base's folder
 
 

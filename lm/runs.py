@@ -5,7 +5,6 @@ import json
 import re
 from pathlib import Path
 
-from lm.adapters import POLICY
 from lm.files import (
     check_output,
     digest,
@@ -16,6 +15,7 @@ from lm.files import (
     write_jsonl,
 )
 
+POLICY = "policy.json"  # of a shipped policy: its base, and how it was trained
 LOCKS = []  # of the run folders that this process works in, held until it ends
 
 
