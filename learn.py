@@ -1,70 +1,94 @@
-"""Learn a text of your own, then ask about it: the inner update and the quiz, without the outer
-loop.
+"""Tell it today, it knows tomorrow: learn documents of your own, then ask about them.
 
-    python learn.py study ambrel.txt --title "Port Ambrel" --out runs/ambrel
-    python learn.py ask "Who founded Port Ambrel?" --adapter runs/ambrel
+    python learn.py study ambrel.txt notes.md --memory me
+    python learn.py ask "Who founded Port Ambrel?" --memory me       # without a question: a chat
+    python learn.py list --memory me               # and: show ambrel, forget ambrel
+    python learn.py export ambrel runs/ambrel-model --memory me
 
-`study` lets the model write self-edits about the text, trains a LoRA on the text, its notes and
-questions made of the statements' own words, and saves it as a PEFT adapter, with the title in
-study.json. It says which notes were left out and why, and, asking the notes' own questions again,
-which statements were not learnt. `ask` answers under that adapter; the text is not in the prompt.
+`study` cuts each document into passages, lets the model write self-edits about them, trains a LoRA
+on the passages, their notes and questions made of the statements' own words, and keeps it in the
+memory, a PEFT adapter for each document (lm/memory.py). It says which notes were left out and why,
+and, asking the notes' own questions again, which statements were not learnt. `ask` looks for the
+passage that the question is about, and answers under its document's adapter; no text is in the
+prompt. `export` writes the whole model with one document learnt, for other programs.
+
 The notes are written by the policy that policies/ has for the model, by another one (--policy, a
-round-K/policy folder of a train_outer.py run), or by the untrained model (--policy none). With
---learner policy it also studies them, and `ask` loads it below the adapter.
+round-K/policy folder of a train_outer.py run), or by the untrained model (--policy none).
 """
 
 import hashlib
+import re
+import sys
 from collections import Counter
+from os.path import commonprefix
 from pathlib import Path
 
-import inner
 import reward
 from data.qa import Passage
-from data.text import question_and_answer, sentences
-from inner import learner, lora_config, sft_config, update_one
-from lm.adapters import load_adapter, save_adapter, shipped_policy
+from data.text import pieces, question_and_answer, sections, sentences
+from inner import lora_config, sft_config, update_one
+from lm.adapters import base_of, load_adapter, shipped_policy
 from lm.checkpoint import save_model
-from lm.files import check_output, chunks, read_json, run_main, sub_seed, write_json
-from lm.flags import Parser, at_least, load
+from lm.files import check_output, chunks, run_main, sub_seed
+from lm.flags import Parser, add_model_flags, at_least, load
+from lm.memory import Document, Memory, Router
 from lm.tokenizer import Tokenizer
 from lora import Adapters, merge, merged
-from quiz import ANSWER_LEN, quiz_prompt, score_answer
-from reward import passage_examples, short_pieces, words
+from quiz import ANSWER_LEN, normalize, quiz_prompt, score_answer
+from reward import LONGEST, passage_examples, words
 from sampler import generate
 from selfedit import QA_PAIR, clozes, settle, write_self_edits
+
+ACTIONS = {
+    "study": "learn documents, each into an adapter of its own",
+    "ask": "answer a question, or chat",
+    "list": "what was learnt",
+    "show": "a document's passages and notes, and what was not learnt",
+    "forget": "remove a document, as if it had never been learnt",
+    "export": "write the whole model with one document learnt to a new folder",
+}
 
 
 def parse_arguments():
     parser = Parser(description=__doc__)
-    reward.add_flags(parser)
-    add = parser.add_argument_group("learn.py").add_argument
-    add("action", choices=["study", "ask"], help="what to do")
-    add("text", help="study: a text file; ask: the question")
-    add("--title", default="Notes", help="study: what the text is about, in a few words")
-    about = "study: self-edits to sample; their notes are pooled"
+    actions = parser.add_subparsers(dest="action", required=True, metavar="|".join(ACTIONS))
+    sub = {name: actions.add_parser(name, help=text) for name, text in ACTIONS.items()}
+    for p in sub.values():
+        p.add_argument("--memory", default="runs/memory", help="folder of what is learnt")
+    add = sub["study"].add_argument
+    add("files", nargs="+", metavar="FILE", help="plain text or Markdown")
+    about = "what the text is about, in a few words; without: its first heading, or the file's name"
+    add("--title", help=about)
+    about = "self-edits to sample of each passage; their notes are pooled"
     add("--samples", type=at_least(1), default=2, help=about)
-    about = "study: adapter folder of a trained policy; shipped: the one in policies/; none"
+    about = "adapter folder of a trained policy; shipped: the one in policies/; none"
     add("--policy", default="shipped", help=about)
-    inner.add_learner_flag(parser)
-    add("--out", default="runs/learned", help="study: folder for the adapter")
-    about = "study: also write the updated model, whole, to this new folder"
-    add("--merged", help=about)
-    add("--adapter", default="runs/learned", help="ask: folder of the adapter")
+    reward.add_flags(sub["study"])
     # A text can be longer, and its notes more, than a passage's; few epochs of a higher rate teach
     # more in less time (docs/LOG.md).
-    parser.set_defaults(steps=0, lr=8e-3, epochs=5)
-    return settle(parser.parse_args())
+    sub["study"].set_defaults(steps=0, lr=8e-3, epochs=5)
+    add = sub["ask"].add_argument
+    add("question", nargs="?", help="without one: a chat, a question a line")
+    about = "what to say where nothing that was learnt fits: unknown, or what the base model thinks"
+    add("--say", default="base", choices=["base", "unknown"], help=about)
+    for name in ("show", "forget", "export"):
+        sub[name].add_argument("name", help="of a document, see list")
+    sub["export"].add_argument("to", help="new folder")
+    for name in ("ask", "export"):
+        add_model_flags(sub[name])
+    args = parser.parse_args()
+    if args.action == "study":
+        if args.title and len(args.files) > 1:
+            sub["study"].error("--title is for one document")
+        settle(args)
+    return args
 
 
-LEFT_OUT = {
-    "copied": "notes copied from the prompt's example, left out",
-    "endless": "an unfinished last note, left out (--max-new)",
-    "malformed": "no note in it",
-    "empty": "nothing in it",
-    "repeats": "notes said twice, left out",
-}
-BATCH = 64  # questions asked at a time
+# -----------------------------------------------------------------------------
+# documents
+
 LONGEST_TEXT = 50_000  # characters; what is longer would take hours
+LONGEST_PASSAGE = 120  # words
 
 
 def read_text(path: str) -> str:
@@ -82,24 +106,51 @@ def read_text(path: str) -> str:
         raise SystemExit(f"error: {path} is empty")
     if len(text) > LONGEST_TEXT:
         long = f"{path} has {len(text):,} characters, of at most {LONGEST_TEXT:,}"
-        raise SystemExit(f"error: {long}; study it chapter by chapter, each into its own --out")
+        raise SystemExit(f"error: {long}; study it chapter by chapter, each in its own file")
     return text
 
 
-def policy_folder(model, args) -> Path | None:
-    """Of the policy that writes the notes; None if that is the untrained model."""
-    if args.policy == "shipped":
-        return shipped_policy(model, args.model)
-    return None if args.policy == "none" else Path(args.policy)
+def name_of(path: str) -> str:
+    """What a document is called: "My notes.md" -> "my-notes"."""
+    return re.sub(r"[^\w]+", "-", Path(path).stem.casefold()).strip("-_") or "document"
 
 
-def refuse_to_replace(args, about: dict) -> None:
-    """Exit with one line if --out holds another text's adapter, or --merged exists."""
-    found = Path(args.out) / "study.json"
-    if found.is_file() and read_json(found).get("text_sha256") != about["text_sha256"]:
-        raise SystemExit(f"error: {args.out} holds what was learnt of another text; choose --out")
-    if args.merged and Path(args.merged).exists():
-        raise SystemExit(f"error: --merged {args.merged} exists already; choose another folder")
+def passages_of(tok: Tokenizer, name: str, title: str, text: str) -> list[Passage]:
+    """A document's passages: whole statements, at most LONGEST_PASSAGE words, short sections
+    together. Each is about the document's title and the headings that all of it stands under."""
+
+    def fits(piece: str) -> bool:
+        return len(piece.split()) <= LONGEST_PASSAGE and len(tok.encode(piece)) <= LONGEST
+
+    found, top = [], top_heading(text)
+    for headings, body in sections(text):
+        below = headings[1:] if headings[:1] == (top,) else headings
+        for piece in pieces(body, fits):
+            if found and fits(joined := f"{found[-1][1]}\n\n{piece}"):
+                found[-1] = (commonprefix([found[-1][0], below]), joined)
+            else:
+                found.append((below, piece))
+    passages = []
+    for n, (below, piece) in enumerate(found, 1):
+        passages.append(Passage(f"{name}-{n}", ": ".join([title, *below]), piece, ()))
+    return passages
+
+
+def top_heading(text: str) -> str:
+    """The first heading of a Markdown text, its title; "" if there is none."""
+    return next((headings[0] for headings, _ in sections(text) if headings), "")
+
+
+# -----------------------------------------------------------------------------
+# notes
+
+LEFT_OUT = {
+    "copied": "notes copied from the prompt's example, left out",
+    "endless": "an unfinished last note, left out (--max-new)",
+    "malformed": "no note in it",
+    "empty": "nothing in it",
+    "repeats": "notes said twice, left out",
+}
 
 
 def own_questions(text: str) -> list[str]:
@@ -125,104 +176,224 @@ def to_the_point(notes: list[str], title: str) -> list[str]:
     return [note for note in notes if note not in dropped]
 
 
-def report_notes(text: str, edits: list, notes: list[str], vague: int) -> None:
+def notes_on(passage: Passage, edits: list) -> list[str]:
+    """Those that the passage asks itself, and the sampled ones that are to the point."""
+    own = [note for e in edits if e.passage == passage.id for note in e.notes]
+    pointed = to_the_point(list(dict.fromkeys(own)), passage.title)
+    return list(dict.fromkeys([*own_questions(passage.text), *pointed]))
+
+
+def report_notes(passages: list[Passage], edits: list, notes: list[list]) -> None:
     """Print the notes, what was left out of the samples, and what has no notes."""
-    print("\n".join(["", f"{len(notes)} notes:", *notes, ""]))
     samples = [part for e in edits for part in e.parts]
+    written = {note for e in edits for note in e.notes}
+    studied = {note for own in notes for note in own}
+    print("\n".join(["", f"{len(studied)} notes:", *sorted(studied), ""]))
     for flaw, n in Counter(part.flaw for part in samples if part.flaw).items():
         print(f"of {len(samples)} samples {n} with {LEFT_OUT[flaw]}")
-    if vague:
+    if vague := len(written - studied):
         print(f"{vague} notes that ask for no one statement, left out")
-    answered = {m[2] for note in notes if (m := QA_PAIR.fullmatch(note))}
-    for statement in sentences(text):
-        if len(statement) > 400:
-            print(f"could not be split, studied whole: {statement[:60]} ...")
-        elif answered and question_and_answer(statement)[1] not in answered:
-            print(f"no notes on: {statement}")
+    for passage, own in zip(passages, notes):
+        answered = {m[2] for note in own if (m := QA_PAIR.fullmatch(note))}
+        for statement in sentences(passage.text):
+            if len(statement) > 400:
+                print(f"could not be split, studied whole: {statement[:60]} ...")
+            elif answered and question_and_answer(statement)[1] not in answered:
+                print(f"no notes on: {statement}")
 
 
-def report_learnt(model, tok: Tokenizer, title: str, notes: list[str], adapters: Adapters) -> None:
-    """Ask some of the notes' own questions, and print which statements were not given back."""
-    pairs = [m.groups() for note in notes if (m := QA_PAIR.fullmatch(note))]
+# -----------------------------------------------------------------------------
+# study
+
+BATCH = 64  # questions asked at a time
+
+
+def study(model, tok: Tokenizer, args) -> None:
+    """Learn each document that the memory does not have yet."""
+    lora, memory = lora_config(args, model), Memory(args.memory, base_of(model))
+    texts = {}
+    for path in args.files:  # all are read before the first is studied
+        name, text = name_of(path), read_text(path)
+        if name in texts:
+            raise SystemExit(f"error: two documents would be called {name!r}; rename one file")
+        texts[name] = (path, text, hashlib.sha256(text.encode()).hexdigest())
+        known = memory.documents.get(name)
+        if known and known.sha256 != texts[name][2]:
+            raise SystemExit(
+                f"error: {args.memory} has another text called {name!r}; forget it first: "
+                f"python learn.py forget {name} --memory {args.memory}"
+            )
+    policy = policy_of(model, args)
+    memory.open_to_write(base_of(model))
+    for name, (path, text, sha256) in texts.items():
+        if name in memory.documents:
+            print(f"{name}: known already")
+            continue
+        title = args.title or top_heading(text) or Path(path).stem
+        study_one(model, tok, memory, policy, lora, (name, title, text, sha256), args)
+
+
+def policy_of(model, args) -> Adapters | None:
+    """The policy that writes the notes; None if that is the untrained model."""
+    folder = args.policy if args.policy != "none" else None
+    if args.policy == "shipped":
+        folder = shipped_policy(model, args.model)
+    return load_adapter(model, folder) if folder else None
+
+
+def study_one(model, tok, memory: Memory, policy, lora, about: tuple, args) -> None:
+    """Sample notes on a document, train on them and the text, keep the adapter."""
+    name, title, text, sha256 = about
+    passages = passages_of(tok, name, title, text)
+    with merged(model, policy):
+        edits = write_self_edits(model, tok, passages, args.samples, args, sub_seed(args.seed, 0))
+    notes = [notes_on(passage, edits) for passage in passages]
+    report_notes(passages, edits, notes)
+
+    seed, examples = sub_seed(args.seed, 1), []
+    for n, (passage, own) in enumerate(zip(passages, notes)):
+        asking = clozes(passage.text, 3, sub_seed(args.seed, 2, n))
+        examples += passage_examples(tok, passage.title, [passage.text, *own, *asking])
+    adapters = Adapters.init(model, lora, 1, seed)
+    outcome = update_one(model, adapters, examples, sft_config(args), seed, f"study {name}")
+    if outcome.diverged:
+        raise SystemExit(
+            f"error: training diverged at step {outcome.steps}; try a lower --lr than {args.lr}"
+        )
+    known = ask_again(model, tok, passages, notes, adapters)
+    learnt = [statement for statement, given_back in known.items() if given_back]
+    missed = [statement for statement in known if statement not in learnt]
+    kept = []
+    for passage, own in zip(passages, notes):
+        kept.append({"title": passage.title, "text": passage.text, "notes": own})
+    settings = {k: v for k, v in vars(args).items() if k not in ("files", "memory", "action")}
+    document = Document(name, title, sha256, kept, learnt, missed, settings)
+    memory.add(document, adapters, args.model)
+    print(f"{name}: {outcome.steps} steps, last loss {outcome.loss:.3f}; kept in {args.memory}")
+    print(f"asked again: {len(learnt)} of {len(known)} statements learnt")
+    for statement in missed:
+        print(f"not learnt: {statement}")
+
+
+def ask_again(model, tok: Tokenizer, passages, notes, adapters: Adapters) -> dict:
+    """Ask some of the notes' own questions -> {statement: was it given back?}."""
     asked, prompts, answers = Counter(), [], []
-    for question, answer in pairs:
-        asked[answer] += 1
-        if asked[answer] <= 2:
-            prompts.append(quiz_prompt(tok, title, question))
-            answers.append(answer)
-    if not pairs:
-        return
+    for passage, own in zip(passages, notes):
+        for question, answer in (m.groups() for note in own if (m := QA_PAIR.fullmatch(note))):
+            asked[answer] += 1
+            if asked[answer] <= 2:
+                prompts.append(quiz_prompt(tok, passage.title, question))
+                answers.append(answer)
     replies, ends = [], {*tok.end_ids, *tok.newline_ids}
     for batch in chunks(prompts, BATCH):
         owner = [0] * len(batch)
         replies += generate(model, batch, ANSWER_LEN, ends, adapters=adapters, owner=owner)
-    learnt = dict.fromkeys(answers, False)
+    known = dict.fromkeys(answers, False)
     for answer, ids in zip(answers, replies):
         said = tok.decode([t for t in ids if t not in tok.end_ids])
-        learnt[answer] |= score_answer(said, (answer,))["f1"] >= 0.8
-    print(f"asked again: {sum(learnt.values())} of {len(learnt)} statements learnt")
-    for answer in (answer for answer, known in learnt.items() if not known):
-        print(f"not learnt: {answer}")
+        known[answer] |= score_answer(said, (answer,))["f1"] >= 0.8
+    return known
 
 
-def study(model, tok: Tokenizer, args) -> None:
-    """Sample notes, train on them and the text, save the adapter."""
-    text, lora = read_text(args.text), lora_config(args, model)
-    folder = policy_folder(model, args)
-    studied_on = str(folder) if folder and args.learner == "policy" else None
-    sha256 = hashlib.sha256(text.encode()).hexdigest()
-    about = {"title": args.title, "policy": studied_on, "text_sha256": sha256}
-    refuse_to_replace(args, about)
-    policy = load_adapter(model, folder) if folder else None
+# -----------------------------------------------------------------------------
+# what was learnt
 
-    parts = short_pieces(tok, text)
-    passages = [Passage(f"text-{n}", args.title, part, ()) for n, part in enumerate(parts)]
-    with merged(model, policy):
-        edits = write_self_edits(model, tok, passages, args.samples, args, sub_seed(args.seed, 0))
-    written = list(dict.fromkeys(note for e in edits for note in e.notes))
-    pointed = to_the_point(written, args.title)
-    notes = list(dict.fromkeys([*own_questions(text), *pointed]))
-    report_notes(text, edits, notes, len(written) - len(pointed))
-    asking = clozes(text, 3, sub_seed(args.seed, 2))
+LEAST = 0.5  # share of a question's words, counted by rarity, that the passage it is about has
+COMMON = set("a an the of in on at to for from by with and or as not no it its this that".split())
+COMMON |= set("is are was were be been do does did has have had can could these those my".split())
+COMMON |= set("i me you your what which who whom whose when where why how many much".split())
 
-    seed, config = sub_seed(args.seed, 1), sft_config(args)
-    adapters = Adapters.init(model, lora, 1, seed)
-    examples = passage_examples(tok, args.title, [*parts, *notes, *asking])
-    with learner(model, policy, args):
-        outcome = update_one(model, adapters, examples, config, seed, "study")
-        if outcome.diverged:
-            raise SystemExit(
-                f"error: training diverged at step {outcome.steps}; try a lower --lr than {args.lr}"
-            )
-        save_adapter(adapters, args.out, args.model)
-        write_json(Path(args.out) / "study.json", about)
-        print(f"{outcome.steps} steps, last loss {outcome.loss:.3f}; adapter written to {args.out}")
-        report_learnt(model, tok, args.title, notes, adapters)
-        if args.merged:
-            merge(model, adapters)
-            save_model(model, args.merged, args.model)
-            print(f"whole model written to {args.merged}")
+
+def telling_words(text: str) -> list[str]:
+    return [word for word in normalize(text).split() if word not in COMMON]
+
+
+class Answers:
+    """Finds the passage that a question is about, and answers under its document's adapter."""
+
+    def __init__(self, model, tok: Tokenizer, memory: Memory, say: str):
+        self.model, self.tok, self.memory, self.say = model, tok, memory, say
+        self.passages, texts = [], []
+        for document in memory.documents.values():
+            for p in document.passages:
+                self.passages.append((document.name, p["title"]))
+                texts.append(telling_words("\n".join([p["title"], p["text"], *p["notes"]])))
+        self.router = Router(texts)
+
+    def reply(self, question: str) -> tuple[str, str]:
+        """(the document, the answer); ("", ...) where none fits."""
+        found, adapter = self.router.best(telling_words(question), LEAST), None
+        name, title = self.passages[found] if found is not None else ("", "")
+        if name:
+            adapter = self.memory.adapter(self.model, name)
+        elif self.say == "unknown":
+            return "", "I don't know."
+        prompt = quiz_prompt(self.tok, title, question)
+        ends = {*self.tok.end_ids, *self.tok.newline_ids}
+        [ids] = generate(self.model, [prompt], ANSWER_LEN, ends, adapters=adapter)
+        return name, self.tok.decode([t for t in ids if t not in self.tok.end_ids]).strip()
 
 
 def ask(model, tok: Tokenizer, args) -> None:
-    """Answer a question under the adapter, on top of the policy if it was trained on one."""
-    studied = read_json(Path(args.adapter) / "study.json")
-    if studied.get("policy"):
-        merge(model, load_adapter(model, studied["policy"]))
-    prompt = quiz_prompt(tok, studied.get("title", ""), args.text)
-    ends, adapter = {*tok.end_ids, *tok.newline_ids}, load_adapter(model, args.adapter)
-    [ids] = generate(model, [prompt], ANSWER_LEN, ends, adapters=adapter)
-    print(tok.decode([t for t in ids if t not in tok.end_ids]).strip())
+    answers = Answers(model, tok, Memory(args.memory, base_of(model)), args.say)
+    if args.question:
+        print(answers.reply(args.question)[1])
+        return
+    while True:
+        print("> " * sys.stdin.isatty(), end="", flush=True)
+        line = sys.stdin.readline()
+        if not line:
+            return
+        if line.strip():
+            name, said = answers.reply(line.strip())
+            print(f"{said}  [{name or 'nothing that was learnt'}]", flush=True)
+
+
+def show_list(memory: Memory) -> None:
+    for d in memory.documents.values():
+        of = len(d.learnt) + len(d.missed)
+        notes = sum(len(p["notes"]) for p in d.passages)
+        told = f"{len(d.passages)} passages, {notes} notes, {len(d.learnt)} of {of} learnt"
+        print(f"{d.name:20} {told}  {d.title}")
+
+
+def show(document: Document) -> None:
+    for p in document.passages:
+        print("\n".join([f"# {p['title']}", p["text"], "", *p["notes"], ""]))
+    for statement in document.missed:
+        print(f"not learnt: {statement}")
+
+
+def export(model, args) -> None:
+    memory = Memory(args.memory, base_of(model))
+    merge(model, memory.adapter(model, memory[args.name].name))
+    save_model(model, args.to, args.model)
+    print(f"whole model written to {args.to}")
 
 
 def main() -> None:
     args = parse_arguments()
-    if args.action == "study":
-        for folder in filter(None, (args.out, args.merged)):
-            check_output(folder, folder=True)
-    model, tok = load(args)
-    study(model, tok, args) if args.action == "study" else ask(model, tok, args)
+    if args.action == "list":
+        show_list(Memory(args.memory))
+    elif args.action == "show":
+        show(Memory(args.memory)[args.name])
+    elif args.action == "forget":
+        memory = Memory(args.memory)
+        memory[args.name]  # complains before anything is made
+        memory.keep_to_itself()
+        memory.forget(args.name)
+        print(f"{args.name} is forgotten")
+    else:
+        if args.action == "export":
+            if Path(args.to).exists():
+                raise SystemExit(f"error: {args.to} exists already; choose another folder")
+            check_output(args.to, folder=True)
+        model, tok = load(args)
+        if args.action == "study":
+            study(model, tok, args)
+        else:
+            ask(model, tok, args) if args.action == "ask" else export(model, args)
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, "; the same command goes on with the next document")

@@ -1,5 +1,5 @@
-"""Text as the project cuts it: statements, each a fact to ask about, and pieces, each short enough
-to be one training sequence."""
+"""Text as the project cuts it: statements, each a fact to ask about, sections under their headings,
+and pieces, each short enough to be one training sequence."""
 
 import re
 
@@ -134,6 +134,30 @@ def wraps(last: str, line: str, width: int) -> bool:
     """Is a line the rest of the one before? Then that one had no room for its first word."""
     full = len(last) >= 50 and len(last) + 1 + len(line.split()[0]) > width
     return line[0].islower() or full
+
+
+HEADING = re.compile(r"(#{1,6})\s+(\S.*?)[\s#]*$")
+
+
+def sections(text: str) -> list[tuple[tuple, str]]:
+    """A text by its Markdown headings, which stay where they are, each part with the headings that
+    it stands under: "# Rolm\nIt fell.\n## Trade\nIn salt." -> [(("Rolm",), "# Rolm\nIt fell."),
+    (("Rolm", "Trade"), "## Trade\nIn salt.")]; a text without is [((), text)]. A heading with
+    nothing below it goes with the next."""
+    above, code, found, full = {}, False, [[(), []]], False  # above: level -> heading
+    for line in text.splitlines():
+        code ^= line.startswith(("```", "~~~"))
+        mark = None if code else HEADING.match(line)
+        if mark:
+            level = len(mark[1])
+            above = {n: name for n, name in above.items() if n < level} | {level: mark[2]}
+            if full:
+                found.append([(), []])
+            found[-1][0] = tuple(above.values())
+        full = not mark and (full or bool(line.strip()))
+        found[-1][1].append(line)
+    parts = [(headings, "\n".join(lines).strip()) for headings, lines in found]
+    return [(headings, part) for headings, part in parts if part]
 
 
 def pieces(text: str, fits) -> list[str]:

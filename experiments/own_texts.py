@@ -43,17 +43,17 @@ def parse_arguments():
 def study(passage, args, seed: int) -> Path:
     """`learn.py study` of a passage's text, as anyone would run it. Returns the adapter's folder.
     Exits with one line if it fails."""
-    text = Path(args.work) / f"{passage.id}.txt"
-    out = text.with_name(f"{passage.id}-{seed}")
-    if not (out / "study.json").is_file():
+    text, memory = Path(args.work) / f"{passage.id}.txt", Path(args.work) / f"seed-{seed}"
+    if not (memory / passage.id).is_dir():
         text.parent.mkdir(parents=True, exist_ok=True)
         text.write_text(passage.text, encoding="utf-8")
-        flags = ["--title", passage.title, "--seed", seed, "--out", out, "--model", args.model]
-        flags += ["--device", args.device, "--dtype", args.dtype, "--compile", args.compile]
+        flags = ["--title", passage.title, "--seed", seed, "--memory", memory]
+        flags += ["--model", args.model, "--device", args.device, "--dtype", args.dtype]
         command = [sys.executable, ROOT / "learn.py", "study", text, *flags]
+        command += ["--compile", args.compile]
         if subprocess.run(list(map(str, command))).returncode:
             raise SystemExit(f"error: {shlex.join(map(str, command))} failed")
-    return out
+    return memory / passage.id
 
 
 def main() -> None:

@@ -79,13 +79,18 @@ def load_swapped(folder):
     return model
 
 
+SUBCOMMANDS = "qa arc study ask list show forget export".split()
+
+
 def run_script(monkeypatch, script, folder, *args):
     """script.main() as from the command line, on the model in `folder`, in float32 whatever the
-    machine prefers. A subcommand, "qa" or "arc", comes first in `args`.
+    machine prefers; without a folder on none. A subcommand, as "qa" or "ask", comes first in
+    `args`.
     """
-    domain = [a for a in args[:1] if a in ("qa", "arc")]
-    model = ["--model", folder, "--device", "cpu", "--dtype", "float32"]
-    command = [script.__name__.replace(".", "/") + ".py", *domain, *model, *args[len(domain) :]]
+    command = [a for a in args[:1] if a in SUBCOMMANDS]
+    model = ["--model", folder, "--device", "cpu", "--dtype", "float32"] if folder else []
+    rest = args[len(command) :]
+    command = [script.__name__.replace(".", "/") + ".py", *command, *model, *rest]
     monkeypatch.setattr(sys, "argv", [str(a) for a in command])
     script.main()
 

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from data.text import pieces, question_and_answer, sentences
+from data.text import pieces, question_and_answer, sections, sentences
 
 CASES = {
     "marks": (
@@ -142,3 +142,26 @@ def test_time_does_not_grow_with_the_square_of_the_length(text):
     start = time.perf_counter()
     sentences(text)
     assert time.perf_counter() - start < 2  # seconds: a square would be minutes
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("Rolm fell.", [((), "Rolm fell.")]),
+        (
+            "Before.\n# Rolm #\nIt fell.\n\n## Trade\nIn salt.\n# Varbon\n\nIt rose.",
+            [
+                ((), "Before."),
+                (("Rolm",), "# Rolm #\nIt fell."),
+                (("Rolm", "Trade"), "## Trade\nIn salt."),
+                (("Varbon",), "# Varbon\n\nIt rose."),
+            ],
+        ),
+        ("# Rolm\n\n### Trade\nSalt.", [(("Rolm", "Trade"), "# Rolm\n\n### Trade\nSalt.")]),
+        ("# Rolm\n```\n# no heading\n```", [(("Rolm",), "# Rolm\n```\n# no heading\n```")]),
+        ("#hashtag\nRolm fell.", [((), "#hashtag\nRolm fell.")]),
+        ("# Rolm", [(("Rolm",), "# Rolm")]),
+    ],
+)
+def test_sections(text, expected):
+    assert sections(text) == expected
