@@ -17,9 +17,12 @@ round-K/policy folder of a train_outer.py run), or by the untrained model (--pol
 """
 
 import hashlib
+import json
 import re
 import sys
+import unicodedata
 from collections import Counter
+from dataclasses import dataclass
 from os.path import commonprefix
 from pathlib import Path
 
@@ -29,7 +32,7 @@ from data.text import pieces, question_and_answer, sections, sentences
 from inner import lora_config, sft_config, update_one
 from lm.adapters import base_of, load_adapter, shipped_policy
 from lm.checkpoint import save_model
-from lm.files import check_output, chunks, run_main, sub_seed
+from lm.files import check_output, chunks, read_bytes, run_main, sub_seed
 from lm.flags import Parser, add_model_flags, at_least, load
 from lm.memory import Document, Memory, Router
 from lm.tokenizer import Tokenizer
@@ -75,12 +78,15 @@ def parse_arguments():
         sub[name].add_argument("name", help="of a document, see list")
     sub["export"].add_argument("to", help="new folder")
     for name in ("ask", "export"):
-        add_model_flags(sub[name])
+        add_model_flags(sub[name], trains=False)
     args = parser.parse_args()
     if args.action == "study":
+        args.files = list(dict.fromkeys(args.files))
         if args.title and len(args.files) > 1:
             sub["study"].error("--title is for one document")
         settle(args)
+    if args.action == "ask" and args.question is not None and not args.question.strip():
+        sub["ask"].error("the question is empty")
     return args
 
 
@@ -91,17 +97,41 @@ LONGEST_TEXT = 50_000  # characters; what is longer would take hours
 LONGEST_PASSAGE = 120  # words
 
 
+@dataclass(frozen=True)
+class Text:
+    """A document that is to be learnt."""
+
+    name: str  # in the memory
+    title: str
+    text: str
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(self.text.encode()).hexdigest()
+
+
+def read_texts(args) -> list[Text]:
+    """The files. Exits with one line if one cannot be read, or two would be called the same."""
+    texts = {}
+    for path in args.files:
+        name, text = name_of(path), read_text(path)
+        if name in texts:
+            raise SystemExit(f"error: two documents would be called {name!r}; rename one file")
+        title = args.title or top_heading(text) or Path(path).stem
+        texts[name] = Text(name, title, text)
+    return list(texts.values())
+
+
 def read_text(path: str) -> str:
     """A text file. Exits with one line if it cannot be read, is empty, or longer than
     LONGEST_TEXT."""
     try:
-        text = Path(path).read_text(encoding="utf-8-sig").strip()
-    except OSError as e:
-        raise SystemExit(f"error: cannot read {path}: {e.strerror}") from e
+        text = read_bytes(path).decode("utf-8-sig")
     except UnicodeDecodeError:
         text = "\0"
     if "\0" in text:  # as in UTF-16
         raise SystemExit(f"error: cannot read {path}: it is not UTF-8 text; save it as UTF-8")
+    text = "\n".join(text.splitlines()).strip()
     if not text:
         raise SystemExit(f"error: {path} is empty")
     if len(text) > LONGEST_TEXT:
@@ -111,20 +141,29 @@ def read_text(path: str) -> str:
 
 
 def name_of(path: str) -> str:
-    """What a document is called: "My notes.md" -> "my-notes"."""
-    return re.sub(r"[^\w]+", "-", Path(path).stem.casefold()).strip("-_") or "document"
+    """What a document is called: letters and digits of its file's name, "My notes.md" ->
+    "my-notes", fifty characters at most."""
+    stem = unicodedata.normalize("NFC", Path(path).stem.casefold())
+    kept = [c if c.isalnum() or unicodedata.category(c)[0] == "M" else " " for c in stem]
+    return "-".join("".join(kept).split())[:50] or "document"
 
 
-def passages_of(tok: Tokenizer, name: str, title: str, text: str) -> list[Passage]:
+def top_heading(text: str) -> str:
+    """A Markdown text's title: the heading that all of it stands under; "" if there is none."""
+    above = commonprefix([headings for headings, _ in sections(text)])
+    return above[0] if above else ""
+
+
+def passages_of(tok: Tokenizer, document: Text) -> list[Passage]:
     """A document's passages: whole statements, at most LONGEST_PASSAGE words, short sections
     together. Each is about the document's title and the headings that all of it stands under."""
 
     def fits(piece: str) -> bool:
         return len(piece.split()) <= LONGEST_PASSAGE and len(tok.encode(piece)) <= LONGEST
 
-    found, top = [], top_heading(text)
-    for headings, body in sections(text):
-        below = headings[1:] if headings[:1] == (top,) else headings
+    found, top = [], top_heading(document.text)
+    for headings, body in sections(document.text):
+        below = headings[1:] if top else headings
         for piece in pieces(body, fits):
             if found and fits(joined := f"{found[-1][1]}\n\n{piece}"):
                 found[-1] = (commonprefix([found[-1][0], below]), joined)
@@ -132,13 +171,9 @@ def passages_of(tok: Tokenizer, name: str, title: str, text: str) -> list[Passag
                 found.append((below, piece))
     passages = []
     for n, (below, piece) in enumerate(found, 1):
-        passages.append(Passage(f"{name}-{n}", ": ".join([title, *below]), piece, ()))
+        title = ": ".join([document.title, *below])
+        passages.append(Passage(f"{document.name}-{n}", title, piece, ()))
     return passages
-
-
-def top_heading(text: str) -> str:
-    """The first heading of a Markdown text, its title; "" if there is none."""
-    return next((headings[0] for headings, _ in sections(text) if headings), "")
 
 
 # -----------------------------------------------------------------------------
@@ -176,22 +211,32 @@ def to_the_point(notes: list[str], title: str) -> list[str]:
     return [note for note in notes if note not in dropped]
 
 
-def notes_on(passage: Passage, edits: list) -> list[str]:
-    """Those that the passage asks itself, and the sampled ones that are to the point."""
-    own = [note for e in edits if e.passage == passage.id for note in e.notes]
-    pointed = to_the_point(list(dict.fromkeys(own)), passage.title)
-    return list(dict.fromkeys([*own_questions(passage.text), *pointed]))
+def notes_on(passages: list[Passage], edits: list) -> list[list[str]]:
+    """Of each passage: the questions that it asks itself, and what of the sampled notes is to the
+    point among all under its title."""
+    sampled = {p.id: [] for p in passages}
+    for e in edits:
+        sampled[e.passage] += e.notes
+    under = {p.title: [] for p in passages}
+    for p in passages:
+        under[p.title] += dict.fromkeys(sampled[p.id])
+    pointed = {title: set(to_the_point(own, title)) for title, own in under.items()}
+    notes = []
+    for p in passages:
+        good = [note for note in sampled[p.id] if note in pointed[p.title]]
+        notes.append(list(dict.fromkeys([*own_questions(p.text), *good])))
+    return notes
 
 
 def report_notes(passages: list[Passage], edits: list, notes: list[list]) -> None:
     """Print the notes, what was left out of the samples, and what has no notes."""
     samples = [part for e in edits for part in e.parts]
     written = {note for e in edits for note in e.notes}
-    studied = {note for own in notes for note in own}
-    print("\n".join(["", f"{len(studied)} notes:", *sorted(studied), ""]))
+    studied = list(dict.fromkeys(note for own in notes for note in own))
+    print("\n".join(["", f"{len(studied)} notes:", *studied, ""]))
     for flaw, n in Counter(part.flaw for part in samples if part.flaw).items():
         print(f"of {len(samples)} samples {n} with {LEFT_OUT[flaw]}")
-    if vague := len(written - studied):
+    if vague := len(written.difference(studied)):
         print(f"{vague} notes that ask for no one statement, left out")
     for passage, own in zip(passages, notes):
         answered = {m[2] for note in own if (m := QA_PAIR.fullmatch(note))}
@@ -208,29 +253,42 @@ def report_notes(passages: list[Passage], edits: list, notes: list[list]) -> Non
 BATCH = 64  # questions asked at a time
 
 
-def study(model, tok: Tokenizer, args) -> None:
+def study(model, tok: Tokenizer, texts: list[Text], args) -> None:
     """Learn each document that the memory does not have yet."""
     lora, memory = lora_config(args, model), Memory(args.memory, base_of(model))
-    texts = {}
-    for path in args.files:  # all are read before the first is studied
-        name, text = name_of(path), read_text(path)
-        if name in texts:
-            raise SystemExit(f"error: two documents would be called {name!r}; rename one file")
-        texts[name] = (path, text, hashlib.sha256(text.encode()).hexdigest())
-        known = memory.documents.get(name)
-        if known and known.sha256 != texts[name][2]:
-            raise SystemExit(
-                f"error: {args.memory} has another text called {name!r}; forget it first: "
-                f"python learn.py forget {name} --memory {args.memory}"
-            )
+    for document in texts:
+        is_known(memory, document, args)  # complains now rather than after the work
     policy = policy_of(model, args)
     memory.open_to_write(base_of(model))
-    for name, (path, text, sha256) in texts.items():
-        if name in memory.documents:
-            print(f"{name}: known already")
-            continue
-        title = args.title or top_heading(text) or Path(path).stem
-        study_one(model, tok, memory, policy, lora, (name, title, text, sha256), args)
+    for document in texts:
+        if is_known(memory, document, args):
+            print(f"{document.name}: known already")
+        else:
+            study_one(model, tok, memory, policy, lora, document, args)
+
+
+def is_known(memory: Memory, document: Text, args) -> bool:
+    """Exits with one line if something else has this document's name, or if it was studied with
+    other settings."""
+    known, again = memory.documents.get(document.name), ""
+    if known and known.sha256 != document.sha256:
+        again = "has another text"
+    elif known and known.settings != json.loads(json.dumps(how(args))):
+        again = "has, studied with other settings, a text"
+    elif memory.is_damaged(document.name):
+        again = "has something damaged"
+    if again:
+        raise SystemExit(
+            f"error: {args.memory} {again} called {document.name!r}; rename your file, or first "
+            f"python learn.py forget {document.name} --memory {args.memory}"
+        )
+    return bool(known)
+
+
+def how(args) -> dict:
+    """The settings that a document is studied with."""
+    others = ("action", "files", "memory", "device", "compile")
+    return {k: v for k, v in vars(args).items() if k not in others}
 
 
 def policy_of(model, args) -> Adapters | None:
@@ -241,36 +299,32 @@ def policy_of(model, args) -> Adapters | None:
     return load_adapter(model, folder) if folder else None
 
 
-def study_one(model, tok, memory: Memory, policy, lora, about: tuple, args) -> None:
+def study_one(model, tok, memory: Memory, policy, lora, document: Text, args) -> None:
     """Sample notes on a document, train on them and the text, keep the adapter."""
-    name, title, text, sha256 = about
-    passages = passages_of(tok, name, title, text)
+    passages = passages_of(tok, document)
     with merged(model, policy):
         edits = write_self_edits(model, tok, passages, args.samples, args, sub_seed(args.seed, 0))
-    notes = [notes_on(passage, edits) for passage in passages]
+    notes = notes_on(passages, edits)
     report_notes(passages, edits, notes)
 
-    seed, examples = sub_seed(args.seed, 1), []
+    seed, examples, studied = sub_seed(args.seed, 1), [], []
     for n, (passage, own) in enumerate(zip(passages, notes)):
         asking = clozes(passage.text, 3, sub_seed(args.seed, 2, n))
         examples += passage_examples(tok, passage.title, [passage.text, *own, *asking])
-    adapters = Adapters.init(model, lora, 1, seed)
-    outcome = update_one(model, adapters, examples, sft_config(args), seed, f"study {name}")
+        studied.append({"title": passage.title, "text": passage.text, "notes": own})
+    adapters, label = Adapters.init(model, lora, 1, seed), f"study {document.name}"
+    outcome = update_one(model, adapters, examples, sft_config(args), seed, label)
     if outcome.diverged:
         raise SystemExit(
             f"error: training diverged at step {outcome.steps}; try a lower --lr than {args.lr}"
         )
-    known = ask_again(model, tok, passages, notes, adapters)
-    learnt = [statement for statement, given_back in known.items() if given_back]
-    missed = [statement for statement in known if statement not in learnt]
-    kept = []
-    for passage, own in zip(passages, notes):
-        kept.append({"title": passage.title, "text": passage.text, "notes": own})
-    settings = {k: v for k, v in vars(args).items() if k not in ("files", "memory", "action")}
-    document = Document(name, title, sha256, kept, learnt, missed, settings)
-    memory.add(document, adapters, args.model)
-    print(f"{name}: {outcome.steps} steps, last loss {outcome.loss:.3f}; kept in {args.memory}")
-    print(f"asked again: {len(learnt)} of {len(known)} statements learnt")
+    given_back = ask_again(model, tok, passages, notes, adapters)
+    learnt = [statement for statement, known in given_back.items() if known]
+    missed = [statement for statement, known in given_back.items() if not known]
+    about = (document.name, document.title, document.sha256, studied, learnt, missed, how(args))
+    memory.add(Document(*about), adapters, args.model)
+    print(f"{outcome.steps} steps, last loss {outcome.loss:.3f}; kept in {args.memory}")
+    print(f"asked again: {len(learnt)} of {len(given_back)} statements learnt")
     for statement in missed:
         print(f"not learnt: {statement}")
 
@@ -298,13 +352,18 @@ def ask_again(model, tok: Tokenizer, passages, notes, adapters: Adapters) -> dic
 # -----------------------------------------------------------------------------
 # what was learnt
 
-LEAST = 0.5  # share of a question's words, counted by rarity, that the passage it is about has
-COMMON = set("a an the of in on at to for from by with and or as not no it its this that".split())
-COMMON |= set("is are was were be been do does did has have had can could these those my".split())
-COMMON |= set("i me you your what which who whom whose when where why how many much".split())
+LEAST = 0.3  # share of a question's words, counted by rarity, that the passage it is about has
+COMMON = """a an the of in on at to for from by with about into over under after before between
+and or but so if then than as not no yes is are was were be been being do does did done has have
+had having can could will would shall should may might must i me my mine you your yours he him
+his she her hers it its we us our they them their this that these those there here what which who
+whom whose when where why how many much any some all please tell say know""".split()
 
 
 def telling_words(text: str) -> list[str]:
+    """The words of a text or a question that tell what it is about: "Where's Ada's mill?" ->
+    ["ada", "mill"]."""
+    text = re.sub(r"['’](s|re|ll|d|ve|m|t)\b", " ", text.casefold())
     return [word for word in normalize(text).split() if word not in COMMON]
 
 
@@ -334,26 +393,32 @@ class Answers:
         return name, self.tok.decode([t for t in ids if t not in self.tok.end_ids]).strip()
 
 
-def ask(model, tok: Tokenizer, args) -> None:
-    answers = Answers(model, tok, Memory(args.memory, base_of(model)), args.say)
-    if args.question:
+def ask(model, tok: Tokenizer, memory: Memory, args) -> None:
+    answers = Answers(model, tok, memory, args.say)
+    if args.question is not None:
         print(answers.reply(args.question)[1])
         return
-    while True:
-        print("> " * sys.stdin.isatty(), end="", flush=True)
-        line = sys.stdin.readline()
-        if not line:
-            return
+    while line := read_line():
         if line.strip():
             name, said = answers.reply(line.strip())
             print(f"{said}  [{name or 'nothing that was learnt'}]", flush=True)
+
+
+def read_line() -> str:
+    """The next line of a chat; "" at its end, or at Ctrl-C."""
+    print("> " * sys.stdin.isatty(), end="", flush=True)
+    try:
+        return sys.stdin.readline()
+    except KeyboardInterrupt:
+        print()
+        return ""
 
 
 def show_list(memory: Memory) -> None:
     for d in memory.documents.values():
         of = len(d.learnt) + len(d.missed)
         notes = sum(len(p["notes"]) for p in d.passages)
-        told = f"{len(d.passages)} passages, {notes} notes, {len(d.learnt)} of {of} learnt"
+        told = f"passages: {len(d.passages)}, notes: {notes}, learnt: {len(d.learnt)} of {of}"
         print(f"{d.name:20} {told}  {d.title}")
 
 
@@ -364,36 +429,36 @@ def show(document: Document) -> None:
         print(f"not learnt: {statement}")
 
 
-def export(model, args) -> None:
-    memory = Memory(args.memory, base_of(model))
-    merge(model, memory.adapter(model, memory[args.name].name))
-    save_model(model, args.to, args.model)
-    print(f"whole model written to {args.to}")
-
-
 def main() -> None:
     args = parse_arguments()
+    if args.action == "study":
+        texts = read_texts(args)
+        Memory(args.memory)  # complains now rather than when the model is loaded
+        check_output(args.memory, folder=True)
+        study(*load(args), texts, args)
+        return
+    memory = Memory(args.memory, must_exist=True)
     if args.action == "list":
-        show_list(Memory(args.memory))
+        show_list(memory)
     elif args.action == "show":
-        show(Memory(args.memory)[args.name])
+        show(memory[args.name])
     elif args.action == "forget":
-        memory = Memory(args.memory)
-        memory[args.name]  # complains before anything is made
         memory.keep_to_itself()
         memory.forget(args.name)
         print(f"{args.name} is forgotten")
-    else:
-        if args.action == "export":
-            if Path(args.to).exists():
-                raise SystemExit(f"error: {args.to} exists already; choose another folder")
-            check_output(args.to, folder=True)
+    elif args.action == "ask":
         model, tok = load(args)
-        if args.action == "study":
-            study(model, tok, args)
-        else:
-            ask(model, tok, args) if args.action == "ask" else export(model, args)
+        ask(model, tok, Memory(args.memory, base_of(model)), args)
+    else:
+        memory[args.name]
+        if Path(args.to).exists():
+            raise SystemExit(f"error: {args.to} exists already; choose another folder")
+        check_output(args.to, folder=True)
+        model, _ = load(args)
+        merge(model, Memory(args.memory, base_of(model)).adapter(model, args.name))
+        save_model(model, args.to, args.model)
+        print(f"whole model written to {args.to}")
 
 
 if __name__ == "__main__":
-    run_main(main, "; the same command goes on with the next document")
+    run_main(main, "; study goes on with the document that it was at")

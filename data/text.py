@@ -136,21 +136,25 @@ def wraps(last: str, line: str, width: int) -> bool:
     return line[0].islower() or full
 
 
-HEADING = re.compile(r"(#{1,6})\s+(\S.*?)[\s#]*$")
+HEADING = re.compile(r"(#{1,6})\s+(\S.*)")
 
 
 def sections(text: str) -> list[tuple[tuple, str]]:
-    """A text by its Markdown headings, which stay where they are, each part with the headings that
-    it stands under: "# Rolm\nIt fell.\n## Trade\nIn salt." -> [(("Rolm",), "# Rolm\nIt fell."),
-    (("Rolm", "Trade"), "## Trade\nIn salt.")]; a text without is [((), text)]. A heading with
-    nothing below it goes with the next."""
+    """A text by its Markdown headings ("# Rolm"), which stay where they are, each part with the
+    headings that it stands under; a text without is [((), text)]. A heading with nothing below it
+    goes with the next.
+
+    "# Rolm\nIt fell.\n## Trade\nIn salt." ->
+    [(("Rolm",), "# Rolm\nIt fell."), (("Rolm", "Trade"), "## Trade\nIn salt.")]
+    """
     above, code, found, full = {}, False, [[(), []]], False  # above: level -> heading
     for line in text.splitlines():
-        code ^= line.startswith(("```", "~~~"))
+        code ^= line.lstrip().startswith(("```", "~~~"))
         mark = None if code else HEADING.match(line)
         if mark:
             level = len(mark[1])
-            above = {n: name for n, name in above.items() if n < level} | {level: mark[2]}
+            name = re.sub(r"\s#+$", "", BOLD.sub(r"\2", mark[2].rstrip())).rstrip()
+            above = {n: own for n, own in above.items() if n < level} | {level: name}
             if full:
                 found.append([(), []])
             found[-1][0] = tuple(above.values())

@@ -48,7 +48,8 @@ def refuse_unused(parser: argparse.ArgumentParser, args, names, why: str) -> Non
             parser.error(f"--{name.replace('_', '-')} has no effect {why}")
 
 
-def add_model_flags(parser: argparse.ArgumentParser) -> None:
+def add_model_flags(parser: argparse.ArgumentParser, trains: bool = True) -> None:
+    """--model, --device and --dtype, and, of what `trains` or samples, --seed and --compile."""
     add = parser.add_argument_group("model").add_argument
     add("--model", default="checkpoints/smollm2-135m-instruct", help="Hugging Face folder")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
@@ -58,6 +59,9 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         choices=["auto", "float32", "bfloat16"],
         help="of the base weights",
     )
+    if not trains:
+        parser.set_defaults(compile="off")
+        return
     add("--seed", type=at_least(0), default=0, help="same seed, same output")
     backends = ["off", "inductor", "cudagraphs"]
     about = "of the inner update; cudagraphs needs CUDA, but no Triton"
@@ -90,7 +94,11 @@ def load(args) -> tuple[Transformer, Tokenizer]:
     return model, tok
 
 
+def command_line() -> str:
+    return shlex.join(["python", *sys.argv])
+
+
 def result_head(args, model: Transformer) -> dict:
     """What every result file starts with."""
-    command = shlex.join(["python", *sys.argv])
-    return {"command": command, "seed": args.seed, "model": args.model, "dtype": str(model.dtype)}
+    about = {"command": command_line(), "seed": args.seed, "model": args.model}
+    return about | {"dtype": str(model.dtype)}

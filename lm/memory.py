@@ -24,6 +24,7 @@ from lora import Adapters
 
 FORMAT = 1
 HEAD, ABOUT = "memory.json", "document.json"
+ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 
 # -----------------------------------------------------------------------------
 # which passage is a question about?
@@ -48,7 +49,7 @@ class Router:
     def scores(self, question: list[str]) -> np.ndarray:
         """BM25 of each text."""
         total = np.zeros(len(self.counts))
-        for word in set(question):
+        for word in dict.fromkeys(question):
             f = np.array([own[word] for own in self.counts])
             total += self.rarity(word) * f * (self.k1 + 1) / (f + self.norm)
         return total
@@ -61,7 +62,7 @@ class Router:
         n = int(self.scores(question).argmax())
         asked = {word: self.rarity(word) for word in question}
         shared = sum(rarity for word, rarity in asked.items() if word in self.counts[n])
-        return n if shared >= least * sum(asked.values()) else None
+        return n if shared >= least * sum(asked.values()) - 1e-9 else None
 
 
 # -----------------------------------------------------------------------------
@@ -90,49 +91,69 @@ class Document:
             if not isinstance(about.get(name), kind):
                 raise SystemExit(f"error: {path}: field {name!r} is missing or of another kind")
         for passage in about["passages"]:
-            known = isinstance(passage, dict) and passage.keys() == {"title", "text", "notes"}
-            if not known or not all(isinstance(passage[key], str) for key in ("title", "text")):
+            sound = isinstance(passage, dict) and passage.keys() == {"title", "text", "notes"}
+            if not sound or not all_texts([passage["title"], passage["text"]], passage["notes"]):
                 raise SystemExit(f"error: {path}: a passage without title, text and notes")
+        if not all_texts(about["learnt"], about["missed"]):
+            raise SystemExit(f"error: {path}: a statement that is no text")
         if about.keys() != kinds.keys() or about["name"] != folder.name:
             raise SystemExit(f"error: {path} is of another document, or of a newer version")
+        for file in ADAPTER:
+            if not (folder / file).is_file():
+                raise SystemExit(f"error: {folder / file} is missing")
         return cls(**about)
+
+
+def all_texts(*lists) -> bool:
+    """Is each a list of strings?"""
+    for own in lists:
+        if not isinstance(own, list) or not all(isinstance(text, str) for text in own):
+            return False
+    return True
 
 
 class Memory:
     """The documents in a folder, by name."""
 
-    def __init__(self, folder, base: str | None = None):
-        """Reads them. `base`: the base model's fingerprint, if adapters are to be used. Exits with
-        one line if it is no memory, of a newer format or of another base; a damaged document is
-        left out, with a note."""
-        self.folder, self.documents = Path(folder), {}
-        if not (self.folder / HEAD).is_file():
-            if self.folder.is_dir() and any(self.folder.iterdir()):
+    def __init__(self, folder, base: str | None = None, must_exist: bool = False):
+        """Reads them. `base`: the base model's fingerprint (lm.adapters.base_of), if adapters are
+        to be used. Exits with one line if it is no memory, of another format or of another base; a
+        damaged document is left out, with a note."""
+        self.folder = Path(folder)
+        self.documents = self.read(base, must_exist)
+
+    def read(self, base: str | None, must_exist: bool = False) -> dict:
+        folder, documents = self.folder, {}
+        if not (folder / HEAD).is_file():
+            visible = folder.is_dir() and any(folder.glob("[!.]*"))
+            if must_exist or visible or folder.is_file():
                 raise SystemExit(f"error: {folder} is no memory: it has no {HEAD}")
-            return
-        head = read_json(self.folder / HEAD)
-        if head.get("format") != FORMAT:
+            return {}
+        head = read_json(folder / HEAD)
+        if head.get("format") != FORMAT or head.keys() != {"format", "base"}:
             raise SystemExit(f"error: {folder} is a memory of format {head.get('format')!r:.20}")
-        if base and head.get("base") != base:
-            raise SystemExit(f"error: {folder} was learnt by another base model than this one")
-        for path in sorted(self.folder.glob(f"[!.]*/{ABOUT}")):  # .NAME: of a killed run
+        for path in sorted(p for p in folder.glob("[!.]*") if p.is_dir()):
             try:
-                self.documents[path.parent.name] = Document.read(path.parent)
+                documents[path.name] = Document.read(path)
             except SystemExit as e:
-                note(f"{path.parent.name} is left out: {str(e).removeprefix('error: ')}")
+                note(f"{path.name} is left out: {str(e).removeprefix('error: ')}")
+        if base and documents and head["base"] != base:
+            raise SystemExit(f"error: {folder} was learnt by another base model than this one")
+        return documents
 
     def keep_to_itself(self) -> None:
         """Keep the folder to this process. Exits with one line if another one is at work in it."""
         lock(self.folder)
-        for gone in self.folder.glob(".*.forgotten"):  # of one that was killed
-            remove(gone)
+        for left in [*self.folder.glob(".*.forgotten"), *self.folder.glob(".*.partial")]:
+            remove(left)  # by one that was killed
 
     def open_to_write(self, base: str) -> None:
-        """Before the work: make the folder, and keep it to this process. Exits with one line if it
-        cannot be written."""
+        """Before the work: make the folder, keep it to this process, and read it again. Exits with
+        one line if it cannot be written."""
         check_output(self.folder, folder=True)
         self.keep_to_itself()
-        if not (self.folder / HEAD).is_file():
+        self.documents = self.read(base)
+        if not self.documents:
             write_json(self.folder / HEAD, {"format": FORMAT, "base": base})
 
     def __getitem__(self, name: str) -> Document:
@@ -141,8 +162,13 @@ class Memory:
             raise SystemExit(f"error: {self.folder} has no {name!r}; it has {names}")
         return self.documents[name]
 
+    def is_damaged(self, name: str) -> bool:
+        """Does something stand there that is no document?"""
+        there = name in [path.name for path in self.folder.glob("[!.]*")]
+        return there and name not in (*self.documents, HEAD)
+
     def adapter(self, model, name: str) -> Adapters:
-        return load_adapter(model, self.folder / name)
+        return load_adapter(model, self.folder / self[name].name)
 
     def add(self, document: Document, adapters: Adapters, base) -> None:
         """Keep a document: all of it, or, killed on the way, nothing."""
@@ -155,8 +181,14 @@ class Memory:
         self.documents[document.name] = document
 
     def forget(self, name: str) -> None:
-        """Remove a document. The folder is renamed first: killed on the way, it is gone, too."""
+        """Remove a document, also a damaged one. The folder is renamed first: killed on the way, it
+        is gone, too. Exits with one line if there is none, or the disk refuses."""
+        if not self.is_damaged(name):
+            self[name]
         gone = self.folder / f".{name}.forgotten"
-        (self.folder / self[name].name).rename(gone)
-        del self.documents[name]
+        try:
+            (self.folder / name).rename(gone)
+        except OSError as e:
+            raise SystemExit(f"error: cannot remove {self.folder / name}: {e.strerror}") from e
+        self.documents.pop(name, None)
         remove(gone)

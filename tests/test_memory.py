@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from lm.memory import Document, Memory, Router
+from lm.memory import ADAPTER, Document, Memory, Router
 from lora import Adapters, LoRAConfig
 
 
@@ -50,12 +51,29 @@ def test_bm25_by_hand():
 
 @pytest.mark.parametrize(
     "question, found",
-    [("salt", 0), ("coast", 1), ("coast gold", 1), ("coast gold gulls", None), ("gold", None)],
+    [
+        ("salt", 0),
+        ("coast", 1),
+        ("coast gold", 1),
+        ("coast gates guard gold gulls masts", 1),
+        ("coast gold gulls", None),
+        ("gold", None),
+    ],
 )
 def test_a_question_is_about_the_best_text_or_about_none(question, found):
     """The half of its words must stand there; one that no text has counts like one that one has."""
     router = Router(["rolm sells salt".split(), "gates guard the coast".split()])
     assert router.best(question.split(), 0.5) == found
+
+
+def test_the_half_is_the_half():
+    """Whatever the sums of rarities are rounded to."""
+    for n in range(2, 60):
+        texts = [[f"{k}-{word}" for word in "abcdef"] for k in range(n)]
+        router = Router(texts)
+        for count in range(1, 6):
+            question = [*texts[1][:count], *[f"other{k}" for k in range(count)]]
+            assert router.best(question, 0.5) == 1
 
 
 def test_no_texts_and_no_words():
@@ -77,7 +95,12 @@ def test_what_is_added_is_read_again(memory, adapters, tiny):
 
 @pytest.mark.parametrize("dies", ["lm.memory.write_json", "lm.memory.save_adapter", "os.replace"])
 def test_killed_while_adding_nothing_is_added(dies, memory, adapters, monkeypatch):
+    """Also just before the whole folder gets its name."""
+    replace = os.replace
+
     def die(*args, **options):
+        if dies == "os.replace" and args[1] != memory.folder / "c":
+            return replace(*args)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
@@ -87,6 +110,9 @@ def test_killed_while_adding_nothing_is_added(dies, memory, adapters, monkeypatc
         with pytest.raises(KeyboardInterrupt):
             memory.add(document("c"), adapters, "checkpoint")
     assert list(Memory(memory.folder).documents) == ["a", "b"]
+    assert (".c.partial" in names_in(memory)) is (dies != "lm.memory.write_json")
+    Memory(memory.folder).open_to_write("base")
+    assert names_in(memory) == [".lock", "a", "b", "memory.json"]
     memory.add(document("c"), adapters, "checkpoint")
     assert list(Memory(memory.folder).documents) == ["a", "b", "c"]
     assert names_in(memory) == [".lock", "a", "b", "c", "memory.json"]
@@ -124,30 +150,56 @@ def test_damaged_documents_are_left_out_and_named(memory, capsys):
         (json.dumps(sound | {"passages": [passage]}), "a passage without title, text and notes"),
         (json.dumps(sound | {"more": 1}), "or of a newer version"),
         (json.dumps(sound | {"name": "other"}), "is of another document"),
+        (json.dumps(sound | {"passages": [passage | {"text": "", "notes": 5}]}), "a passage w"),
+        (json.dumps(sound | {"passages": [passage | {"text": "", "notes": "abc"}]}), "a passage w"),
+        (json.dumps(sound | {"learnt": [3]}), "a statement that is no text"),
     ):
         about.write_text(damage)
         assert list(Memory(memory.folder).documents) == ["b"]
         said_lines = capsys.readouterr().err.splitlines()
         assert len(said_lines) == 1 and said_lines[0].startswith("note: a is left out: ")
         assert said in said_lines[0]
+    again = Memory(memory.folder)
+    assert again.is_damaged("a") and not again.is_damaged("b") and not again.is_damaged("c")
+    again.forget("a")
+    assert not Memory(memory.folder).is_damaged("a")
+    for name in ("a", "memory.json", ".lock", "../other"):
+        with pytest.raises(SystemExit, match="it has b"):
+            again.forget(name)
 
 
-def test_a_copy_without_its_adapter_is_one_line(memory, tiny):
-    (memory.folder / "a" / "adapter_model.safetensors").unlink()
-    with pytest.raises(SystemExit, match="cannot read .*adapter_model.safetensors"):
-        Memory(memory.folder).adapter(tiny, "a")
+@pytest.mark.parametrize("file", ["document.json", *ADAPTER])
+def test_a_half_copied_document_is_left_out(file, memory, capsys):
+    (memory.folder / "a" / file).unlink()
+    assert list(Memory(memory.folder).documents) == ["b"] and Memory(memory.folder).is_damaged("a")
+    assert f"{file}" in capsys.readouterr().err
 
 
 def test_what_is_no_memory_is_refused(memory, tmp_path):
     with pytest.raises(SystemExit, match="was learnt by another base model"):
         Memory(memory.folder, "another")
-    (memory.folder / "memory.json").write_text('{"format": 2, "base": "base"}')
-    with pytest.raises(SystemExit, match="is a memory of format 2"):
-        Memory(memory.folder)
+    for head in ('{"format": 2, "base": "base"}', '{"format": 1, "base": "base", "more": 1}'):
+        (memory.folder / "memory.json").write_text(head)
+        with pytest.raises(SystemExit, match="is a memory of format "):
+            Memory(memory.folder)
     shutil.copytree(ROOT / "docs", tmp_path / "docs")
     with pytest.raises(SystemExit, match="is no memory: it has no memory.json"):
         Memory(tmp_path / "docs")
     assert Memory(tmp_path / "nothing").documents == {} and not (tmp_path / "nothing").exists()
+    with pytest.raises(SystemExit, match="is no memory"):
+        Memory(tmp_path / "nothing", must_exist=True)
+    with pytest.raises(SystemExit, match="is no memory"):
+        Memory(tmp_path / "docs/LOG.md")
+
+
+def test_an_empty_memory_belongs_to_nobody_yet(tmp_path):
+    """As one is whose first study was killed, or all of which was forgotten."""
+    (tmp_path / "me").mkdir()
+    (tmp_path / "me" / ".DS_Store").touch()
+    for base in ("one", "two"):
+        memory = Memory(tmp_path / "me", base)
+        memory.open_to_write(base)
+        assert json.loads((tmp_path / "me/memory.json").read_text())["base"] == base
 
 
 def test_two_cannot_write_at_once(memory):
