@@ -56,6 +56,7 @@ studies: .venv/dev model
 	$(PY) experiments/rewards.py --seeds 2
 	$(PY) experiments/recipes.py --limit 16
 	$(PY) experiments/own_texts.py
+	$(PY) experiments/router.py
 
 model: checkpoints/smollm2-135m-instruct
 data: downloads/arc

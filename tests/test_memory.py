@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import ROOT
 
+from experiments import router as experiment
 from lm.memory import ADAPTER, Document, Memory, Router
 from lora import Adapters, LoRAConfig
 
@@ -206,3 +207,23 @@ def test_two_cannot_write_at_once(memory):
     code = f"from lm.memory import Memory\nMemory({str(memory.folder)!r}).open_to_write('base')"
     second = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert second.returncode == 1 and "another process is at work in" in second.stderr
+
+
+def test_the_experiment_on_routing(tiny_folder, tmp_path, monkeypatch):
+    """Questions on a memory's passages find them, others are refused: as measured here anew."""
+    out = tmp_path / "router.json"
+    flags = ["--model", tiny_folder, "--sizes", 2, "--draws", 3, "--out", out]
+    monkeypatch.setattr("sys.argv", ["router.py", *map(str, flags)])
+    experiment.main()
+    result = json.loads(out.read_text())
+    [row] = result["rows"]
+    assert (row["size"], row["n"], row["n_others"]) == (2, 6, 9)
+    assert row["found"] > 0.95 and row["refused"] > 0.85
+    assert result["own_texts"]["size"] == 6 and result["own_texts"]["found"] > 0.7
+    monkeypatch.setattr(experiment, "LEAST", 1.01)  # refuses all
+    experiment.main()
+    [row] = json.loads(out.read_text())["rows"]
+    assert (row["found"], row["refused"]) == (0.0, 1.0)
+    monkeypatch.setattr("sys.argv", [*map(str, ["router.py", *flags[:3], 999, "--out", out])])
+    with pytest.raises(SystemExit, match="there are 146 passages"):
+        experiment.main()
