@@ -16,29 +16,25 @@ The notes are written by the policy that policies/ has for the model, by another
 round-K/policy folder of a train_outer.py run), or by the untrained model (--policy none).
 """
 
-import hashlib
 import json
-import re
 import sys
-import unicodedata
 from collections import Counter
-from dataclasses import dataclass
-from os.path import commonprefix
 from pathlib import Path
 
 import reward
+from data.documents import Text, passages_of, read_texts, telling_words
 from data.qa import Passage
-from data.text import pieces, question_and_answer, sections, sentences
+from data.text import question_and_answer, sentences
 from inner import lora_config, sft_config, update_one
 from lm.adapters import base_of, load_adapter, shipped_policy
 from lm.checkpoint import save_model
-from lm.files import check_output, chunks, read_bytes, run_main, sub_seed
+from lm.files import check_output, chunks, run_main, sub_seed
 from lm.flags import Parser, add_model_flags, at_least, load
 from lm.memory import Document, Memory, Router
 from lm.tokenizer import Tokenizer
 from lora import Adapters, merge, merged
-from quiz import ANSWER_LEN, normalize, quiz_prompt, score_answer
-from reward import LONGEST, passage_examples, words
+from quiz import ANSWER_LEN, quiz_prompt, score_answer
+from reward import passage_examples, words
 from sampler import generate
 from selfedit import QA_PAIR, clozes, settle, write_self_edits
 
@@ -88,92 +84,6 @@ def parse_arguments():
     if args.action == "ask" and args.question is not None and not args.question.strip():
         sub["ask"].error("the question is empty")
     return args
-
-
-# -----------------------------------------------------------------------------
-# documents
-
-LONGEST_TEXT = 50_000  # characters; what is longer would take hours
-LONGEST_PASSAGE = 120  # words
-
-
-@dataclass(frozen=True)
-class Text:
-    """A document that is to be learnt."""
-
-    name: str  # in the memory
-    title: str
-    text: str
-
-    @property
-    def sha256(self) -> str:
-        return hashlib.sha256(self.text.encode()).hexdigest()
-
-
-def read_texts(args) -> list[Text]:
-    """The files. Exits with one line if one cannot be read, or two would be called the same."""
-    texts = {}
-    for path in args.files:
-        name, text = name_of(path), read_text(path)
-        if name in texts:
-            raise SystemExit(f"error: two documents would be called {name!r}; rename one file")
-        title = args.title or top_heading(text) or Path(path).stem
-        texts[name] = Text(name, title, text)
-    return list(texts.values())
-
-
-def read_text(path: str) -> str:
-    """A text file. Exits with one line if it cannot be read, is empty, or longer than
-    LONGEST_TEXT."""
-    try:
-        text = read_bytes(path).decode("utf-8-sig")
-    except UnicodeDecodeError:
-        text = "\0"
-    if "\0" in text:  # as in UTF-16
-        raise SystemExit(f"error: cannot read {path}: it is not UTF-8 text; save it as UTF-8")
-    text = "\n".join(text.splitlines()).strip()
-    if not text:
-        raise SystemExit(f"error: {path} is empty")
-    if len(text) > LONGEST_TEXT:
-        long = f"{path} has {len(text):,} characters, of at most {LONGEST_TEXT:,}"
-        raise SystemExit(f"error: {long}; study it chapter by chapter, each in its own file")
-    return text
-
-
-def name_of(path: str) -> str:
-    """What a document is called: letters and digits of its file's name, "My notes.md" ->
-    "my-notes", fifty characters at most."""
-    stem = unicodedata.normalize("NFC", Path(path).stem.casefold())
-    kept = [c if c.isalnum() or unicodedata.category(c)[0] == "M" else " " for c in stem]
-    return "-".join("".join(kept).split())[:50] or "document"
-
-
-def top_heading(text: str) -> str:
-    """A Markdown text's title: the heading that all of it stands under; "" if there is none."""
-    above = commonprefix([headings for headings, _ in sections(text)])
-    return above[0] if above else ""
-
-
-def passages_of(tok: Tokenizer, document: Text) -> list[Passage]:
-    """A document's passages: whole statements, at most LONGEST_PASSAGE words, short sections
-    together. Each is about the document's title and the headings that all of it stands under."""
-
-    def fits(piece: str) -> bool:
-        return len(piece.split()) <= LONGEST_PASSAGE and len(tok.encode(piece)) <= LONGEST
-
-    found, top = [], top_heading(document.text)
-    for headings, body in sections(document.text):
-        below = headings[1:] if top else headings
-        for piece in pieces(body, fits):
-            if found and fits(joined := f"{found[-1][1]}\n\n{piece}"):
-                found[-1] = (commonprefix([found[-1][0], below]), joined)
-            else:
-                found.append((below, piece))
-    passages = []
-    for n, (below, piece) in enumerate(found, 1):
-        title = ": ".join([document.title, *below])
-        passages.append(Passage(f"{document.name}-{n}", title, piece, ()))
-    return passages
 
 
 # -----------------------------------------------------------------------------
@@ -271,7 +181,7 @@ def is_known(memory: Memory, document: Text, args) -> bool:
     """Exits with one line if something else has this document's name, or if it was studied with
     other settings."""
     known, again = memory.documents.get(document.name), ""
-    if known and known.sha256 != document.sha256:
+    if known and known.digest != document.digest:
         again = "has another text"
     elif known and known.settings != json.loads(json.dumps(how(args))):
         again = "has, studied with other settings, a text"
@@ -301,7 +211,7 @@ def policy_of(model, args) -> Adapters | None:
 
 def study_one(model, tok, memory: Memory, policy, lora, document: Text, args) -> None:
     """Sample notes on a document, train on them and the text, keep the adapter."""
-    passages = passages_of(tok, document)
+    passages = passages_of(document)
     with merged(model, policy):
         edits = write_self_edits(model, tok, passages, args.samples, args, sub_seed(args.seed, 0))
     notes = notes_on(passages, edits)
@@ -321,7 +231,7 @@ def study_one(model, tok, memory: Memory, policy, lora, document: Text, args) ->
     given_back = ask_again(model, tok, passages, notes, adapters)
     learnt = [statement for statement, known in given_back.items() if known]
     missed = [statement for statement, known in given_back.items() if not known]
-    about = (document.name, document.title, document.sha256, studied, learnt, missed, how(args))
+    about = (document.name, document.title, document.digest, studied, learnt, missed, how(args))
     memory.add(Document(*about), adapters, args.model)
     print(f"{outcome.steps} steps, last loss {outcome.loss:.3f}; kept in {args.memory}")
     print(f"asked again: {len(learnt)} of {len(given_back)} statements learnt")
@@ -352,21 +262,6 @@ def ask_again(model, tok: Tokenizer, passages, notes, adapters: Adapters) -> dic
 # -----------------------------------------------------------------------------
 # what was learnt
 
-LEAST = 0.3  # share of a question's words, counted by rarity, that the passage it is about has
-COMMON = """a an the of in on at to for from by with about into over under after before between
-and or but so if then than as not no yes is are was were be been being do does did done has have
-had having can could will would shall should may might must i me my mine you your yours he him
-his she her hers it its we us our they them their this that these those there here what which who
-whom whose when where why how many much any some all please tell say know""".split()
-
-
-def telling_words(text: str) -> list[str]:
-    """The words of a text or a question that tell what it is about: "Where's Ada's mill?" ->
-    ["ada", "mill"]."""
-    text = re.sub(r"['’](s|re|ll|d|ve|m|t)\b", " ", text.casefold())
-    return [word for word in normalize(text).split() if word not in COMMON]
-
-
 class Answers:
     """Finds the passage that a question is about, and answers under its document's adapter."""
 
@@ -381,7 +276,7 @@ class Answers:
 
     def reply(self, question: str) -> tuple[str, str]:
         """(the document, the answer); ("", ...) where none fits."""
-        found, adapter = self.router.best(telling_words(question), LEAST), None
+        found, adapter = self.router.best(telling_words(question)), None
         name, title = self.passages[found] if found is not None else ("", "")
         if name:
             adapter = self.memory.adapter(self.model, name)
@@ -432,7 +327,7 @@ def show(document: Document) -> None:
 def main() -> None:
     args = parse_arguments()
     if args.action == "study":
-        texts = read_texts(args)
+        texts = read_texts(args.files, args.title)
         Memory(args.memory)  # complains now rather than when the model is loaded
         check_output(args.memory, folder=True)
         study(*load(args), texts, args)

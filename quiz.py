@@ -25,6 +25,7 @@ import numpy as np
 import torch
 
 from data.qa import Passage, Question
+from data.text import UNSPACED
 from lm.tokenizer import Tokenizer
 from lora import Adapters
 from model import Transformer
@@ -32,13 +33,6 @@ from sampler import Batch, generate
 
 # -----------------------------------------------------------------------------
 # scoring
-
-
-# Scripts that put no blanks between words; each of their characters counts as a word.
-UNSPACED = re.compile(
-    "[\u0e00-\u0eff\u0f00-\u0fff\u1000-\u109f\u1780-\u17ff"  # Thai, Lao; Tibetan; Burmese; Khmer
-    "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003134f]"  # kana, Han
-)
 
 
 @functools.lru_cache(10_000)

@@ -13,6 +13,12 @@ ABBREVIATIONS |= set("sec ch vol p pp art ed eds abb bd ave blvd rd tel est max 
 MONTHS = "jan feb mar mär apr may mai jun jul aug sep sept oct okt nov dec dez".split()
 ABBREVIATIONS |= set(MONTHS)
 
+# Scripts that put no blanks between words; each of their characters counts as a word.
+UNSPACED = re.compile(
+    "[\u0e00-\u0eff\u0f00-\u0fff\u1000-\u109f\u1780-\u17ff"  # Thai, Lao; Tibetan; Burmese; Khmer
+    "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003134f]"  # kana, Han
+)
+
 CLOSING = "\"'”’»)\\]}*_"
 END = re.compile(  # with a blank after it; the marks of scripts without blanks need none
     f"[.!?…؟۔։]+[{CLOSING}]*(?=\\s)|[。．！？｡।॥።။།]+[{CLOSING}」』）》】]*\\s*"

@@ -23,6 +23,7 @@ from lm.runs import lock
 from lora import Adapters
 
 FORMAT = 1
+LEAST = 0.3  # share of a question's words, counted by rarity, that the text it is about has
 HEAD, ABOUT = "memory.json", "document.json"
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 
@@ -54,7 +55,7 @@ class Router:
             total += self.rarity(word) * f * (self.k1 + 1) / (f + self.norm)
         return total
 
-    def best(self, question: list[str], least: float) -> int | None:
+    def best(self, question: list[str], least: float = LEAST) -> int | None:
         """The text with the highest score; None if it has less than the share `least` of the
         question's words, each counted by how rare it is: then the question is about none."""
         if not self.counts or not question:
@@ -75,7 +76,7 @@ class Document:
 
     name: str  # of its folder
     title: str
-    sha256: str  # of its text
+    digest: str  # of its text
     passages: list  # {"title", "text", "notes"} each
     learnt: list  # statements that were given back, asked by its own notes
     missed: list  # and those that were not

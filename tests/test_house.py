@@ -13,7 +13,7 @@ FLOORS = [
     "lm/files.py lm/log.py lm/runs.py lm/intervals.py lm/template.py lm/tokenizer.py",
     "lm/packing.py lm/kernels.py",
     "lm/checkpoint.py lm/adapters.py lm/flags.py lm/memory.py",
-    "data/text.py data/qa.py data/arc.py data/prepare.py",
+    "data/text.py data/qa.py data/documents.py data/arc.py data/prepare.py",
     "seal.py",
     "inner.py sampler.py selfedit.py quiz.py reward.py arc.py",
     "train_outer.py eval_qa.py eval_arc.py learn.py report.py",

@@ -18,7 +18,7 @@ from lora import Adapters, LoRAConfig
 
 def document(name: str, **changes) -> Document:
     passages = [{"title": name, "text": f"{name} fell.", "notes": []}]
-    about = {"title": name, "sha256": "0", "passages": passages, "learnt": [], "missed": []}
+    about = {"title": name, "digest": "0", "passages": passages, "learnt": [], "missed": []}
     return Document(**{"name": name, "settings": {}} | about | changes)
 
 
@@ -209,21 +209,23 @@ def test_two_cannot_write_at_once(memory):
     assert second.returncode == 1 and "another process is at work in" in second.stderr
 
 
-def test_the_experiment_on_routing(tiny_folder, tmp_path, monkeypatch):
-    """Questions on a memory's passages find them, others are refused: as measured here anew."""
+def test_the_experiment_on_routing(tmp_path, monkeypatch):
+    """Questions on a memory's passages find them, others are refused; with a threshold above all
+    words, all are."""
     out = tmp_path / "router.json"
-    flags = ["--model", tiny_folder, "--sizes", 2, "--draws", 3, "--out", out]
-    monkeypatch.setattr("sys.argv", ["router.py", *map(str, flags)])
-    experiment.main()
-    result = json.loads(out.read_text())
-    [row] = result["rows"]
-    assert (row["size"], row["n"], row["n_others"]) == (2, 6, 9)
-    assert row["found"] > 0.95 and row["refused"] > 0.85
-    assert result["own_texts"]["size"] == 6 and result["own_texts"]["found"] > 0.7
-    monkeypatch.setattr(experiment, "LEAST", 1.01)  # refuses all
-    experiment.main()
-    [row] = json.loads(out.read_text())["rows"]
-    assert (row["found"], row["refused"]) == (0.0, 1.0)
-    monkeypatch.setattr("sys.argv", [*map(str, ["router.py", *flags[:3], 999, "--out", out])])
-    with pytest.raises(SystemExit, match="there are 146 passages"):
+
+    def measure(*flags):
+        flags = ["router.py", *flags, "--draws", 3, "--out", out]
+        monkeypatch.setattr("sys.argv", list(map(str, flags)))
         experiment.main()
+        return json.loads(out.read_text())
+
+    result = measure("--sizes", 2, "--least", 0.3, 1.01)
+    usual, all_refused = result["rows"]
+    assert (usual["size"], usual["n"], usual["n_others"]) == (2, 6, 9)
+    assert usual["found"] > 0.95 and usual["refused"] > 0.85
+    assert (all_refused["found"], all_refused["refused"]) == (0.0, 1.0)
+    usual, all_refused = result["own_texts"]
+    assert usual["size"] == 6 and usual["found"] > 0.7 and all_refused["found"] == 0.0
+    with pytest.raises(SystemExit, match="there are 146 passages"):
+        measure("--sizes", 999)
