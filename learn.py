@@ -328,8 +328,8 @@ def main() -> None:
     args = parse_arguments()
     if args.action == "study":
         texts = read_texts(args.files, args.title)
-        Memory(args.memory)  # complains now rather than when the model is loaded
         check_output(args.memory, folder=True)
+        Memory(args.memory)  # complains now rather than when the model is loaded
         study(*load(args), texts, args)
         return
     memory = Memory(args.memory, must_exist=True)

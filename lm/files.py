@@ -28,7 +28,7 @@ def run_main(main, interrupted: str = "") -> None:
     said here, and a closed pipe (`| head`) in none. What a terminal cannot show is spelled out."""
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")
-    if sys.stdin:
+    if hasattr(sys.stdin, "reconfigure"):
         sys.stdin.reconfigure(errors="replace")
     try:
         try:

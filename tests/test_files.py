@@ -226,6 +226,14 @@ def test_a_terminal_without_a_character_shows_its_code():
     assert (done.returncode, done.stderr, done.stdout) == (0, "", "\\u0141ód\\u017a\n")
 
 
+def test_what_is_typed_in_another_encoding_is_read():
+    code = "from lm.files import run_main\nrun_main(lambda: print(len(input())))"
+    command = [sys.executable, "-c", code]
+    options = {"capture_output": True, "cwd": ROOT, "env": os.environ | {"PYTHONUTF8": "1"}}
+    done = subprocess.run(command, input=b"Zo\xeb fell.\n", **options)
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"9\n", b"")
+
+
 def test_sub_seeds_differ():
     assert len({sub_seed(s, k, j) for s in range(5) for k in range(5) for j in range(5)}) == 125
     assert sub_seed(1, 2) == sub_seed(1, 2)

@@ -42,7 +42,7 @@ SCRIPTS = [  # script, its first arguments, what it writes
     (train_outer, ["qa", "--top-layers", 2], {"--out": "README.md"}),
     (eval_qa, [], FILES | {"--work": "README.md"}),
     (eval_arc, ["--largest", 2], FILES | {"--work": "README.md"}),
-    (learn, ["study", "README.md"], {"--out": "README.md", "--merged": "README.md/x"}),
+    (learn, ["study", "README.md"], {"--memory": "README.md"}),
     (notes, ["--work", "runs"], FILES),
     (proxy, ["--work", "runs"], FILES),
     (recipes, ["--top-layers", 2, "--layers", 2], FILES | {"--work": "README.md"}),

@@ -416,7 +416,7 @@ def test_a_round_with_settings(rule, tiny_folder, passages_file, tmp_path, monke
         assert best.parts[0].credit == best.reward
         for e in (e for e in (a, b) if e.kept):
             kept_texts += [json.dumps(e.settings), "A implications note."]
-    assert [text for _, text in imitated] == kept_texts
+    assert [text for _, text, _ in imitated] == kept_texts
     assert rule == "improving" or len(kept_texts) == 6
     [metrics] = read_jsonl(tmp_path / "out" / "metrics.jsonl")
     assert metrics["flaws"] == {"malformed": 3} and metrics["total"] == 9
