@@ -163,9 +163,9 @@ def report_notes(passages: list[Passage], edits: list, notes: list[list]) -> Non
 BATCH = 64  # questions asked at a time
 
 
-def study(model, tok: Tokenizer, texts: list[Text], args) -> None:
+def study(model, tok: Tokenizer, memory: Memory, texts: list[Text], args) -> None:
     """Learn each document that the memory does not have yet."""
-    lora, memory = lora_config(args, model), Memory(args.memory, base_of(model))
+    lora = lora_config(args, model)
     for document in texts:
         is_known(memory, document, args)  # complains now rather than after the work
     policy = policy_of(model, args)
@@ -262,6 +262,7 @@ def ask_again(model, tok: Tokenizer, passages, notes, adapters: Adapters) -> dic
 # -----------------------------------------------------------------------------
 # what was learnt
 
+
 class Answers:
     """Finds the passage that a question is about, and answers under its document's adapter."""
 
@@ -295,8 +296,11 @@ def ask(model, tok: Tokenizer, memory: Memory, args) -> None:
         return
     while line := read_line():
         if line.strip():
-            name, said = answers.reply(line.strip())
-            print(f"{said}  [{name or 'nothing that was learnt'}]", flush=True)
+            try:
+                name, said = answers.reply(line.strip())
+                print(f"{said}  [{name or 'nothing that was learnt'}]", flush=True)
+            except SystemExit as e:  # a question that is too long ends no chat
+                print(e, flush=True)
 
 
 def read_line() -> str:
@@ -329,8 +333,10 @@ def main() -> None:
     if args.action == "study":
         texts = read_texts(args.files, args.title)
         check_output(args.memory, folder=True)
-        Memory(args.memory)  # complains now rather than when the model is loaded
-        study(*load(args), texts, args)
+        memory = Memory(args.memory)  # complains now rather than when the model is loaded
+        model, tok = load(args)
+        memory.refuse_other_base(base_of(model))
+        study(model, tok, memory, texts, args)
         return
     memory = Memory(args.memory, must_exist=True)
     if args.action == "list":
@@ -343,14 +349,16 @@ def main() -> None:
         print(f"{args.name} is forgotten")
     elif args.action == "ask":
         model, tok = load(args)
-        ask(model, tok, Memory(args.memory, base_of(model)), args)
+        memory.refuse_other_base(base_of(model))
+        ask(model, tok, memory, args)
     else:
         memory[args.name]
         if Path(args.to).exists():
             raise SystemExit(f"error: {args.to} exists already; choose another folder")
         check_output(args.to, folder=True)
         model, _ = load(args)
-        merge(model, Memory(args.memory, base_of(model)).adapter(model, args.name))
+        memory.refuse_other_base(base_of(model))
+        merge(model, memory.adapter(model, args.name))
         save_model(model, args.to, args.model)
         print(f"whole model written to {args.to}")
 

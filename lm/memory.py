@@ -116,31 +116,34 @@ def all_texts(*lists) -> bool:
 class Memory:
     """The documents in a folder, by name."""
 
-    def __init__(self, folder, base: str | None = None, must_exist: bool = False):
-        """Reads them. `base`: the base model's fingerprint (lm.adapters.base_of), if adapters are
-        to be used. Exits with one line if it is no memory, of another format or of another base; a
-        damaged document is left out, with a note."""
-        self.folder = Path(folder)
-        self.documents = self.read(base, must_exist)
+    def __init__(self, folder, must_exist: bool = False):
+        """Reads them. Exits with one line if it is no memory, or of another format; a damaged
+        document is left out, with a note."""
+        self.folder, self.base, self.documents = Path(folder), None, {}
+        self.read(must_exist)
 
-    def read(self, base: str | None, must_exist: bool = False) -> dict:
-        folder, documents = self.folder, {}
+    def read(self, must_exist: bool = False) -> None:
+        folder, self.documents = self.folder, {}
         if not (folder / HEAD).is_file():
             visible = folder.is_dir() and any(folder.glob("[!.]*"))
             if must_exist or visible or folder.is_file():
                 raise SystemExit(f"error: {folder} is no memory: it has no {HEAD}")
-            return {}
+            return
         head = read_json(folder / HEAD)
         if head.get("format") != FORMAT or head.keys() != {"format", "base"}:
             raise SystemExit(f"error: {folder} is a memory of format {head.get('format')!r:.20}")
+        self.base = head["base"]
         for path in sorted(p for p in folder.glob("[!.]*") if p.is_dir()):
             try:
-                documents[path.name] = Document.read(path)
+                self.documents[path.name] = Document.read(path)
             except SystemExit as e:
                 note(f"{path.name} is left out: {str(e).removeprefix('error: ')}")
-        if base and documents and head["base"] != base:
-            raise SystemExit(f"error: {folder} was learnt by another base model than this one")
-        return documents
+
+    def refuse_other_base(self, base: str) -> None:
+        """Before adapters are used: exit with one line if they are not for this base model, whose
+        fingerprint is `base` (lm.adapters.base_of)."""
+        if self.documents and self.base != base:
+            raise SystemExit(f"error: {self.folder} was learnt by another base model than this one")
 
     def keep_to_itself(self) -> None:
         """Keep the folder to this process. Exits with one line if another one is at work in it."""
@@ -153,7 +156,8 @@ class Memory:
         one line if it cannot be written."""
         check_output(self.folder, folder=True)
         self.keep_to_itself()
-        self.documents = self.read(base)
+        self.read()
+        self.refuse_other_base(base)
         if not self.documents:
             write_json(self.folder / HEAD, {"format": FORMAT, "base": base})
 

@@ -109,6 +109,12 @@ def test_study_ask_list_show_export_forget(tiny, tiny_folder, tmp_path, monkeypa
     run(monkeypatch, tiny_folder, "ask", memory=me)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].endswith("[rolm]") and lines[1].endswith("[nothing that was learnt]")
+    head = (me / "memory.json").read_text()
+    (me / "memory.json").write_text(head.replace(base_of(tiny), "another"))
+    for args in (["ask", "Who?"], ["study", *files], ["export", "b", tmp_path / "w"]):
+        with pytest.raises(SystemExit, match="was learnt by another base model than this one"):
+            run(monkeypatch, tiny_folder, *args, memory=me)
+    (me / "memory.json").write_text(head)
 
     run(monkeypatch, None, "list", memory=me)
     lines = capsys.readouterr().out.splitlines()
@@ -137,6 +143,15 @@ def test_study_ask_list_show_export_forget(tiny, tiny_folder, tmp_path, monkeypa
     assert contents(me) == {path: data for path, data in first.items() if "rolm" not in path}
     with pytest.raises(SystemExit, match="has no 'rolm'; it has b"):
         run(monkeypatch, None, "forget", "rolm", memory=me)
+
+
+def test_a_question_that_is_too_long_ends_no_chat(tiny_folder, tmp_path, monkeypatch, capsys):
+    (tmp_path / "me").mkdir()
+    (tmp_path / "me/memory.json").write_text('{"format": 1, "base": "any"}')
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"{'Who? ' * 2000}\nHow tall is it?\n"))
+    run(monkeypatch, tiny_folder, "ask", memory=tmp_path / "me")
+    lines = capsys.readouterr().out.splitlines()
+    assert "is longer than the model's context" in lines[0] and len(lines) == 2
 
 
 def test_a_document_is_data(tok):

@@ -88,7 +88,8 @@ def test_no_texts_and_no_words():
 
 
 def test_what_is_added_is_read_again(memory, adapters, tiny):
-    again = Memory(memory.folder, "base")
+    again = Memory(memory.folder)
+    again.refuse_other_base("base")
     assert again.documents == memory.documents and list(again.documents) == ["a", "b"]
     kept = again.adapter(tiny, "a")
     assert torch.equal(kept.flat, adapters.flat.bfloat16().float())
@@ -178,7 +179,7 @@ def test_a_half_copied_document_is_left_out(file, memory, capsys):
 
 def test_what_is_no_memory_is_refused(memory, tmp_path):
     with pytest.raises(SystemExit, match="was learnt by another base model"):
-        Memory(memory.folder, "another")
+        Memory(memory.folder).refuse_other_base("another")
     for head in ('{"format": 2, "base": "base"}', '{"format": 1, "base": "base", "more": 1}'):
         (memory.folder / "memory.json").write_text(head)
         with pytest.raises(SystemExit, match="is a memory of format "):
@@ -198,7 +199,8 @@ def test_an_empty_memory_belongs_to_nobody_yet(tmp_path):
     (tmp_path / "me").mkdir()
     (tmp_path / "me" / ".DS_Store").touch()
     for base in ("one", "two"):
-        memory = Memory(tmp_path / "me", base)
+        memory = Memory(tmp_path / "me")
+        memory.refuse_other_base(base)
         memory.open_to_write(base)
         assert json.loads((tmp_path / "me/memory.json").read_text())["base"] == base
 
