@@ -74,7 +74,8 @@ def imitated(tok, before: dict, folder: Path) -> list[tuple]:
     passages = load_passages(before["data"], before["split"], before["skip"], before["limit"])
     prompts = note_prompts(tok, passages, argparse.Namespace(**before))
     edits = read_edits(folder / "candidates.jsonl")
-    pairs = to_imitate(prompts, edits, before["select"], before["keep"])
+    how = (before["select"], before["keep"], before.get("outer", "restem"))
+    pairs = to_imitate(prompts, edits, *how)
     if not pairs:
         raise SystemExit(f"error: {folder}: nothing was imitated in this round")
     return pairs

@@ -229,7 +229,8 @@ def test_a_terminal_without_a_character_shows_its_code():
 def test_what_is_typed_in_another_encoding_is_read():
     code = "from lm.files import run_main\nrun_main(lambda: print(len(input())))"
     command = [sys.executable, "-c", code]
-    options = {"capture_output": True, "cwd": ROOT, "env": os.environ | {"PYTHONUTF8": "1"}}
+    environment = os.environ | {"PYTHONIOENCODING": "utf-8"}
+    options = {"capture_output": True, "cwd": ROOT, "env": environment}
     done = subprocess.run(command, input=b"Zo\xeb fell.\n", **options)
     assert (done.returncode, done.stdout, done.stderr) == (0, b"9\n", b"")
 

@@ -96,8 +96,8 @@ def test_what_is_added_is_read_again(memory, adapters, tiny):
 
 
 @pytest.mark.parametrize("dies", ["lm.memory.write_json", "lm.memory.save_adapter", "os.replace"])
-def test_killed_while_adding_nothing_is_added(dies, memory, adapters, monkeypatch):
-    """Also just before the whole folder gets its name."""
+def test_killed_while_adding_nothing_is_added(dies, memory, adapters, monkeypatch, capsys):
+    """Also just before the whole folder gets its name; what is left is no document to be named."""
     replace = os.replace
 
     def die(*args, **options):
@@ -113,6 +113,7 @@ def test_killed_while_adding_nothing_is_added(dies, memory, adapters, monkeypatc
             memory.add(document("c"), adapters, "checkpoint")
     assert list(Memory(memory.folder).documents) == ["a", "b"]
     assert (".c.partial" in names_in(memory)) is (dies != "lm.memory.write_json")
+    assert capsys.readouterr().err == ""
     Memory(memory.folder).open_to_write("base")
     assert names_in(memory) == [".lock", "a", "b", "memory.json"]
     memory.add(document("c"), adapters, "checkpoint")

@@ -126,8 +126,8 @@ def test_nucleus():
 def test_the_cache_grows_as_it_is_needed(tiny, monkeypatch):
     """A few tokens at a time, for the rows that are not finished: with the same texts, and never
     with room for all that could follow."""
-    options = {"temperature": 1.0, "seed": 3, "copies": 2}
-    ends = list(range(0, tiny.config.vocab_size, 3))
+    options = {"temperature": 1.0, "seed": 3, "copies": 8}
+    ends = list(range(0, tiny.config.vocab_size, 10))
     monkeypatch.setattr("sampler.ROOM", 1000)
     at_once = generate(tiny, PROMPTS, 20, ends, **options)
     assert len(set(map(len, at_once))) > 2  # rows end at several steps

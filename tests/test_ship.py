@@ -99,6 +99,21 @@ def test_other_data_and_nothing_imitated_are_one_line(shipped, tiny_folder, tmp_
     assert not (tmp_path / "policy").exists()
 
 
+def test_it_is_measured_on_what_the_round_imitated(shipped, tiny_folder, tmp_path, monkeypatch):
+    """By the run's own rule, of which older runs had one."""
+    shutil.copytree(shipped / "run", tmp_path / "run")
+    file, seen = tmp_path / "run" / "settings.json", []
+    monkeypatch.setattr(ship, "to_imitate", lambda *how: seen.append(how[2:]) or [])
+    settings = json.loads(file.read_text())
+    assert settings["outer"] == "restem"
+    for outer in ({"outer": "restem"}, {"outer": "weighted"}, {}):
+        file.write_text(json.dumps({k: v for k, v in settings.items() if k != "outer"} | outer))
+        with pytest.raises(SystemExit, match="nothing was imitated"):
+            args = ["--run", tmp_path / "run", "--out", tmp_path / "policy"]
+            run_script(monkeypatch, ship, tiny_folder, *args)
+    assert [how[-1] for how in seen] == ["restem", "weighted", "restem"]
+
+
 def test_a_damaged_label_is_no_label(shipped, tiny, tmp_path):
     """A policy.json that names no base does not pass for one that fits."""
     shutil.copytree(shipped / "policy", tmp_path / "policy")
