@@ -21,6 +21,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 
 from lm.flags import at_least
 from lm.log import Progress
@@ -195,32 +196,50 @@ def plan_steps(n_rows: int, config: SFTConfig, seed: int) -> list[list[int]]:
 # the loss
 
 
-def backward_through_head(model: Transformer, x, target, weight, chunk: int = 256):
+def backward_through_head(model: Transformer, x, target, share, weight, chunk: int = 256):
     """Back-propagate sum(weight * cross-entropy) and return the cross-entropies (L).
 
-    x (L, C) are the states that predict target (L). The (L, V) logits never exist at once, nor in
-    float32: chunk by chunk they become probabilities p, then the gradient weight * (p -
-    onehot(target)), which goes back to x through the frozen output projection.
+    x (L, C) are the states that predict target (L, K), each with its share (L, K) of the
+    probability: without a teacher K is 1, and the share, too. The (L, V) logits never exist at
+    once, nor in float32: chunk by chunk they become probabilities p, then the gradient weight * (p
+    - q), where q has the shares at the targets, which goes back to x through the frozen output
+    projection.
     """
     leaf = x.detach().requires_grad_()
     normed = model.norm(leaf)
     grad, nll = torch.empty_like(normed), torch.empty(len(x), device=x.device)
-    for h, t, g, loss in zip(*(m.split(chunk) for m in (normed.detach(), target, grad, nll))):
+    parts = (m.split(chunk) for m in (normed.detach(), target, share, grad, nll))
+    for h, t, s, g, loss in zip(*parts):
         h.requires_grad_()
         logits = model.lm_head(h)
         p = logits.detach()
         torch.softmax(p, -1, out=p)  # in place, in float32 inside
-        hit = (torch.arange(len(t), device=x.device), t)
         # At most 87.5 and not infinite: a token held for impossible is no divergence.
-        loss.copy_(-p[hit].float().clamp(min=1e-38).log())
-        p[hit] = 0
-        p[hit] = -p.sum(-1)  # p - 1, without the rounding of a p close to 1
+        loss.copy_(-(s * p.gather(1, t).float().clamp(min=1e-38).log()).sum(1))
+        if t.size(1) == 1:
+            p.scatter_(1, t, 0)
+            p.scatter_(1, t, -p.sum(1, keepdim=True))  # p - 1, without rounding a p close to 1
+        else:
+            p.scatter_add_(1, t, -s.to(p.dtype))
         logits.backward(p)
         g.copy_(h.grad)
     grad *= weight[:, None].to(x.dtype)
     normed.backward(grad)
     x.backward(leaf.grad)
     return nll
+
+
+@torch.no_grad()
+def predictions(model: Transformer, examples: list[Example], k: int = 50) -> list[tuple]:
+    """What the model as it is expects at each counted token: Example.soft of each, of the k most
+    likely ids. For students that are to expect the same (distillation, Hinton et al. 2015)."""
+    rows, found = [make_row([e]) for e in examples], []
+    for row in with_lower_states(model, rows, model.config.n_layer):
+        top = model.head(row.x[row.at]).float().softmax(-1).topk(k)
+        shares = top.values / top.values.sum(1, keepdim=True)
+        pairs = zip(top.indices.tolist(), shares.tolist())
+        found.append(tuple(tuple(zip(ids, own)) for ids, own in pairs))
+    return found
 
 
 # -----------------------------------------------------------------------------
@@ -240,7 +259,9 @@ def train_step(model: Transformer, lora: attached, active: list[int], taken: lis
     x, pos = torch.cat([row.x for row in rows])[None], torch.cat([row.pos for row in rows])[None]
     first = np.cumsum([0, *(len(row.ids) for row in rows)]).tolist()  # where each row starts
     at = torch.cat([row.at + n for row, n in zip(rows, first)])
-    target = torch.cat([row.target for row in rows])
+    K = max(row.target.size(1) for row in rows)
+    target = torch.cat([F.pad(row.target, (0, K - row.target.size(1))) for row in rows])
+    share = torch.cat([F.pad(row.share, (0, K - row.share.size(1))) for row in rows])
     per_row = torch.arange(len(taken)).repeat_interleave(torch.tensor(list(map(len, taken))))
     predicted = torch.tensor([len(row.at) for row in rows])
     owner = per_row.repeat_interleave(predicted).to(device)  # (L) candidate of each target
@@ -251,7 +272,7 @@ def train_step(model: Transformer, lora: attached, active: list[int], taken: lis
     lora.bind(active, train=True)
     lora.share_out(ragged_or_even(list(map(n_tokens, taken)), device))
     hidden = model.run_layers(x, pos, attend_to(rows, model), start=start)
-    nll = backward_through_head(model, hidden[0, at], target, weight)
+    nll = backward_through_head(model, hidden[0, at], target, share, weight)
     losses = torch.zeros(len(taken), device=device).index_add_(0, owner, nll * weight)
     return losses, lora.gradients()
 

@@ -13,7 +13,7 @@ multiplied with padding. Letters as in model.py.
 import itertools
 import math
 import os.path
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -32,6 +32,9 @@ class Example:
     ids: tuple
     counts: tuple  # bool per token
     weight: float = 1.0  # of its tokens in the loss: 1 to imitate it; may be negative
+    # What a teacher expects in place of each token that is predicted (those that count, but the
+    # first of all): for each (id, its share), ..., the shares summing to 1. (): the tokens.
+    soft: tuple = field(default=(), repr=False)
 
     @classmethod
     def reply(cls, prompt: list[int], reply: list[int], weight: float = 1.0) -> "Example":
@@ -122,7 +125,8 @@ class Row:
     pos: torch.Tensor  # (T) position within its own sequence
     lengths: tuple  # tokens of the prefix that all sequences begin with, and of each after it
     at: torch.Tensor  # (L) index of the token that predicts
-    target: torch.Tensor  # (L) id that it should predict
+    target: torch.Tensor  # (L, K) ids that it should predict, K = 1 without a teacher
+    share: torch.Tensor  # (L, K) their probabilities
     weight: torch.Tensor  # (L)
     x: torch.Tensor | None = None  # (T, C) what the frozen lower layers make of the tokens
 
@@ -148,19 +152,23 @@ def make_row(examples: list[Example], prefix: int = 0) -> Row:
     1 2 2 3; lengths are then (2, 1, 2).
     """
     ids, pos, lengths = list(examples[0].ids[:prefix]), list(range(prefix)), [prefix]
-    at, target, weight = [], [], []
+    at, goals, weight = [], [], []
     for e in examples:
         # Where in the row each token stands.
         index = [*range(prefix), *range(len(ids), len(ids) + len(e.ids) - prefix)]
         predicted = [t for t in range(1, len(e.ids)) if e.counts[t]]
         at += [index[t - 1] for t in predicted]
-        target += [e.ids[t] for t in predicted]
+        goals += e.soft or [[(e.ids[t], 1.0)] for t in predicted]
         weight += [e.weight] * len(predicted)
         ids += e.ids[prefix:]
         pos += range(prefix, len(e.ids))
         lengths.append(len(e.ids) - prefix)
-    ids, pos, at, target = (torch.tensor(v, dtype=torch.long) for v in (ids, pos, at, target))
-    return Row(ids, pos, tuple(lengths), at, target, torch.tensor(weight, dtype=torch.float32))
+    ids, pos, at = (torch.tensor(v, dtype=torch.long) for v in (ids, pos, at))
+    K = max(map(len, goals), default=1)
+    padded = [[*own, *[(0, 0.0)] * (K - len(own))] for own in goals]
+    goals = torch.tensor(padded, dtype=torch.float64).view(-1, K, 2)
+    target, share = goals[..., 0].long(), goals[..., 1].float()
+    return Row(ids, pos, tuple(lengths), at, target, share, torch.tensor(weight).float())
 
 
 # -----------------------------------------------------------------------------

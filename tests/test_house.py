@@ -21,7 +21,7 @@ FLOORS = [
     "experiments/warm.py experiments/figures.py experiments/walkthrough.py",
     "experiments/exercises.py experiments/own_texts.py experiments/noise.py",
     "experiments/tools.py experiments/grid.py experiments/budget.py experiments/ship.py",
-    "experiments/credits.py experiments/router.py",
+    "experiments/credits.py experiments/router.py experiments/stream.py",
     "bench/baselines.py bench/scaling.py bench/speed.py",
 ]
 ORDER = " ".join(FLOORS).split()

@@ -13,10 +13,19 @@ from conftest import load_swapped, write_checkpoint
 
 import inner
 import lm.kernels
-from inner import SFTConfig, backward_through_head, inner_update, plan_steps, update_one
+from inner import (
+    SFTConfig,
+    backward_through_head,
+    inner_update,
+    lay_rows,
+    plan_steps,
+    predictions,
+    train_step,
+    update_one,
+)
 from lm.checkpoint import load_model
 from lm.packing import Example, Packed, SharedPrefix, pack
-from lora import PROJECTIONS, Adapters, LoRAConfig
+from lora import PROJECTIONS, Adapters, LoRAConfig, attached
 
 ALL = LoRAConfig(4, 8.0, tuple(PROJECTIONS), 0, 4)
 TOP = LoRAConfig(4, 8.0, tuple(PROJECTIONS), 2, 4)
@@ -246,9 +255,46 @@ def test_loss_in_chunks_equals_the_whole(model):
     target, weight = torch.arange(37), torch.linspace(0.1, 2, 37)
     whole = F.cross_entropy(model.head(x), target, reduction="none")
     [expected] = torch.autograd.grad((whole * weight).sum(), x)
-    nll = backward_through_head(model, x, target, weight, chunk=8)
+    share = torch.ones(37, 1)
+    nll = backward_through_head(model, x, target[:, None], share, weight, chunk=8)
     torch.testing.assert_close(nll, whole.detach())
     torch.testing.assert_close(x.grad, expected, atol=1e-6, rtol=1e-4)
+
+
+def test_loss_against_a_teacher(model):
+    """The cross-entropy to what a teacher expects, of which some targets have a part only, and some
+    positions no teacher."""
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(37, 64, generator=draw, requires_grad=True)
+    target, weight = torch.stack([torch.arange(37), torch.arange(37) + 40], 1), torch.rand(37)
+    share = torch.rand(37, 2, generator=draw)
+    share /= share.sum(1, keepdim=True)
+    share[5] = torch.tensor([1.0, 0.0])
+    q = torch.zeros(37, model.config.vocab_size).scatter_(1, target, share)
+    whole = F.cross_entropy(model.head(x), q, reduction="none")
+    [expected] = torch.autograd.grad((whole * weight).sum(), x)
+    nll = backward_through_head(model, x, target, share, weight, chunk=8)
+    torch.testing.assert_close(nll, whole.detach())
+    torch.testing.assert_close(x.grad, expected, atol=1e-6, rtol=1e-4)
+
+
+def test_what_a_model_expects_is_no_news_to_it(model):
+    """Of its own predictions, all of them, a model has nothing to learn: the gradient is none. Of a
+    token beside them, in the same row, it has."""
+    e = example(20, 1, skip=15)
+    [soft] = predictions(model, [e], k=model.config.vocab_size)
+    assert len(soft) == sum(e.counts) and math.isclose(sum(p for _, p in soft[0]), 1, rel_tol=1e-5)
+    with torch.no_grad():
+        p = model(torch.tensor([e.ids]))[0, 14:19].softmax(-1)
+    assert [max(own, key=lambda pair: pair[1])[0] for own in soft] == p.argmax(-1).tolist()
+    grads = []
+    for examples in ([replace(e, soft=soft)], [replace(e, soft=soft), example(9, 2)]):
+        adapters = Adapters.init(model, ALL, 1, 0)
+        with attached(model, adapters) as lora:
+            [rows] = lay_rows(model, [examples], [SFTConfig(row_len=64)], ALL.start)
+            _, grad = train_step(model, lora, [0], [rows])
+            grads.append(float(grad.norm()))
+    assert grads[0] < 1e-5 < 1e-3 < grads[1]
 
 
 @pytest.mark.parametrize("config", [ALL, TOP])

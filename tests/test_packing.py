@@ -1,6 +1,7 @@
 """lm/packing.py: rows of several sequences, and that each sequence in them is attended to as if it
 stood alone."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -97,14 +98,21 @@ def test_a_prefix_leaves_each_sequence_a_token():
 
 def test_rows_as_documented():
     row = make_row([Example((5, 6, 7), (True,) * 3), Example((8, 9), (True,) * 2)])
-    assert row.at.tolist() == [0, 1, 3] and row.target.tolist() == [6, 7, 9]
+    assert row.at.tolist() == [0, 1, 3] and row.target.tolist() == [[6], [7], [9]]
+    assert row.share.tolist() == [[1], [1], [1]]
     assert row.pos.tolist() == [0, 1, 2, 0, 1] and row.lengths == (0, 3, 2)
     asked = Example.reply([5, 6], [7]), Example.reply([5, 6, 8], [9], weight=-1.0)
     row = make_row(asked, prefix=2)
     assert row.ids.tolist() == [5, 6, 7, 8, 9] and row.pos.tolist() == [0, 1, 2, 2, 3]
     assert row.lengths == (2, 1, 2)
-    assert row.at.tolist() == [1, 3] and row.target.tolist() == [7, 9]
+    assert row.at.tolist() == [1, 3] and row.target.tolist() == [[7], [9]]
     assert row.weight.tolist() == [1, -1]
+    taught = replace(asked[1], soft=(((9, 0.75), (4, 0.25)),))
+    row = make_row([asked[0], taught], prefix=2)
+    assert row.target.tolist() == [[7, 0], [9, 4]]
+    assert row.share.tolist() == [[1, 0], [0.75, 0.25]]
+    nothing = make_row([Example((5, 6), (False, False))])
+    assert nothing.target.shape == nothing.share.shape == (0, 1)
 
 
 # -----------------------------------------------------------------------------

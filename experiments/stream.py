@@ -1,0 +1,377 @@
+"""Learn passages one after another: what is still known of them at the end, and what of all else?
+
+    python experiments/stream.py --count 8 --seeds 3             # -> results/stream.json
+    python experiments/stream.py --count 32 --rows separate retrieval --out results/long.json
+
+Each seed draws --count passages and an order. The untrained model writes notes on each, the same
+for all rows; each passage is learnt from its text and its notes, in --steps steps at --lr. After
+each, all quizzes are asked: the matrix. Rows:
+    base          nothing is learnt
+    seal          each passage's adapter, of all layers, is merged into the weights (the paper's
+                  way)
+    top-layers    the same, with adapters of the --top-layers
+    replay        the same, each passage with as many sequences of earlier ones, in twice the steps
+    distilled     the same; of earlier ones, and of --anchors texts of training passages, it learns
+                  what the frozen base model expects there: with the earlier passage in view, if it
+                  is a question about it
+    separate      an adapter for each; a router picks the question's (lm/memory.py)
+    consolidated  at the end one adapter is trained on all, in as many steps as all the others
+                  together, to expect what these, and the base model on the anchors, expect there
+    retrieval     nothing is learnt; the passage that the router picks stands in the prompt
+
+"before": accuracy on the passages without learning; "immediate": on each when it was just learnt;
+"retained": on all at the end; "ratio": retained / immediate; "below_before": passages that end
+below where they began. ci95 are over the passages of all seeds. "against_seal": retained minus that
+of seal, on the same passages. "general": accuracy on the questions of data/general.json, which have
+nothing to do with the passages, and perplexity of its texts, at the end; "general_drop": points
+lost. "prompt_tokens": of a question, on average. "bytes": of what is kept beside the base model.
+"seconds": of study, for all passages of a seed.
+"""
+
+import contextlib
+import functools
+import math
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run it from anywhere
+
+import numpy as np
+import torch
+
+import data.qa
+import reward
+from data.documents import telling_words
+from data.qa import Passage, Question, load_passages
+from inner import inner_update, lora_config, predictions, sft_config, update_one
+from lm.files import (
+    GOES_ON,
+    check_output,
+    chunks,
+    digest,
+    read_json,
+    run_main,
+    sub_seed,
+    write_json,
+)
+from lm.flags import Parser, at_least, load, refuse_unused, result_head
+from lm.intervals import bootstrap, of_sums
+from lm.log import Progress
+from lm.memory import Router
+from lm.packing import Example
+from lm.runs import open_run
+from lora import Adapters, merged
+from quiz import ask, quiz_items, quiz_prompt
+from reward import passage_examples
+from selfedit import QA_PAIR, settle, write_self_edits
+
+MERGED = ["seal", "top-layers", "replay", "distilled"]
+ROWS = ["base", *MERGED, "separate", "consolidated", "retrieval"]
+GENERAL = "data/general.json"
+ANCHORS = ("data/passages.json", "train")
+BATCH = 64  # questions asked at a time
+
+
+def parse_arguments():
+    parser = Parser(description=__doc__)
+    reward.add_flags(parser)
+    data.qa.add_flags(parser, "heldout")
+    add = parser.add_argument_group("experiment").add_argument
+    add("--count", type=at_least(2), default=8, help="passages, one after another")
+    add("--seeds", type=at_least(1), default=3, help="draws and orders of passages")
+    add("--anchors", type=at_least(0), default=16, help="texts that hold the rest in its place")
+    add("--rows", nargs="+", default=ROWS, choices=ROWS, help="ways of learning")
+    add("--work", default="runs/stream", help="folder for progress, to resume a killed run")
+    add("--out", default="results/stream.json", help="result file")
+    parser.set_defaults(lr=8e-3)
+    args = settle(parser.parse_args())
+    refuse_unused(parser, args, ["style"], "here: the notes are questions")
+    args.rows = ["base", *(row for row in ROWS[1:] if row in args.rows)]
+    return args
+
+
+class Stream:
+    """Passages in an order, notes on them, and what is asked about them. Each row of the result is
+    a method that returns {"matrix": accuracies after each passage, on each, "immediate", "general",
+    "prompt_tokens", "bytes", "seconds"}."""
+
+    def __init__(self, model, tok, args, n: int):
+        self.model, self.tok, self.args, self.seed = model, tok, args, sub_seed(args.seed, n)
+        passages = load_passages(args.data, args.split, args.skip, args.limit)
+        if args.count > len(passages):
+            raise SystemExit(f"error: --count {args.count}: there are {len(passages)} passages")
+        order = np.random.default_rng([args.seed, n]).permutation(len(passages))
+        self.passages = [passages[i] for i in order[: args.count]]
+        self.general = load_general()
+        self.lora, self.config = lora_config(args, model), sft_config(args)
+
+    @functools.cached_property
+    def notes(self) -> list[list[str]]:
+        how = (self.passages, 1, self.args, sub_seed(self.seed, 0))
+        return [e.notes for e in write_self_edits(self.model, self.tok, *how)]
+
+    @functools.cached_property
+    def examples(self) -> list[list[Example]]:
+        """What each passage is learnt from."""
+        found = []
+        for p, notes in zip(self.passages, self.notes):
+            found.append(passage_examples(self.tok, p.title, [p.text, *notes]))
+        return found
+
+    # what is asked
+
+    def asked(self, passages) -> list:
+        return [item for p in passages for item in quiz_items(self.tok, p)]
+
+    def routed(self, passages, known: int, shown: bool = False) -> list:
+        """The questions about these passages when the first `known` of the stream are: each under
+        the title of the one that the router finds, for its adapter, or with its text `shown`; for
+        adapter --count, which is none, where it finds none."""
+        texts, items = [], []
+        for p, notes in zip(self.passages[:known], self.notes):
+            texts.append(telling_words("\n".join([p.title, p.text, *([] if shown else notes)])))
+        router = Router(texts)
+        for q in (q for p in passages for q in p.questions):
+            n, found = router.best(telling_words(q.question)), Passage("", "", "", (q,))
+            if n is not None:
+                found = replace(self.passages[n], questions=(q,))
+            owner = self.args.count if n is None or shown else n
+            items += quiz_items(self.tok, found, owner, shown and n is not None)
+        return items
+
+    def right(self, items, adapters=None) -> list[float]:
+        scores = []
+        for batch in chunks(items, BATCH):
+            scores += [a["accuracy"] for a in ask(self.model, self.tok, batch, adapters)]
+        return scores
+
+    def of_passages(self, items, adapters=None) -> list[float]:
+        """Accuracy on each passage of the stream, asked all its questions in order."""
+        left = iter(self.right(items, adapters))
+        return [float(np.mean([next(left) for _ in p.questions])) for p in self.passages]
+
+    def result(self, matrix, general, asked, size: int, seconds: float, adapters=None):
+        """Of a row. `general` and `asked`: questions as they are asked at the end."""
+        return {
+            "matrix": matrix,
+            "immediate": [own[n] for n, own in enumerate(matrix)],
+            "general": float(np.mean(self.right(general, adapters))),
+            "perplexity": perplexity(self.model, self.tok),
+            "prompt_tokens": float(np.mean([len(item.prompt) for item in asked])),
+            "bytes": size,
+            "seconds": round(seconds, 1),
+        }
+
+    # rows: nothing is learnt
+
+    def base(self) -> dict:
+        asked = self.asked(self.passages)
+        matrix = [self.of_passages(asked)] * self.args.count
+        return self.result(matrix, self.asked(self.general), asked, 0, 0.0)
+
+    def retrieval(self) -> dict:
+        matrix = []
+        for n in range(1, self.args.count + 1):
+            asked = self.routed(self.passages, n, shown=True)
+            matrix.append(self.of_passages(asked))
+        general = self.routed(self.general, self.args.count, shown=True)
+        size = sum(len(p.text.encode()) for p in self.passages)
+        return self.result(matrix, general, asked, size, 0.0)
+
+    # rows: one set of weights
+
+    def merge_each(self, row: str) -> dict:
+        """Learn each passage with the weights as they are then, and merge it into them."""
+        lora = replace(self.lora, start=0) if row == "seal" else self.lora
+        earlier = {"replay": self.examples, "distilled": self.taught}.get(row, [])
+        pool = list(self.anchors) if row == "distilled" else []
+        asked, matrix, seconds = self.asked(self.passages), [], 0.0
+        with contextlib.ExitStack() as weights:
+            for n, own in enumerate(self.examples):
+                start, seed, config = time.perf_counter(), sub_seed(self.seed, 1, n), self.config
+                if pool:
+                    order = np.random.default_rng(seed).permutation(len(pool))
+                    own = own + [pool[i] for i in order[: len(own)]]
+                    config = replace(config, steps=2 * config.steps)
+                adapters = Adapters.init(self.model, lora, 1, seed)
+                update_one(self.model, adapters, own, config, seed, f"{row} {n + 1}")
+                weights.enter_context(merged(self.model, adapters))
+                pool += earlier[n] if earlier else []
+                seconds += time.perf_counter() - start
+                matrix.append(self.of_passages(asked))
+            size = sum(self.model.get_submodule(path).weight.numel() for path in adapters.places)
+            return self.result(matrix, self.asked(self.general), asked, 2 * size, seconds)
+
+    @functools.cached_property
+    def taught(self) -> list[list[Example]]:
+        """What each passage is learnt from; of a question what the base model expects as its answer
+        with the passage in view, instead of the answer."""
+        found = []
+        for p, notes in zip(self.passages, self.notes):
+            students = passage_examples(self.tok, p.title, notes)
+            teachers = []
+            for e, note in zip(students, notes, strict=True):
+                prompt = quiz_prompt(self.tok, p.title, QA_PAIR.fullmatch(note)[1], p.text)
+                teachers.append(Example.reply(prompt, list(e.ids[-sum(e.counts) :])))
+            found.append(passage_examples(self.tok, p.title, [p.text]))
+            found[-1] += expecting(students, predictions(self.model, teachers))
+        return found
+
+    @functools.cached_property
+    def anchors(self) -> list[Example]:
+        """Texts of other passages, and what the base model expects there."""
+        texts = [p.text for p in load_passages(*ANCHORS)[: self.args.anchors]]
+        examples = [Example.reply([], self.tok.encode(text)) for text in texts]
+        return expecting(examples, predictions(self.model, examples))
+
+    # rows: adapters
+
+    @functools.cached_property
+    def separately(self) -> tuple[Adapters, float]:
+        """An adapter of each passage, as a memory keeps it, and the seconds that they took."""
+        start, flats, seed = time.perf_counter(), [], sub_seed(self.seed, 2)
+        progress = Progress("separate", self.args.count)
+        tick = lambda tokens, loss: progress.tokens(tokens, loss=loss)  # noqa: E731
+        for own in chunks(self.examples, self.args.population):
+            adapters = Adapters.init(self.model, self.lora, len(own), seed)
+            inner_update(self.model, adapters, own, [self.config] * len(own), seed, tick)
+            flats.append(adapters.flat.bfloat16().float())
+            progress.step(len(own))
+        nothing = Adapters.init(self.model, self.lora, 1, seed)  # for what the router does not find
+        return adapters_of(nothing, [*flats, nothing.flat]), time.perf_counter() - start
+
+    def separate(self) -> dict:
+        (adapters, seconds), matrix = self.separately, []
+        for n in range(1, self.args.count + 1):
+            asked = self.routed(self.passages, n)
+            matrix.append(self.of_passages(asked, adapters))
+        general = self.routed(self.general, self.args.count)
+        size = 2 * self.args.count * adapters.size
+        return self.result(matrix, general, asked, size, seconds, adapters)
+
+    def consolidated(self) -> dict:
+        """One adapter that expects, of each passage, what its own adapter does."""
+        found = self.separate()
+        (teachers, seconds), start = self.separately, time.perf_counter()
+        examples, seed = list(self.anchors), sub_seed(self.seed, 3)
+        for n, own in enumerate(self.examples):
+            with merged(self.model, teachers.pick([n])):
+                examples += expecting(own, predictions(self.model, own))
+        adapters = Adapters.init(self.model, self.lora, 1, seed)
+        config = replace(self.config, steps=self.args.count * self.config.steps)
+        update_one(self.model, adapters, examples, config, seed, "consolidate")
+        seconds += time.perf_counter() - start
+        asked = self.asked(self.passages)
+        with merged(self.model, adapters):
+            matrix = [*found["matrix"][:-1], self.of_passages(asked)]
+            result = self.result(
+                matrix, self.asked(self.general), asked, 2 * adapters.size, seconds
+            )
+        return result | {"immediate": found["immediate"]}
+
+    def row(self, name: str) -> dict:
+        if name in MERGED:
+            return self.merge_each(name)
+        return getattr(self, name)()
+
+
+def expecting(examples: list[Example], soft: list[tuple]) -> list[Example]:
+    return [replace(e, soft=own) for e, own in zip(examples, soft, strict=True)]
+
+
+def adapters_of(like: Adapters, flats: list) -> Adapters:
+    adapters = like.pick([0])
+    adapters.flat = torch.cat(flats)
+    return adapters
+
+
+# -----------------------------------------------------------------------------
+# everything else
+
+
+def load_general() -> list[Passage]:
+    """The general questions, as one passage without a title."""
+    questions = []
+    for q in read_json(GENERAL)["questions"]:
+        questions.append(Question(q["question"], tuple(q["answers"])))
+    return [Passage("general", "", "", tuple(questions))]
+
+
+def perplexity(model, tok) -> float:
+    """exp of the mean negative log-likelihood per token of the general texts."""
+    total, tokens = 0.0, 0
+    with torch.inference_mode():
+        for text in read_json(GENERAL)["texts"]:
+            ids = torch.tensor([tok.encode(text)], device=model.device)
+            logp = model(ids)[0, :-1].float().log_softmax(-1)
+            total -= float(logp.gather(1, ids[0, 1:, None]).sum())
+            tokens += ids.size(1) - 1
+    return math.exp(total / tokens)
+
+
+# -----------------------------------------------------------------------------
+# the result
+
+
+def summarize(found: dict, seed: int) -> list[dict]:
+    """found {row: [its result of each seed]} -> "rows" of the result file."""
+    columns, rows = {}, []
+    before = np.concatenate([r["matrix"][0] for r in found["base"]])
+    for name, results in found.items():
+        own = {"immediate": np.concatenate([r["immediate"] for r in results])}
+        own["retained"] = np.concatenate([r["matrix"][-1] for r in results])
+        columns[name] = own
+        row = {"method": name, "before": float(before.mean())}
+        for key, values in own.items():
+            row |= {key: float(values.mean()), f"ci95_{key}": bootstrap(values, seed)}
+        if (own["immediate"] > 0).any():
+            both = np.stack([own["immediate"], own["retained"]], axis=1)
+            row["ratio"] = of_sums(lambda sums: sums[1] / sums[0], both, seed)
+        row["below_before"] = int((own["retained"] < before - 1e-9).sum())
+        for key in ("general", "perplexity", "prompt_tokens", "bytes", "seconds"):
+            row[key] = float(np.mean([r[key] for r in results]))
+        row["general_drop"] = 100 * (rows[0]["general"] - row["general"]) if rows else 0.0
+        row["matrix"] = np.mean([r["matrix"] for r in results], axis=0).tolist()
+        if "seal" in columns:
+            more = own["retained"] - columns["seal"]["retained"]
+            row["against_seal"] = {"delta": float(more.mean()), "ci95": bootstrap(more, seed)}
+        rows.append(row)
+    return rows
+
+
+def show(row: dict) -> None:
+    numbers = [100 * row[key] for key in ("before", "immediate", "retained")]
+    low, high = (100 * v for v in row["ci95_retained"])
+    parts = "before {:5.1f}  immediate {:5.1f}  retained {:5.1f} %".format(*numbers)
+    other = f"general {100 * row['general']:.1f} %, perplexity {row['perplexity']:.1f}"
+    print(f"{row['method']:12} {parts} [{low:.1f}, {high:.1f}]  {other}")
+
+
+def main() -> None:
+    args = parse_arguments()
+    check_output(args.out)
+    model, tok = load(args)
+    lora_config(args, model)  # complains now rather than after sampling
+    free = ("rows", "seeds", "work", "out")
+    settings = {k: v for k, v in vars(args).items() if k not in free}
+    settings |= {"data_sha256": digest(args.data), "general_sha256": digest(GENERAL)}
+    work, found = open_run(args.work, settings), {name: [] for name in args.rows}
+    for n in range(args.seeds):
+        stream = Stream(model, tok, args, n)
+        for name in args.rows:
+            path = work / f"{name}-{n}.json"
+            if not path.is_file():
+                write_json(path, stream.row(name))
+            found[name].append(read_json(path))
+    head = result_head(args, model) | {"seeds": args.seeds, "n_passages": args.count}
+    head["settings"] = settings
+    rows = summarize(found, args.seed)
+    write_json(args.out, head | {"rows": rows})
+    for row in rows:
+        show(row)
+
+
+if __name__ == "__main__":
+    run_main(main, GOES_ON)

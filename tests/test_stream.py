@@ -1,0 +1,107 @@
+"""experiments/stream.py: passages one after another."""
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from conftest import dies_at, run_script
+
+from experiments import stream
+from selfedit import parse
+
+
+def notes_on(model, tok, passages, copies, args, seed):
+    """In place of write_self_edits(): a random model writes none."""
+    edits = []
+    for p in passages:
+        sentence = p.text.split(". ")[0] + "."
+        notes, _ = parse(f"Who founded {p.title}?", "questions", True, sentence)
+        edits.append(SimpleNamespace(notes=notes))
+    return edits
+
+
+@pytest.fixture
+def small(tiny_folder, passages_file, tmp_path, monkeypatch):
+    """Runs it on three passages with two seeds, and returns the result file."""
+    monkeypatch.setattr(stream, "write_self_edits", notes_on)
+
+    def run(*extra, out="out.json"):
+        args = ["--count", 3, "--seeds", 2, "--steps", 2, "--top-layers", 2, "--rank", 2]
+        args += ["--anchors", 2, "--split", "", "--data", passages_file, "--population", 2]
+        args += ["--work", tmp_path / "work", "--out", tmp_path / out, *extra]
+        run_script(monkeypatch, stream, tiny_folder, *args)
+        return tmp_path / out
+
+    return run
+
+
+def test_every_row_and_killed_on_the_way(small, monkeypatch):
+    """What a killed run had finished is not made again, and nothing else is left behind: the weights
+    of the next row are the base model's."""
+    with pytest.raises(KeyboardInterrupt), monkeypatch.context() as patch:
+        dies_at(patch, "experiments.stream.update_one", 5)
+        small()
+    path = small()
+    result = json.loads(path.read_text())
+    rows = {row["method"]: row for row in result["rows"]}
+    assert list(rows) == stream.ROWS
+    for row in rows.values():
+        assert np.array(row["matrix"]).shape == (3, 3)
+        assert 0 <= row["retained"] <= 1 and row["seconds"] >= 0
+    perplexities = {name: row["perplexity"] for name, row in rows.items()}
+    for name in ("separate", "retrieval"):
+        assert perplexities[name] == perplexities["base"]
+    for name in (*stream.MERGED, "consolidated"):
+        assert perplexities[name] != perplexities["base"]
+    per_layer = rows["consolidated"]["bytes"] / 2
+    assert rows["separate"]["bytes"] == 3 * rows["consolidated"]["bytes"] > per_layer > 0
+    assert rows["seal"]["bytes"] == 2 * rows["top-layers"]["bytes"]  # four layers, not two
+    assert rows["retrieval"]["prompt_tokens"] > rows["separate"]["prompt_tokens"]
+    work = path.parent / "work"
+    before = {p.name: p.read_bytes() for p in work.glob("*.json")}
+    small(out="again.json")
+    assert {p.name: p.read_bytes() for p in work.glob("*.json")} == before
+
+
+def test_what_a_router_sees(tiny, tok, passages_file):
+    """A question on a passage that is known is asked under its title, of its adapter; on one that is
+    not, under none."""
+    s = object.__new__(stream.Stream)
+    s.tok, s.args = tok, SimpleNamespace(count=5)
+    s.passages = stream.load_passages(passages_file)
+    s.notes = [[] for _ in s.passages]
+    asked = s.routed(s.passages, 2)
+    assert [item.owner for item in asked][:4] == [0, 0, 1, 1]
+    assert "Topic: Town 1" in tok.decode(list(asked[2].prompt))
+    shown = s.routed(s.passages, 5, shown=True)
+    assert s.passages[3].text in tok.decode(list(shown[6].prompt))
+    assert {item.owner for item in shown} == {5}
+
+
+def test_summary():
+    """Two passages: one is learnt and half forgotten, the other falls below where it began."""
+
+    def result(matrix, general):
+        about = {"perplexity": 10.0, "prompt_tokens": 30.0, "bytes": 8, "seconds": 1.0}
+        now = [row[n] for n, row in enumerate(matrix)]
+        return about | {"matrix": matrix, "immediate": now, "general": general}
+
+    found = {"base": [result([[0.125, 0.25], [0.125, 0.25]], 0.8)]}
+    found["seal"] = [result([[1.0, 0.0], [0.5, 0.125]], 0.7)]
+    found["separate"] = [result([[1.0, 0.0], [1.0, 0.5]], 0.8)]
+    base, seal, separate = stream.summarize(found, 0)
+    assert base["before"] == seal["before"] == 0.1875 and base["general_drop"] == 0
+    assert (seal["immediate"], seal["retained"], seal["below_before"]) == (0.5625, 0.3125, 1)
+    assert seal["ratio"]["value"] == 5 / 9 and separate["ratio"]["value"] == 1.0
+    assert seal["general_drop"] == pytest.approx(10)
+    assert separate["below_before"] == 0 and separate["against_seal"]["delta"] == 0.4375
+    assert separate["against_seal"]["ci95"] == [0.375, 0.5] and "against_seal" not in base
+    assert separate["matrix"] == [[1.0, 0.0], [1.0, 0.5]]
+
+
+def test_general_questions_are_sound():
+    [asked] = stream.load_general()
+    assert len(asked.questions) == 40 == len({q.question for q in asked.questions})
+    for q in asked.questions:
+        assert q.answers and not any(a.lower() in q.question.lower() for a in q.answers)
