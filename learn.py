@@ -275,32 +275,50 @@ class Answers:
                 texts.append(telling_words("\n".join([p["title"], p["text"], *p["notes"]])))
         self.router = Router(texts)
 
-    def reply(self, question: str) -> tuple[str, str]:
-        """(the document, the answer); ("", ...) where none fits."""
+    def reply(self, question: str, say) -> str:
+        """Answer, with say(a few words) as they come. Returns the document's name; "" where none
+        fits."""
         found, adapter = self.router.best(telling_words(question)), None
         name, title = self.passages[found] if found is not None else ("", "")
         if name:
             adapter = self.memory.adapter(self.model, name)
         elif self.say == "unknown":
-            return "", "I don't know."
+            say("I don't know.")
+            return ""
         prompt = quiz_prompt(self.tok, title, question)
         ends = {*self.tok.end_ids, *self.tok.newline_ids}
-        [ids] = generate(self.model, [prompt], ANSWER_LEN, ends, adapters=adapter)
-        return name, self.tok.decode([t for t in ids if t not in self.tok.end_ids]).strip()
+        ids, said = [], ""
+
+        def on_token(_, t: int) -> None:
+            nonlocal said
+            ids.append(t)
+            text = self.tok.decode([t for t in ids if t not in self.tok.end_ids]).strip()
+            if not text.endswith("\ufffd"):  # a character of which more tokens are to come
+                say(text[len(said) :])
+                said = text
+
+        how = {"adapters": adapter, "on_token": on_token}
+        generate(self.model, [prompt], ANSWER_LEN, ends, **how)
+        return name
 
 
 def ask(model, tok: Tokenizer, memory: Memory, args) -> None:
     answers = Answers(model, tok, memory, args.say)
     if args.question is not None:
-        print(answers.reply(args.question)[1])
+        answers.reply(args.question, say)
+        print()
         return
     while line := read_line():
         if line.strip():
             try:
-                name, said = answers.reply(line.strip())
-                print(f"{said}  [{name or 'nothing that was learnt'}]", flush=True)
+                name = answers.reply(line.strip(), say)
+                print(f"  [{name or 'nothing that was learnt'}]", flush=True)
             except SystemExit as e:  # a question that is too long ends no chat
                 print(e, flush=True)
+
+
+def say(text: str) -> None:
+    print(text, end="", flush=True)
 
 
 def read_line() -> str:

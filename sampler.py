@@ -263,6 +263,7 @@ def generate(
     adapters: Adapters | None = None,
     owner: list[int] | None = None,
     on_prefill=None,
+    on_token=None,
     tick=None,
 ) -> list[list[int]]:
     """Continue each prompt `copies` times, or prompt i copies[i] times, at least once; returns that
@@ -273,7 +274,8 @@ def generate(
     its text does not depend on what else is in the batch, nor on the order. With `adapters`,
     prompt i runs under adapter owner[i].
     Rows that are finished leave the batch. `on_prefill(prompt of each row, batch, x)` is called
-    once, when the prompts are read; `tick(live rows)` for every token.
+    once, when the prompts are read; `on_token(which continuation, id)` for each new token, and
+    `tick(live rows)` for each of all rows together.
     """
     assert owner or not adapters or len(adapters) == 1, "which prompt runs under which adapter?"
     owner = owner or [0] * len(prompts)
@@ -310,6 +312,8 @@ def generate(
                 if live[n]:
                     out[rows[n]].append(t)
                     live[n] = t not in end_ids
+                    if on_token:
+                        on_token(rows[n], t)
             if not any(live) or step == max_new - 1:
                 break
             kept = [n for n, alive in enumerate(live) if alive]

@@ -86,9 +86,10 @@ def test_study_ask_list_show_export_forget(tiny, tiny_folder, tmp_path, monkeypa
 
     seen = []
 
-    def generate(model, prompts, *_, adapters, **__):
+    def generate(model, prompts, *_, adapters, on_token):
         seen.append((Tokenizer(tiny_folder).decode(prompts[0]), adapters))
-        return [[5]]
+        for t in Tokenizer(tiny_folder).encode(" In 1611: Zoë 🦙.\n"):
+            on_token(0, t)
 
     monkeypatch.setattr(learn, "generate", generate)
     for question, name, title in (
@@ -102,13 +103,18 @@ def test_study_ask_list_show_export_forget(tiny, tiny_folder, tmp_path, monkeypa
         [(prompt, used)] = seen
         assert title in prompt and question in prompt
         assert torch.equal(used.flat, adapters[name].flat) if name else used is None
+    said = []  # as it comes: a character of several tokens when it is complete
+    memory = learn.Memory(me)
+    answers = learn.Answers(tiny, Tokenizer(tiny_folder), memory, "base")
+    assert answers.reply("Who founded Rolm?", said.append) == "rolm"
+    assert "".join(said) == "In 1611: Zoë 🦙." and len(said) > 5
     capsys.readouterr()
     run(monkeypatch, tiny_folder, "ask", "How tall is it?", "--say", "unknown", memory=me)
     assert capsys.readouterr().out == "I don't know.\n"
     monkeypatch.setattr("sys.stdin", io.StringIO("Who founded Rolm?\n\nHow tall is it?\n"))
     run(monkeypatch, tiny_folder, "ask", memory=me)
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].endswith("[rolm]") and lines[1].endswith("[nothing that was learnt]")
+    assert lines[0].endswith("🦙.  [rolm]") and lines[1].endswith("  [nothing that was learnt]")
     head = (me / "memory.json").read_text()
     (me / "memory.json").write_text(head.replace(base_of(tiny), "another"))
     for args in (["ask", "Who?"], ["study", *files], ["export", "b", tmp_path / "w"]):

@@ -53,7 +53,9 @@ def test_finished_rows_leave_and_the_others_go_on(tiny):
     ends = {full[0][3], full[2][0]}  # ends row 0 after at most 4 tokens, row 2 after one
     expected = [greedy(tiny, p, 20, ends) for p in PROMPTS]
     sizes = []
-    assert generate(tiny, PROMPTS, 20, ends, tick=sizes.append) == expected
+    heard = [[] for _ in PROMPTS]
+    tell = {"tick": sizes.append, "on_token": lambda n, t: heard[n].append(t)}
+    assert generate(tiny, PROMPTS, 20, ends, **tell) == expected == heard
     assert sizes[0] == 3 and sizes[-1] < 3 and sum(sizes) == sum(map(len, expected))
 
 
