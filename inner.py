@@ -229,19 +229,6 @@ def backward_through_head(model: Transformer, x, target, share, weight, chunk: i
     return nll
 
 
-@torch.no_grad()
-def predictions(model: Transformer, examples: list[Example], k: int = 50) -> list[tuple]:
-    """What the model as it is expects at each counted token: Example.soft of each, of the k most
-    likely ids. For students that are to expect the same (distillation, Hinton et al. 2015)."""
-    rows, found = [make_row([e]) for e in examples], []
-    for row in with_lower_states(model, rows, model.config.n_layer):
-        top = model.head(row.x[row.at]).float().softmax(-1).topk(k)
-        shares = top.values / top.values.sum(1, keepdim=True)
-        pairs = zip(top.indices.tolist(), shares.tolist())
-        found.append(tuple(tuple(zip(ids, own)) for ids, own in pairs))
-    return found
-
-
 # -----------------------------------------------------------------------------
 # the update
 

@@ -3,29 +3,42 @@
     python learn.py study ambrel.txt notes.md --memory me
     python learn.py ask "Who founded Port Ambrel?" --memory me       # without a question: a chat
     python learn.py list --memory me               # and: show ambrel, forget ambrel
+    python learn.py check --memory me              # what is known now, beside retrieval?
     python learn.py export ambrel runs/ambrel-model --memory me
+    python learn.py consolidate runs/all-of-it --memory me
 
 `study` cuts each document into passages, lets the model write self-edits about them, trains a LoRA
 on the passages, their notes and questions made of the statements' own words, and keeps it in the
 memory, a PEFT adapter for each document (lm/memory.py). It says which notes were left out and why,
-and, asking the notes' own questions again, which statements were not learnt. `ask` looks for the
-passage that the question is about, and answers under its document's adapter; no text is in the
-prompt. `export` writes the whole model with one document learnt, for other programs.
+and, asking the notes' own questions again, which statements were not learnt. Before, the model has
+also written a quiz with each passage in view, of which the questions stay that it answers with the
+text and not without; it is never trained on, and says how sure one can be.
+
+`ask` looks for the passage that the question is about, and answers under its document's adapter; no
+text is in the prompt. `check` asks the quizzes of all documents in this way, and, beside it, with
+the passage that it finds in the prompt; and questions on anything else, with and without what was
+learnt. `export` writes the whole model with one document learnt, for other programs; `consolidate`
+with all of them, in one set of weights: one adapter learns to expect what each document's expects,
+and on other texts what the base model does. It is only kept if no document, and nothing else,
+falls by more than --fall.
 
 The notes are written by the policy that policies/ has for the model, by another one (--policy, a
 round-K/policy folder of a train_outer.py run), or by the untrained model (--policy none).
 """
 
+import argparse
 import json
 import sys
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
+
 import reward
 from data.documents import Text, passages_of, read_texts, telling_words
-from data.qa import Passage
+from data.qa import Passage, Question
 from data.text import question_and_answer, sentences
-from inner import lora_config, sft_config, update_one
+from inner import add_sft_flags, lora_config, sft_config, update_one
 from lm.adapters import base_of, load_adapter, shipped_policy
 from lm.checkpoint import save_model
 from lm.files import check_output, chunks, run_main, sub_seed
@@ -33,10 +46,19 @@ from lm.flags import Parser, add_model_flags, at_least, load
 from lm.memory import Document, Memory, Router
 from lm.tokenizer import Tokenizer
 from lora import Adapters, merge, merged
-from quiz import ANSWER_LEN, quiz_prompt, score_answer
-from reward import passage_examples, words
+from quiz import (
+    ANSWER_LEN,
+    about_what,
+    accuracies,
+    general_quiz,
+    quiz_items,
+    quiz_prompt,
+    score_answer,
+    self_quiz,
+)
+from reward import anchor_examples, consolidate, passage_examples, words
 from sampler import generate
-from selfedit import QA_PAIR, clozes, settle, write_self_edits
+from selfedit import QA_PAIR, clozes, settle, usual_length, write_self_edits
 
 ACTIONS = {
     "study": "learn documents, each into an adapter of its own",
@@ -44,6 +66,8 @@ ACTIONS = {
     "list": "what was learnt",
     "show": "a document's passages and notes, and what was not learnt",
     "forget": "remove a document, as if it had never been learnt",
+    "check": "ask all documents' quizzes, and what has nothing to do with them",
+    "consolidate": "write the whole model with all documents learnt to a new folder",
     "export": "write the whole model with one document learnt to a new folder",
 }
 
@@ -63,18 +87,24 @@ def parse_arguments():
     about = "adapter folder of a trained policy; shipped: the one in policies/; none"
     add("--policy", default="shipped", help=about)
     reward.add_flags(sub["study"])
-    # A text can be longer, and its notes more, than a passage's; few epochs of a higher rate teach
-    # more in less time (docs/LOG.md).
-    sub["study"].set_defaults(steps=0, lr=8e-3, epochs=5)
     add = sub["ask"].add_argument
     add("question", nargs="?", help="without one: a chat, a question a line")
     about = "what to say where nothing that was learnt fits: unknown, or what the base model thinks"
     add("--say", default="base", choices=["base", "unknown"], help=about)
     for name in ("show", "forget", "export"):
         sub[name].add_argument("name", help="of a document, see list")
-    sub["export"].add_argument("to", help="new folder")
-    for name in ("ask", "export"):
+    for name in ("export", "consolidate"):
+        sub[name].add_argument("to", help="new folder")
+    for name in ("ask", "check", "export"):
         add_model_flags(sub[name], trains=False)
+    add_model_flags(sub["consolidate"])
+    add_sft_flags(sub["consolidate"])
+    about = "most points that a document, or the questions on anything else, may lose"
+    sub["consolidate"].add_argument("--fall", type=at_least(0.0), default=10.0, help=about)
+    for name in ("study", "consolidate"):
+        # A text can be longer, and its notes more, than a passage's; few epochs of a higher rate
+        # teach more in less time (docs/LOG.md).
+        sub[name].set_defaults(steps=0, lr=8e-3, epochs=5)
     args = parser.parse_args()
     if args.action == "study":
         args.files = list(dict.fromkeys(args.files))
@@ -216,13 +246,13 @@ def study_one(model, tok, memory: Memory, policy, lora, document: Text, args) ->
         edits = write_self_edits(model, tok, passages, args.samples, args, sub_seed(args.seed, 0))
     notes = notes_on(passages, edits)
     report_notes(passages, edits, notes)
+    quizzes = own_quizzes(model, tok, passages, args)
 
-    seed, examples, studied = sub_seed(args.seed, 1), [], []
-    for n, (passage, own) in enumerate(zip(passages, notes)):
-        asking = clozes(passage.text, 3, sub_seed(args.seed, 2, n))
-        examples += passage_examples(tok, passage.title, [passage.text, *own, *asking])
+    seed, studied = sub_seed(args.seed, 1), []
+    for passage, own in zip(passages, notes):
         studied.append({"title": passage.title, "text": passage.text, "notes": own})
     adapters, label = Adapters.init(model, lora, 1, seed), f"study {document.name}"
+    examples = examples_of(tok, studied, args.seed)
     outcome = update_one(model, adapters, examples, sft_config(args), seed, label)
     if outcome.diverged:
         raise SystemExit(
@@ -231,12 +261,46 @@ def study_one(model, tok, memory: Memory, policy, lora, document: Text, args) ->
     given_back = ask_again(model, tok, passages, notes, adapters)
     learnt = [statement for statement, known in given_back.items() if known]
     missed = [statement for statement, known in given_back.items() if not known]
-    about = (document.name, document.title, document.digest, studied, learnt, missed, how(args))
-    memory.add(Document(*about), adapters, args.model)
+    quiz = ask_quizzes(model, tok, quizzes, adapters)
+    about = (document.name, document.title, document.digest, studied, learnt, missed, quiz)
+    memory.add(Document(*about, how(args)), adapters, args.model)
     print(f"{outcome.steps} steps, last loss {outcome.loss:.3f}; kept in {args.memory}")
     print(f"asked again: {len(learnt)} of {len(given_back)} statements learnt")
+    right = sum(q["right"] for q in quiz)
+    print(f"asked its own quiz: {right} of {len(quiz)} right, of which it knew none before")
+    for n, passage in enumerate(passages):
+        own = [q["right"] for q in quiz if q["passage"] == n]
+        print(f"  {passage.title} ({passage.id}): {sum(own)} of {len(own)}")
     for statement in missed:
         print(f"not learnt: {statement}")
+
+
+def examples_of(tok: Tokenizer, passages: list[dict], seed: int) -> list:
+    """What a document's passages are learnt from: text, notes, and questions of the text's
+    words."""
+    examples = []
+    for n, p in enumerate(passages):
+        asking = clozes(p["text"], 3, sub_seed(seed, 2, n))
+        examples += passage_examples(tok, p["title"], [p["text"], *p["notes"], *asking])
+    return examples
+
+
+def own_quizzes(model, tok: Tokenizer, passages: list[Passage], args) -> list[Passage]:
+    """The passages with a quiz each, written and sifted by the model as it is."""
+    settings = vars(args) | {"style": "self-qa", "max_new": usual_length("self-qa")}
+    how = (argparse.Namespace(**settings), sub_seed(args.seed, 3))
+    return self_quiz(model, tok, passages, write_self_edits(model, tok, passages, 1, *how))
+
+
+def ask_quizzes(model, tok: Tokenizer, quizzes: list[Passage], adapters: Adapters) -> list[dict]:
+    """The questions, and which are answered right."""
+    right = iter(accuracies(model, tok, [i for p in quizzes for i in quiz_items(tok, p)], adapters))
+    asked = []
+    for n, p in enumerate(quizzes):
+        for q in p.questions:
+            about = {"passage": n, "question": q.question, "answer": q.answers[0]}
+            asked.append(about | {"right": int(next(right))})
+    return asked
 
 
 def ask_again(model, tok: Tokenizer, passages, notes, adapters: Adapters) -> dict:
@@ -268,24 +332,22 @@ class Answers:
 
     def __init__(self, model, tok: Tokenizer, memory: Memory, say: str):
         self.model, self.tok, self.memory, self.say = model, tok, memory, say
-        self.passages, texts = [], []
+        self.passages, texts = [], []  # each passage's id is its document's name
         for document in memory.documents.values():
             for p in document.passages:
-                self.passages.append((document.name, p["title"]))
+                self.passages.append(Passage(document.name, p["title"], p["text"], ()))
                 texts.append(telling_words("\n".join([p["title"], p["text"], *p["notes"]])))
         self.router = Router(texts)
 
     def reply(self, question: str, say) -> str:
         """Answer, with say(a few words) as they come. Returns the document's name; "" where none
         fits."""
-        found, adapter = self.router.best(telling_words(question)), None
-        name, title = self.passages[found] if found is not None else ("", "")
-        if name:
-            adapter = self.memory.adapter(self.model, name)
-        elif self.say == "unknown":
+        _, about = about_what(self.router, self.passages, Question(question, ()))
+        if not about.id and self.say == "unknown":
             say("I don't know.")
             return ""
-        prompt = quiz_prompt(self.tok, title, question)
+        adapter = self.memory.adapter(self.model, about.id) if about.id else None
+        prompt = quiz_prompt(self.tok, about.title, question)
         ends = {*self.tok.end_ids, *self.tok.newline_ids}
         ids, said = [], ""
 
@@ -299,7 +361,24 @@ class Answers:
 
         how = {"adapters": adapter, "on_token": on_token}
         generate(self.model, [prompt], ANSWER_LEN, ends, **how)
-        return name
+        return about.id
+
+    def right(self, questions: list[Question], shown: bool = False) -> tuple[np.ndarray, float]:
+        """Which are answered right (n), each under the adapter of the document that it is about, or
+        by the base model with the passage that it is about `shown`; and the mean number of prompt
+        tokens."""
+        items = {}  # {document: [(number, item), ...]}
+        for n, q in enumerate(questions):
+            _, about = about_what(self.router, self.passages, q)
+            [item] = quiz_items(self.tok, about, show_passage=shown and bool(about.text))
+            items.setdefault("" if shown else about.id, []).append((n, item))
+        right, tokens = np.zeros(len(questions)), []
+        for name, own in items.items():
+            adapter = self.memory.adapter(self.model, name) if name else None
+            numbers, asked = zip(*own)
+            right[list(numbers)] = accuracies(self.model, self.tok, list(asked), adapter)
+            tokens += [len(item.prompt) for item in asked]
+        return right, float(np.mean(tokens))
 
 
 def ask(model, tok: Tokenizer, memory: Memory, args) -> None:
@@ -329,6 +408,67 @@ def read_line() -> str:
     except KeyboardInterrupt:
         print()
         return ""
+
+
+def questions_of(document: Document) -> list[Question]:
+    return [Question(q["question"], (q["answer"],)) for q in document.quiz]
+
+
+def check(model, tok: Tokenizer, memory: Memory) -> None:
+    answers, counts = Answers(model, tok, memory, "base"), []
+    for document in memory.documents.values():
+        if questions := questions_of(document):
+            (known, short), (found, long) = (answers.right(questions, s) for s in (False, True))
+            counts.append((len(questions), known.sum(), found.sum(), short, long))
+            told = f"{known.sum():.0f} of {len(questions)} right"
+            print(f"{document.name:20} {told}, {found.sum():.0f} with the passage in the prompt")
+        else:
+            print(f"{document.name:20} has no quiz: no question was sound")
+    if counts:
+        asked, known, found = np.sum([own[:3] for own in counts], axis=0)
+        short, long = np.mean([own[3:] for own in counts], axis=0)
+        told = f"{100 * known / asked:.1f} % right, in prompts of {short:.0f} tokens"
+        print(f"all: {told}; with the passage {100 * found / asked:.1f} %, {long:.0f} tokens")
+    general = general_quiz()
+    before = np.mean(accuracies(model, tok, quiz_items(tok, general)))
+    now, _ = answers.right(list(general.questions))
+    print(f"anything else: {100 * before:.1f} % before, {100 * now.mean():.1f} % now")
+
+
+def consolidate_all(model, tok: Tokenizer, memory: Memory, args) -> None:
+    """Write the model with all documents in one set of weights. Exits with one line, and writes
+    nothing, if something falls by more than --fall points."""
+    documents = list(memory.documents.values())
+    teachers = [memory.adapter(model, d.name) for d in documents]
+    examples = [examples_of(tok, d.passages, d.settings["seed"]) for d in documents]
+    how = (anchor_examples(tok), sft_config(args), sub_seed(args.seed, 0))
+    adapters, outcome = consolidate(model, teachers, examples, *how)
+    if outcome.diverged:
+        raise SystemExit(f"error: training diverged; try a lower --lr than {args.lr}")
+
+    def of_quiz(passages, adapter) -> float:
+        items = [item for p in passages for item in quiz_items(tok, p)]
+        return 100 * float(np.mean(accuracies(model, tok, items, adapter)))
+
+    asked = [("anything else", [general_quiz()], None)]
+    for d, teacher in zip(documents, teachers):
+        quizzes = []
+        for n, p in enumerate(d.passages):
+            own = [Question(q["question"], (q["answer"],)) for q in d.quiz if q["passage"] == n]
+            quizzes.append(Passage(d.name, p["title"], p["text"], tuple(own)))
+        if d.quiz:
+            asked.append((d.name, quizzes, teacher))
+    fallen = []
+    for name, passages, teacher in asked:
+        before, now = of_quiz(passages, teacher), of_quiz(passages, adapters)
+        print(f"{name:20} {before:.1f} % before, {now:.1f} % now")
+        fallen += [name] if before - now > args.fall else []
+    if fallen:
+        told = f"{', '.join(fallen)} would fall by more than {args.fall} points"
+        raise SystemExit(f"error: {told}; nothing is written (--fall, --epochs)")
+    merge(model, adapters)
+    save_model(model, args.to, args.model)
+    print(f"whole model written to {args.to}")
 
 
 def show_list(memory: Memory) -> None:
@@ -365,20 +505,31 @@ def main() -> None:
         memory.keep_to_itself()
         memory.forget(args.name)
         print(f"{args.name} is forgotten")
-    elif args.action == "ask":
+    else:
+        if args.action == "export":
+            memory[args.name]
+        elif args.action != "ask" and not memory.documents:
+            raise SystemExit(f"error: {args.memory} is empty")
+        if args.action in ("export", "consolidate"):
+            refuse_existing(args.to)
         model, tok = load(args)
         memory.refuse_other_base(base_of(model))
-        ask(model, tok, memory, args)
-    else:
-        memory[args.name]
-        if Path(args.to).exists():
-            raise SystemExit(f"error: {args.to} exists already; choose another folder")
-        check_output(args.to, folder=True)
-        model, _ = load(args)
-        memory.refuse_other_base(base_of(model))
-        merge(model, memory.adapter(model, args.name))
-        save_model(model, args.to, args.model)
-        print(f"whole model written to {args.to}")
+        if args.action == "ask":
+            ask(model, tok, memory, args)
+        elif args.action == "check":
+            check(model, tok, memory)
+        elif args.action == "consolidate":
+            consolidate_all(model, tok, memory, args)
+        else:
+            merge(model, memory.adapter(model, args.name))
+            save_model(model, args.to, args.model)
+            print(f"whole model written to {args.to}")
+
+
+def refuse_existing(folder: str) -> None:
+    if Path(folder).exists():
+        raise SystemExit(f"error: {folder} exists already; choose another folder")
+    check_output(folder, folder=True)
 
 
 if __name__ == "__main__":

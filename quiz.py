@@ -15,21 +15,27 @@ judge.
 """
 
 import functools
+import math
 import re
 import string
 import unicodedata
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
 
+from data.documents import telling_words
 from data.qa import Passage, Question
 from data.text import UNSPACED
+from lm.files import chunks, read_json
+from lm.memory import Router
 from lm.tokenizer import Tokenizer
 from lora import Adapters
 from model import Transformer
 from sampler import Batch, generate
+from selfedit import QA_PAIR
 
 # -----------------------------------------------------------------------------
 # scoring
@@ -194,3 +200,85 @@ def answer_logprobs(answers: list[list[int]], batch: Batch, x) -> list[float]:
     target = torch.tensor([t for a in answers for t in a], device=x.device)
     logp = batch.model.head(states[at]).float().log_softmax(-1).gather(-1, target[:, None])[:, 0]
     return [float(part.mean()) for part in logp.split(list(map(len, answers)))]
+
+
+def accuracies(model, tok, items: list[Item], adapters=None, batch: int = 64) -> list[float]:
+    """The accuracy of each answer, asked `batch` at a time, so that memory does not grow."""
+    found = []
+    for some in chunks(items, batch):
+        found += [a["accuracy"] for a in ask(model, tok, some, adapters)]
+    return found
+
+
+def about_what(router: Router, passages: list[Passage], question: Question):
+    """The number of the passage that the router finds for a question, and that passage with it as
+    its quiz; None and a passage without title and text if it finds none."""
+    n = router.best(telling_words(question.question))
+    return n, replace(Passage("", "", "", ()) if n is None else passages[n], questions=(question,))
+
+
+# -----------------------------------------------------------------------------
+# a quiz that the model writes itself
+
+
+def self_quiz(model: Transformer, tok: Tokenizer, passages: list[Passage], edits) -> list[Passage]:
+    """The passages, each with the questions of the self-edits on it (style self-qa) that can tell
+    what is learnt: those that the model, as it is, answers with the passage in view and not
+    without. Their answers are short, stand in the passage, and do not stand in the question."""
+    written = {p.id: {} for p in passages}
+    for e in edits:
+        for note in e.notes:
+            written[e.passage].setdefault(*QA_PAIR.fullmatch(note).groups())
+    asked = []
+    for p in passages:
+        own = [Question(q, (a,)) for q, a in written[p.id].items() if is_short_answer(q, a, p.text)]
+        asked.append(replace(p, questions=tuple(own)))
+    right = {}
+    for shown in (True, False):
+        items = [item for p in asked for item in quiz_items(tok, p, show_passage=shown)]
+        right[shown] = iter(accuracies(model, tok, items))
+    found = []
+    for p in asked:
+        told = [next(right[True]) > next(right[False]) for _ in p.questions]
+        kept = [q for q, tells in zip(p.questions, told) if tells]
+        found.append(replace(p, questions=tuple(kept)))
+    return found
+
+
+def is_short_answer(question: str, answer: str, passage: str) -> bool:
+    """Is it an answer of eight words or fewer, out of the passage, that the question does not give
+    away?"""
+    inside = [score_answer(text, (answer,))["accuracy"] for text in (passage, question)]
+    return len(answer.split()) <= 8 and inside == [1.0, 0.0]
+
+
+# -----------------------------------------------------------------------------
+# what has nothing to do with any passage
+
+GENERAL = Path(__file__).with_name("data") / "general.json"
+
+
+def general_quiz() -> Passage:
+    """Questions that anyone may ask, as a passage without text."""
+    questions = []
+    for q in read_json(GENERAL)["questions"]:
+        questions.append(Question(q["question"], tuple(q["answers"])))
+    return Passage("general", "", "", tuple(questions))
+
+
+def general_texts(tok: Tokenizer, name: str = "texts") -> list[list[int]]:
+    """Token ids of texts that anyone may write: "texts" are to be measured on, "anchors" to be
+    trained on."""
+    return [tok.encode(text) for text in read_json(GENERAL)[name]]
+
+
+@torch.inference_mode()
+def perplexity(model: Transformer, texts: list[list[int]]) -> float:
+    """exp of the mean negative log-likelihood per token."""
+    total, tokens = 0.0, 0
+    for ids in texts:
+        ids = torch.tensor([ids], device=model.device)
+        logp = model(ids)[0, :-1].float().log_softmax(-1)
+        total -= float(logp.gather(1, ids[0, 1:, None]).sum())
+        tokens += ids.size(1) - 1
+    return math.exp(total / tokens)

@@ -10,8 +10,8 @@
 quiz asks, closest_question(). (arc.py has what a self-edit on a puzzle earns; selection is the
 same.)
 
-Top to bottom: flags, candidates, quizzing them, the proxy, credit, selection, and Passages, which
-puts them together for train_outer.py.
+Top to bottom: flags, candidates, quizzing them, the proxy, credit, selection, distillation (for
+learn.py), and Passages, which puts them together for train_outer.py.
 """
 
 import math
@@ -20,21 +20,29 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import torch
 
 import inner
 import selfedit
 from data.qa import Passage, Question, load_passages
 from data.text import pieces, question_and_answer, sentences
-from inner import Outcome, SFTConfig, inner_update, sft_config
+from inner import (
+    Outcome,
+    SFTConfig,
+    inner_update,
+    sft_config,
+    update_one,
+    with_lower_states,
+)
 from lm import files
 from lm.files import digest, sub_seed
 from lm.flags import add_model_flags
 from lm.log import Log
-from lm.packing import Example, arrange, row_tokens
+from lm.packing import Example, arrange, make_row, row_tokens
 from lm.runs import trained_as
 from lm.tokenizer import Tokenizer
-from lora import Adapters, LoRAConfig
-from quiz import ask, mean_scores, normalize, quiz_items, quiz_prompt, score_answer
+from lora import Adapters, LoRAConfig, merged
+from quiz import ask, general_texts, mean_scores, normalize, quiz_items, quiz_prompt, score_answer
 from selfedit import QA_PAIR, STYLES, SelfEdit, note_prompts, says_how, write_self_edits
 
 # -----------------------------------------------------------------------------
@@ -548,6 +556,52 @@ def refuse_training_passages(passages, args) -> None:
                 f"error: {where} was trained on {len(both)} of these passages; "
                 "leave them out with --skip or --split"
             )
+
+
+# -----------------------------------------------------------------------------
+# distillation: what a teacher expects, as what is trained on; many adapters into one
+
+
+@torch.no_grad()
+def predictions(model, examples: list[Example], k: int = 50) -> list[tuple]:
+    """What the model as it is expects at each counted token: Example.soft of each, of the k most
+    likely ids. For students that are to expect the same (distillation, Hinton et al. 2015)."""
+    rows, found = [make_row([e]) for e in examples], []
+    for row in with_lower_states(model, rows, model.config.n_layer):
+        top = model.head(row.x[row.at]).float().softmax(-1).topk(k)
+        shares = top.values / top.values.sum(1, keepdim=True)
+        pairs = zip(top.indices.tolist(), shares.tolist())
+        found.append(tuple(tuple(zip(ids, own)) for ids, own in pairs))
+    return found
+
+
+def expecting(examples: list[Example], soft: list[tuple]) -> list[Example]:
+    """The examples, with a teacher's predictions() in place of their tokens."""
+    return [replace(e, soft=own) for e, own in zip(examples, soft, strict=True)]
+
+
+def anchor_examples(tok: Tokenizer) -> list[Example]:
+    """Texts about anything, by which a model is held in its place (data/general.json)."""
+    return [Example.reply([], ids) for ids in general_texts(tok, "anchors")]
+
+
+def consolidate(
+    model, teachers: list[Adapters], examples: list[list], anchors: list, config, seed: int
+) -> tuple[Adapters, Outcome]:
+    """One adapter of the teachers' shape that is to know what all of them do, and nothing else.
+
+    It learns to expect what each teacher expects on its own examples[teacher], and on the `anchors`
+    what the base model does. `config` is of one teacher's update; this one takes as many steps as
+    all together.
+    """
+    taught = expecting(anchors, predictions(model, anchors))
+    for teacher, own in zip(teachers, examples, strict=True):
+        with merged(model, teacher):
+            taught += expecting(own, predictions(model, own))
+    adapters = Adapters.init(model, teachers[0].config, 1, seed)
+    if config.steps:
+        config = replace(config, steps=config.steps * len(teachers))
+    return adapters, update_one(model, adapters, taught, config, seed, "consolidate")
 
 
 # -----------------------------------------------------------------------------

@@ -11,9 +11,9 @@ each, all quizzes are asked: the matrix. Rows:
                   way)
     top-layers    the same, with adapters of the --top-layers
     replay        the same, each passage with as many sequences of earlier ones, in twice the steps
-    distilled     the same; of earlier ones, and of --anchors texts of training passages, it learns
-                  what the frozen base model expects there: with the earlier passage in view, if it
-                  is a question about it
+    distilled     the same; of earlier ones, and of the anchors of data/general.json, it learns what
+                  the frozen base model expects there: with the earlier passage in view, if it is a
+                  question about it
     separate      an adapter for each; a router picks the question's (lm/memory.py)
     consolidated  at the end one adapter is trained on all, in as many steps as all the others
                   together, to expect what these, and the base model on the anchors, expect there
@@ -30,7 +30,6 @@ lost. "prompt_tokens": of a question, on average. "bytes": of what is kept besid
 
 import contextlib
 import functools
-import math
 import sys
 import time
 from dataclasses import replace
@@ -44,8 +43,8 @@ import torch
 import data.qa
 import reward
 from data.documents import telling_words
-from data.qa import Passage, Question, load_passages
-from inner import inner_update, lora_config, predictions, sft_config, update_one
+from data.qa import load_passages
+from inner import inner_update, lora_config, sft_config, update_one
 from lm.files import (
     GOES_ON,
     check_output,
@@ -63,15 +62,21 @@ from lm.memory import Router
 from lm.packing import Example
 from lm.runs import open_run
 from lora import Adapters, merged
-from quiz import ask, quiz_items, quiz_prompt
-from reward import passage_examples
+from quiz import (
+    GENERAL,
+    about_what,
+    accuracies,
+    general_quiz,
+    general_texts,
+    perplexity,
+    quiz_items,
+    quiz_prompt,
+)
+from reward import anchor_examples, consolidate, expecting, passage_examples, predictions
 from selfedit import QA_PAIR, settle, write_self_edits
 
 MERGED = ["seal", "top-layers", "replay", "distilled"]
 ROWS = ["base", *MERGED, "separate", "consolidated", "retrieval"]
-GENERAL = "data/general.json"
-ANCHORS = ("data/passages.json", "train")
-BATCH = 64  # questions asked at a time
 
 
 def parse_arguments():
@@ -81,7 +86,6 @@ def parse_arguments():
     add = parser.add_argument_group("experiment").add_argument
     add("--count", type=at_least(2), default=8, help="passages, one after another")
     add("--seeds", type=at_least(1), default=3, help="draws and orders of passages")
-    add("--anchors", type=at_least(0), default=16, help="texts that hold the rest in its place")
     add("--rows", nargs="+", default=ROWS, choices=ROWS, help="ways of learning")
     add("--work", default="runs/stream", help="folder for progress, to resume a killed run")
     add("--out", default="results/stream.json", help="result file")
@@ -104,7 +108,7 @@ class Stream:
             raise SystemExit(f"error: --count {args.count}: there are {len(passages)} passages")
         order = np.random.default_rng([args.seed, n]).permutation(len(passages))
         self.passages = [passages[i] for i in order[: args.count]]
-        self.general = load_general()
+        self.general = [general_quiz()]
         self.lora, self.config = lora_config(args, model), sft_config(args)
 
     @functools.cached_property
@@ -134,31 +138,24 @@ class Stream:
             texts.append(telling_words("\n".join([p.title, p.text, *([] if shown else notes)])))
         router = Router(texts)
         for q in (q for p in passages for q in p.questions):
-            n, found = router.best(telling_words(q.question)), Passage("", "", "", (q,))
-            if n is not None:
-                found = replace(self.passages[n], questions=(q,))
+            n, found = about_what(router, self.passages, q)
             owner = self.args.count if n is None or shown else n
             items += quiz_items(self.tok, found, owner, shown and n is not None)
         return items
 
-    def right(self, items, adapters=None) -> list[float]:
-        scores = []
-        for batch in chunks(items, BATCH):
-            scores += [a["accuracy"] for a in ask(self.model, self.tok, batch, adapters)]
-        return scores
-
     def of_passages(self, items, adapters=None) -> list[float]:
         """Accuracy on each passage of the stream, asked all its questions in order."""
-        left = iter(self.right(items, adapters))
-        return [float(np.mean([next(left) for _ in p.questions])) for p in self.passages]
+        right = accuracies(self.model, self.tok, items, adapters)
+        ends = np.cumsum([len(p.questions) for p in self.passages])[:-1]
+        return [float(own.mean()) for own in np.split(np.array(right), ends)]
 
     def result(self, matrix, general, asked, size: int, seconds: float, adapters=None):
         """Of a row. `general` and `asked`: questions as they are asked at the end."""
         return {
             "matrix": matrix,
             "immediate": [own[n] for n, own in enumerate(matrix)],
-            "general": float(np.mean(self.right(general, adapters))),
-            "perplexity": perplexity(self.model, self.tok),
+            "general": float(np.mean(accuracies(self.model, self.tok, general, adapters))),
+            "perplexity": perplexity(self.model, general_texts(self.tok)),
             "prompt_tokens": float(np.mean([len(item.prompt) for item in asked])),
             "bytes": size,
             "seconds": round(seconds, 1),
@@ -221,9 +218,8 @@ class Stream:
 
     @functools.cached_property
     def anchors(self) -> list[Example]:
-        """Texts of other passages, and what the base model expects there."""
-        texts = [p.text for p in load_passages(*ANCHORS)[: self.args.anchors]]
-        examples = [Example.reply([], self.tok.encode(text)) for text in texts]
+        """Texts about anything, and what the base model expects there."""
+        examples = anchor_examples(self.tok)
         return expecting(examples, predictions(self.model, examples))
 
     # rows: adapters
@@ -254,14 +250,10 @@ class Stream:
     def consolidated(self) -> dict:
         """One adapter that expects, of each passage, what its own adapter does."""
         found = self.separate()
-        (teachers, seconds), start = self.separately, time.perf_counter()
-        examples, seed = list(self.anchors), sub_seed(self.seed, 3)
-        for n, own in enumerate(self.examples):
-            with merged(self.model, teachers.pick([n])):
-                examples += expecting(own, predictions(self.model, own))
-        adapters = Adapters.init(self.model, self.lora, 1, seed)
-        config = replace(self.config, steps=self.args.count * self.config.steps)
-        update_one(self.model, adapters, examples, config, seed, "consolidate")
+        (adapters, seconds), start = self.separately, time.perf_counter()
+        teachers = [adapters.pick([n]) for n in range(self.args.count)]
+        how = (anchor_examples(self.tok), self.config, sub_seed(self.seed, 3))
+        adapters, _ = consolidate(self.model, teachers, self.examples, *how)
         seconds += time.perf_counter() - start
         asked = self.asked(self.passages)
         with merged(self.model, adapters):
@@ -277,38 +269,10 @@ class Stream:
         return getattr(self, name)()
 
 
-def expecting(examples: list[Example], soft: list[tuple]) -> list[Example]:
-    return [replace(e, soft=own) for e, own in zip(examples, soft, strict=True)]
-
-
 def adapters_of(like: Adapters, flats: list) -> Adapters:
     adapters = like.pick([0])
     adapters.flat = torch.cat(flats)
     return adapters
-
-
-# -----------------------------------------------------------------------------
-# everything else
-
-
-def load_general() -> list[Passage]:
-    """The general questions, as one passage without a title."""
-    questions = []
-    for q in read_json(GENERAL)["questions"]:
-        questions.append(Question(q["question"], tuple(q["answers"])))
-    return [Passage("general", "", "", tuple(questions))]
-
-
-def perplexity(model, tok) -> float:
-    """exp of the mean negative log-likelihood per token of the general texts."""
-    total, tokens = 0.0, 0
-    with torch.inference_mode():
-        for text in read_json(GENERAL)["texts"]:
-            ids = torch.tensor([tok.encode(text)], device=model.device)
-            logp = model(ids)[0, :-1].float().log_softmax(-1)
-            total -= float(logp.gather(1, ids[0, 1:, None]).sum())
-            tokens += ids.size(1) - 1
-    return math.exp(total / tokens)
 
 
 # -----------------------------------------------------------------------------

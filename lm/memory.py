@@ -22,7 +22,7 @@ from lm.files import check_output, note, read_json, remove, write_atomic, write_
 from lm.runs import lock
 from lora import Adapters
 
-FORMAT = 1
+FORMAT = 2
 LEAST = 0.3  # share of a question's words, counted by rarity, that the text it is about has
 HEAD, ABOUT = "memory.json", "document.json"
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
@@ -80,6 +80,7 @@ class Document:
     passages: list  # {"title", "text", "notes"} each
     learnt: list  # statements that were given back, asked by its own notes
     missed: list  # and those that were not
+    quiz: list  # {"passage" (its number), "question", "answer", "right"}: by the model itself
     settings: dict  # it was studied with
 
     @classmethod
@@ -97,6 +98,11 @@ class Document:
                 raise SystemExit(f"error: {path}: a passage without title, text and notes")
         if not all_texts(about["learnt"], about["missed"]):
             raise SystemExit(f"error: {path}: a statement that is no text")
+        for q in about["quiz"]:
+            sound = isinstance(q, dict) and q.keys() == {"passage", "question", "answer", "right"}
+            sound = sound and all_texts([q["question"], q["answer"]]) and q["right"] in (0, 1)
+            if not sound or q["passage"] not in range(len(about["passages"])):
+                raise SystemExit(f"error: {path}: a question that is of another form")
         if about.keys() != kinds.keys() or about["name"] != folder.name:
             raise SystemExit(f"error: {path} is of another document, or of a newer version")
         for file in ADAPTER:

@@ -79,7 +79,7 @@ def load_swapped(folder):
     return model
 
 
-SUBCOMMANDS = "qa arc study ask list show forget export".split()
+SUBCOMMANDS = "qa arc study ask list show forget check consolidate export".split()
 
 
 def run_script(monkeypatch, script, folder, *args):

@@ -3,6 +3,7 @@
 import io
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -153,7 +154,7 @@ def test_study_ask_list_show_export_forget(tiny, tiny_folder, tmp_path, monkeypa
 
 def test_a_question_that_is_too_long_ends_no_chat(tiny_folder, tmp_path, monkeypatch, capsys):
     (tmp_path / "me").mkdir()
-    (tmp_path / "me/memory.json").write_text('{"format": 1, "base": "any"}')
+    (tmp_path / "me/memory.json").write_text('{"format": 2, "base": "any"}')
     monkeypatch.setattr("sys.stdin", io.StringIO(f"{'Who? ' * 2000}\nHow tall is it?\n"))
     run(monkeypatch, tiny_folder, "ask", memory=tmp_path / "me")
     lines = capsys.readouterr().out.splitlines()
@@ -260,7 +261,7 @@ def test_the_text_and_its_notes_are_studied(tok, tiny_folder, tmp_path, monkeypa
     """Those of all samples, each once."""
     text, notes = "Rolm was founded by Ada Quell.", ["Rolm is a town.", "It has a founder."]
     (tmp_path / "rolm.txt").write_text(text)
-    sampled = iter([notes[:1], notes])
+    sampled = iter([notes[:1], notes, []])  # the last is of its own quiz
     monkeypatch.setattr("selfedit.parse", lambda *_: (next(sampled), ""))
     calls = dies_at(monkeypatch, "inner.lay_rows", 0)
     about = ["study", tmp_path / "rolm.txt", "--title", "Rolm", "--style", "implications"]
@@ -370,13 +371,14 @@ def test_a_long_text_is_studied_in_pieces(tiny_folder, tmp_path, monkeypatch, ca
     facts = [f"Gate {n} of Rolm is kept by {n + 7} guards." for n in range(150)]
     (tmp_path / "x.txt").write_text(" ".join(facts))
     seen, pieces = [], []
-    monkeypatch.setattr(learn, "write_self_edits", lambda m, t, p, *_: pieces.extend(p) or [])
+    monkeypatch.setattr(learn, "write_self_edits", lambda m, t, p, *_: pieces.append(p) or [])
     outcome = Outcome([1.0], 1)
     monkeypatch.setattr(learn, "update_one", lambda *a: seen.append(a[2]) or outcome)
     monkeypatch.setattr(learn, "clozes", lambda *_: [])
     run(monkeypatch, tiny_folder, "study", tmp_path / "x.txt", memory=tmp_path / "me")
     [examples] = seen
-    assert len(examples) == len(pieces) > 3
+    [pieces, asked] = pieces  # of the notes, and of its own quiz
+    assert len(examples) == len(pieces) > 3 and asked == pieces
     assert max(len(e.ids) for e in examples) < reward.LONGEST + 20
     assert " ".join(" ".join(p.text for p in pieces).split()) == " ".join(facts)
 
@@ -467,3 +469,101 @@ def test_the_experiment_on_own_texts(tiny_folder, tmp_path, monkeypatch):
         ]
         assert result["in_view"]["n_texts"] == 1 and "other_hand" not in result
         monkeypatch.setattr("subprocess.run", None)
+
+
+# -----------------------------------------------------------------------------
+# its own quiz, and all documents together
+
+
+@pytest.fixture
+def two_documents(tiny_folder, tmp_path, monkeypatch):
+    """A memory of two, each with a quiz of one question."""
+    (tmp_path / "Rolm.txt").write_text("Rolm was founded by Ada Quell.")
+    (tmp_path / "b.md").write_text("# Varbon\nVarbon sells salt to the coast.")
+    quizzes = {"Rolm": ("Who founded Rolm?", "Ada Quell"), "Varbon": ("What sells Varbon?", "salt")}
+
+    def write(model, tok, passages, copies, args, seed):
+        if args.style != "self-qa":
+            return []
+        edits = []
+        for p in passages:
+            question, answer = quizzes[p.title]
+            edits.append(SelfEdit(p.id, [Part("", [f"Question: {question}\nAnswer: {answer}"])]))
+        return edits
+
+    def sifted(model, tok, passages, edits):
+        found = []
+        for p, e in zip(passages, edits):
+            question, answer = learn.QA_PAIR.fullmatch(e.notes[0]).groups()
+            found.append(replace(p, questions=(learn.Question(question, (answer,)),)))
+        return found
+
+    monkeypatch.setattr(learn, "write_self_edits", write)
+    monkeypatch.setattr(learn, "self_quiz", sifted)
+    files = [tmp_path / "Rolm.txt", tmp_path / "b.md"]
+    run(monkeypatch, tiny_folder, "study", *files, memory=tmp_path / "me")
+    return tmp_path / "me"
+
+
+def test_check_asks_as_a_user_would(two_documents, tiny_folder, monkeypatch, capsys):
+    """Each question under the adapter of the document that is found for it; beside it with the
+    passage in the prompt; and what has nothing to do with them, with and without."""
+    me, asked = two_documents, []
+    memory = learn.Memory(me)
+    assert [q["question"] for q in memory["rolm"].quiz] == ["Who founded Rolm?"]
+    assert memory["b"].quiz[0] | {"right": 0} == {
+        "passage": 0,
+        "question": "What sells Varbon?",
+        "answer": "salt",
+        "right": 0,
+    }
+
+    def accuracies(model, tok, items, adapter=None):
+        asked.append(([tok.decode(list(i.prompt)) for i in items], adapter))
+        return [1.0 if adapter else 0.0 for _ in items]
+
+    monkeypatch.setattr(learn, "accuracies", accuracies)
+    capsys.readouterr()
+    run(monkeypatch, tiny_folder, "check", memory=me)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split()[:5] == ["b", "1", "of", "1", "right,"] and " 0 with the pas" in lines[0]
+    assert lines[2].startswith("all: 100.0 % right, in prompts of ")
+    assert lines[3].startswith("anything else: 0.0 % before, ")
+    (known, adapter), (shown, none) = asked[:2]
+    assert "Topic: Varbon" in known[0] and adapter and none is None
+    assert "sells salt to the coast." in shown[0] and "sells salt to the coast." not in known[0]
+    assert len(asked[4][0]) == 40 and asked[4][1] is None  # before
+
+
+def test_all_documents_in_one_set_of_weights(two_documents, tiny, tiny_folder, monkeypatch):
+    """Written if nothing falls by more than --fall; else nothing is."""
+    me, right = two_documents, {"now": 1.0}
+
+    def accuracies(model, tok, items, adapter=None):
+        return [right["now"] if adapter and len(items) == 1 else 1.0 for _ in items]
+
+    monkeypatch.setattr(learn, "accuracies", accuracies)
+    taught, consolidate = [], learn.consolidate
+    monkeypatch.setattr(learn, "consolidate", lambda *a: taught.append(a[2]) or consolidate(*a))
+    run(monkeypatch, tiny_folder, "consolidate", me.parent / "all", memory=me)
+    tok = Tokenizer(tiny_folder)
+    [examples] = taught
+    assert [len(own) > 1 for own in examples] == [True, True]
+    assert "Varbon sells salt to the coast." in tok.decode(list(examples[0][0].ids))
+    written = load_model(me.parent / "all", "cpu", "float32")
+    for path, changed in (("layers.0", False), ("layers.3", True)):
+        weights = [m.get_submodule(path).mlp.up_proj.weight for m in (written, tiny)]
+        assert torch.equal(*weights) != changed
+    with pytest.raises(SystemExit, match="all exists already"):
+        run(monkeypatch, tiny_folder, "consolidate", me.parent / "all", memory=me)
+
+    calls = iter([1.0, 1.0, 1.0, 0.0])  # everything else, twice; then b before, and now
+    monkeypatch.setattr(learn, "accuracies", lambda *_: [next(calls, 1.0)])
+    before = contents(me.parent)
+    with pytest.raises(SystemExit, match="b would fall by more than 10.0 points; nothing is writ"):
+        run(monkeypatch, tiny_folder, "consolidate", me.parent / "other", memory=me)
+    assert contents(me.parent) == before
+    with pytest.raises(SystemExit, match="is empty"):
+        (me.parent / "none").mkdir()
+        (me.parent / "none/memory.json").write_text('{"format": 2, "base": "any"}')
+        run(monkeypatch, None, "check", memory=me.parent / "none")

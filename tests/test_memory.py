@@ -19,7 +19,7 @@ from lora import Adapters, LoRAConfig
 def document(name: str, **changes) -> Document:
     passages = [{"title": name, "text": f"{name} fell.", "notes": []}]
     about = {"title": name, "digest": "0", "passages": passages, "learnt": [], "missed": []}
-    return Document(**{"name": name, "settings": {}} | about | changes)
+    return Document(**{"name": name, "settings": {}, "quiz": []} | about | changes)
 
 
 @pytest.fixture
@@ -146,6 +146,9 @@ def test_damaged_documents_are_left_out_and_named(memory, capsys):
     about = memory.folder / "a" / "document.json"
     sound = json.loads(about.read_text())
     passage = {"title": "a", "text": 5, "notes": []}
+    asked = {"passage": 0, "question": "Who fell?", "answer": "a", "right": 1}
+    about.write_text(json.dumps(sound | {"quiz": [asked]}))
+    assert Memory(memory.folder)["a"].quiz == [asked]
     for damage, said in (
         ("{", "not valid JSON"),
         (json.dumps({k: v for k, v in sound.items() if k != "missed"}), "'missed' is missing"),
@@ -156,6 +159,10 @@ def test_damaged_documents_are_left_out_and_named(memory, capsys):
         (json.dumps(sound | {"passages": [passage | {"text": "", "notes": 5}]}), "a passage w"),
         (json.dumps(sound | {"passages": [passage | {"text": "", "notes": "abc"}]}), "a passage w"),
         (json.dumps(sound | {"learnt": [3]}), "a statement that is no text"),
+        (json.dumps(sound | {"quiz": [asked | {"passage": 1}]}), "a question that is of another"),
+        (json.dumps(sound | {"quiz": [asked | {"right": "yes"}]}), "a question that is of another"),
+        (json.dumps(sound | {"quiz": [asked | {"more": 1}]}), "a question that is of another form"),
+        (json.dumps(sound | {"quiz": [asked, 5]}), "a question that is of another form"),
     ):
         about.write_text(damage)
         assert list(Memory(memory.folder).documents) == ["b"]
@@ -181,7 +188,7 @@ def test_a_half_copied_document_is_left_out(file, memory, capsys):
 def test_what_is_no_memory_is_refused(memory, tmp_path):
     with pytest.raises(SystemExit, match="was learnt by another base model"):
         Memory(memory.folder).refuse_other_base("another")
-    for head in ('{"format": 2, "base": "base"}', '{"format": 1, "base": "base", "more": 1}'):
+    for head in ('{"format": 3, "base": "base"}', '{"format": 2, "base": "base", "more": 1}'):
         (memory.folder / "memory.json").write_text(head)
         with pytest.raises(SystemExit, match="is a memory of format "):
             Memory(memory.folder)

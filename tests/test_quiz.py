@@ -8,19 +8,27 @@ import pytest
 import torch
 from conftest import ROOT
 
+from data.documents import telling_words
 from data.qa import Passage, Question, load_passages
+from lm.memory import Router
 from lora import PROJECTIONS, Adapters, LoRAConfig, attached
 from quiz import (
     Item,
+    about_what,
     answer_logprobs,
     ask,
+    general_quiz,
+    general_texts,
     mean_scores,
     normalize,
+    perplexity,
     quiz_items,
     score_answer,
+    self_quiz,
     squad_forms,
 )
 from sampler import generate, prefill
+from selfedit import Part, SelfEdit
 
 LORA = LoRAConfig(2, 4.0, tuple(PROJECTIONS), 2, 4)
 
@@ -120,3 +128,72 @@ def test_smollm2_answers_better_with_the_passage(smollm2, tok):
     answer = partial(ask, smollm2, tok, max_new=8)
     hidden, shown = (mean_scores(answer(quiz_items(tok, p, show_passage=s))) for s in (False, True))
     assert hidden["logprob"] < shown["logprob"]
+
+
+# -----------------------------------------------------------------------------
+# the model's own quiz
+
+
+def test_only_questions_that_tell_what_is_learnt_are_asked(tiny, tok, monkeypatch):
+    """Answered with the passage in view and not without; short, out of the passage, not given away,
+    each once."""
+    pairs = {
+        "Who founded Rolm?": "Ada Quell",  # answered with the passage alone: kept
+        "What is Rolm?": "a town",  # known without it
+        "When was it founded?": "in 1611",  # not answered with it either
+        "Who is Ada Quell?": "Ada Quell",  # the question has it
+        "Who rules Rolm?": "King Orm",  # not in the passage
+        "What is told?": "Rolm is a town that Ada Quell founded in 1611",  # long
+    }
+    text = "Rolm is a town that Ada Quell founded in 1611."
+    notes = [f"Question: {q}\nAnswer: {a}" for q, a in pairs.items()]
+    edits = [SelfEdit("x", [Part("", notes, style="self-qa")])]
+    edits.append(SelfEdit("x", [Part("", ["Question: Who founded Rolm?\nAnswer: Orm"])]))
+    edits.append(SelfEdit("y", [Part("", [])]))
+
+    def answer(model, tok, items, adapters=None):
+        shown = [text in tok.decode(list(i.prompt)) for i in items]
+        known = {
+            "Who founded Rolm?": (0, 1),
+            "What is Rolm?": (1, 1),
+            "When was it founded?": (0, 0),
+        }
+        return [{"accuracy": known[i.question.question][s]} for i, s in zip(items, shown)]
+
+    monkeypatch.setattr("quiz.ask", answer)
+    passages = [Passage("x", "Rolm", text, ()), Passage("y", "Varbon", "Varbon fell.", ())]
+    own, none = self_quiz(tiny, tok, passages, edits)
+    assert own.questions == (Question("Who founded Rolm?", ("Ada Quell",)),)
+    assert (own.id, own.text, none.id, none.questions) == ("x", text, "y", ())
+
+
+def test_a_question_finds_its_passage():
+    passages = [Passage("x", "Rolm", "Salt.", ()), Passage("y", "Varbon", "Sand.", ())]
+    router = Router([telling_words(f"{p.title} {p.text}") for p in passages])
+    question = Question("Where is Varbon?", ("here",))
+    assert about_what(router, passages, question) == (
+        1,
+        replace(passages[1], questions=(question,)),
+    )
+    n, nothing = about_what(router, passages, Question("Who is Ada?", ()))
+    assert (n, nothing.title, nothing.text) == (None, "", "") and len(nothing.questions) == 1
+
+
+def test_general_questions_and_texts(tiny, tok):
+    """They are sound, none is trained on, and perplexity is that of a plain forward pass."""
+    asked = general_quiz()
+    assert len(asked.questions) == 40 == len({q.question for q in asked.questions})
+    for q in asked.questions:
+        assert q.answers and not any(a.lower() in q.question.lower() for a in q.answers)
+        assert "Question:" in tok.decode(
+            list(quiz_items(tok, replace(asked, questions=(q,)))[0].prompt)
+        )
+    measured, trained = general_texts(tok), general_texts(tok, "anchors")
+    assert len(measured) == 8 and len(trained) == 24
+    assert not {tuple(ids) for ids in measured} & {tuple(ids) for ids in trained}
+    texts, nll = measured[:2], []
+    for ids in texts:
+        ids = torch.tensor([ids])
+        logits = tiny(ids)[0, :-1]
+        nll.append(torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="none"))
+    assert perplexity(tiny, texts) == pytest.approx(torch.cat(nll).mean().exp().item(), rel=1e-4)

@@ -28,7 +28,7 @@ def small(tiny_folder, passages_file, tmp_path, monkeypatch):
 
     def run(*extra, out="out.json"):
         args = ["--count", 3, "--seeds", 2, "--steps", 2, "--top-layers", 2, "--rank", 2]
-        args += ["--anchors", 2, "--split", "", "--data", passages_file, "--population", 2]
+        args += ["--split", "", "--data", passages_file, "--population", 2]
         args += ["--work", tmp_path / "work", "--out", tmp_path / out, *extra]
         run_script(monkeypatch, stream, tiny_folder, *args)
         return tmp_path / out
@@ -37,8 +37,8 @@ def small(tiny_folder, passages_file, tmp_path, monkeypatch):
 
 
 def test_every_row_and_killed_on_the_way(small, monkeypatch):
-    """What a killed run had finished is not made again, and nothing else is left behind: the weights
-    of the next row are the base model's."""
+    """What a killed run had finished is not made again, and nothing else is left behind: the next
+    row begins with the base model's weights."""
     with pytest.raises(KeyboardInterrupt), monkeypatch.context() as patch:
         dies_at(patch, "experiments.stream.update_one", 5)
         small()
@@ -65,8 +65,8 @@ def test_every_row_and_killed_on_the_way(small, monkeypatch):
 
 
 def test_what_a_router_sees(tiny, tok, passages_file):
-    """A question on a passage that is known is asked under its title, of its adapter; on one that is
-    not, under none."""
+    """A question on a passage that is known is asked under its title, of its adapter; others under
+    none."""
     s = object.__new__(stream.Stream)
     s.tok, s.args = tok, SimpleNamespace(count=5)
     s.passages = stream.load_passages(passages_file)
@@ -98,10 +98,3 @@ def test_summary():
     assert separate["below_before"] == 0 and separate["against_seal"]["delta"] == 0.4375
     assert separate["against_seal"]["ci95"] == [0.375, 0.5] and "against_seal" not in base
     assert separate["matrix"] == [[1.0, 0.0], [1.0, 0.5]]
-
-
-def test_general_questions_are_sound():
-    [asked] = stream.load_general()
-    assert len(asked.questions) == 40 == len({q.question for q in asked.questions})
-    for q in asked.questions:
-        assert q.answers and not any(a.lower() in q.question.lower() for a in q.answers)
