@@ -1,0 +1,157 @@
+"""Can a model choose among its own self-edits without anyone's quiz?
+
+    python experiments/choice.py --limit 48         # -> results/choice.json
+
+On training passages: --samples self-edits each are studied and asked two quizzes: the passage's, by
+whoever wrote the passage, and one that the model wrote itself with the passage in view (quiz.py).
+One self-edit of each passage is chosen, by half of the passage's quiz or by the model's own, and
+judged by the other half; then with the halves exchanged. Rows:
+    mean      the mean self-edit: chosen blindly
+    own       chosen by the model's own quiz
+    labelled  chosen by the other half of the passage's quiz
+    pooled    nothing is chosen: the notes of all are studied together, in as many steps as one
+"gain" is over the mean; "kept" the share of the labelled quiz's gain that the own quiz's choice
+has. Where several are best, their mean counts. "asked": questions of the model's own quiz, per
+passage; a passage without one chooses blindly. ci95 are over passages.
+"""
+
+import argparse
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run it from anywhere
+
+import numpy as np
+
+import data.qa
+import reward
+from data.qa import counts, load_passages
+from inner import lora_config, sft_config
+from lm.files import GOES_ON, check_output, chunks, digest, run_main, sub_seed, write_json
+from lm.flags import Parser, at_least, load, refuse_unused, result_head
+from lm.intervals import bootstrap, of_sums
+from lm.log import Log
+from lm.runs import open_run
+from quiz import self_quiz
+from reward import (
+    accuracy_of,
+    passage_candidate,
+    pooled,
+    populations,
+    quiz_candidates,
+    update_and_quiz,
+)
+from selfedit import settle, usual_length, write_self_edits
+
+METHODS = ("mean", "own", "labelled", "pooled")
+
+
+def parse_arguments():
+    parser = Parser(description=__doc__)
+    reward.add_flags(parser)
+    data.qa.add_flags(parser, "train", limit=48)
+    add = parser.add_argument_group("experiment").add_argument
+    add("--samples", type=at_least(2), default=4, help="self-edits to choose from")
+    add("--work", default="runs/choice", help="folder for progress, to resume a killed run")
+    add("--out", default="results/choice.json", help="result file")
+    parser.set_defaults(lr=8e-3)
+    args = settle(parser.parse_args())
+    refuse_unused(parser, args, ["style"], "here: the notes are questions")
+    return args
+
+
+def with_own_quiz(model, tok, passages, args, work: Path) -> list:
+    """The passages, each with the model's own questions behind those that it has."""
+    own = {"style": "self-qa", "max_new": usual_length("self-qa")}
+    how = (argparse.Namespace(**vars(args) | own), sub_seed(args.seed, 2), work / "asked.jsonl")
+    written = write_self_edits(model, tok, passages, 1, *how, "own quiz")
+    both = []
+    for p, q in zip(passages, self_quiz(model, tok, passages, written), strict=True):
+        both.append(replace(p, questions=(*p.questions, *q.questions)))
+    return both
+
+
+def study(model, tok, passages, args, work: Path) -> list[list]:
+    """Of each passage: the answers to all its questions, after each of its self-edits, and after
+    their notes together."""
+    log = work / "sampled.jsonl"
+    how = (args, sub_seed(args.seed, 0), log)
+    edits = chunks(write_self_edits(model, tok, passages, args.samples, *how), args.samples)
+    asked, candidates = with_own_quiz(model, tok, passages, args, work), []
+    for p, own in zip(asked, edits):
+        for notes in (*(e.notes for e in own), pooled([e.notes for e in own])):
+            n = len(candidates)
+            candidates.append(passage_candidate(tok, n, p, notes, sft_config(args)))
+    log = Log(work / "scored.jsonl", accuracy_of)
+    how = (lora_config(args, model), sub_seed(args.seed, 1), log, quiz_candidates, "study")
+    update_and_quiz(model, tok, populations(candidates, args.population), *how)
+    right = []
+    for c in candidates:
+        right.append([a["accuracy"] for a in log[c]["answers"]])
+    return chunks(right, args.samples + 1)
+
+
+def chosen(by: np.ndarray, judged: np.ndarray) -> float:
+    """The mean of what is judged over the best `by`; blindly if that asks nothing. Both (samples,
+    questions)."""
+    scores = by.mean(axis=1) if by.size else np.zeros(len(by))
+    return float(judged.mean(axis=1)[scores >= scores.max() - 1e-9].mean())
+
+
+def of_passage(answers: list, labelled: int, seed: int) -> dict:
+    """{method: accuracy} of one passage, each the mean over the two halves of its quiz.
+
+    answers (samples + 1, questions), the last of all notes together; the first `labelled` questions
+    are the passage's quiz, and the others the model's own.
+    """
+    answers = np.array(answers, dtype=float)
+    edits, together = answers[:-1], answers[-1:]
+    order, found = np.random.default_rng(seed).permutation(labelled), dict.fromkeys(METHODS, 0.0)
+    halves = order[: labelled // 2], order[labelled // 2 :]
+    for half, other in (halves, halves[::-1]):
+        judged = edits[:, other]
+        found["mean"] += judged.mean() / 2
+        found["own"] += chosen(edits[:, labelled:], judged) / 2
+        found["labelled"] += chosen(edits[:, half], judged) / 2
+        found["pooled"] += together[:, other].mean() / 2
+    return found
+
+
+def summarize(found: list[dict], seed: int) -> dict:
+    """The passages' {method: accuracy} -> "rows", "kept"."""
+    columns, rows = {m: np.array([own[m] for own in found]) for m in METHODS}, []
+    for name, values in columns.items():
+        gain = values - columns["mean"]
+        row = {"method": name, "accuracy": float(values.mean()), "ci95": bootstrap(values, seed)}
+        rows.append(row | {"gain": float(gain.mean()), "ci95_gain": bootstrap(gain, seed)})
+    gains = np.stack([columns[m] - columns["mean"] for m in ("labelled", "own")], axis=1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        kept = of_sums(lambda sums: sums[1] / sums[0], gains, seed)
+    return {"rows": rows, "kept": kept if gains[:, 0].sum() > 0 else None}
+
+
+def main() -> None:
+    args = parse_arguments()
+    check_output(args.out)
+    passages = load_passages(args.data, args.split, args.skip, args.limit)
+    passages = [p for p in passages if len(p.questions) > 1]  # there are no halves of one
+    model, tok = load(args)
+    lora_config(args, model)  # complains now rather than after sampling
+    settings = {k: v for k, v in vars(args).items() if k not in ("work", "out")}
+    settings |= {"data_sha256": digest(args.data)}
+    work = open_run(args.work, settings)
+    found, asked = [], []
+    for n, (p, answers) in enumerate(zip(passages, study(model, tok, passages, args, work))):
+        found.append(of_passage(answers, len(p.questions), sub_seed(args.seed, 3, n)))
+        asked.append(len(answers[0]) - len(p.questions))
+    head = result_head(args, model) | counts(passages) | {"settings": settings}
+    head["asked"] = float(np.mean(asked))
+    result = head | summarize(found, args.seed)
+    write_json(args.out, result)
+    for row in result["rows"]:
+        print(f"{row['method']:10} {100 * row['accuracy']:5.1f} %  {100 * row['gain']:+5.1f}")
+
+
+if __name__ == "__main__":
+    run_main(main, GOES_ON)
