@@ -143,10 +143,23 @@ def wraps(last: str, line: str, width: int) -> bool:
 
 
 HEADING = re.compile(r"(#{1,6})\s+(\S.*)")
+UNDERLINE = re.compile(r" {0,3}(?:={3,}|-{3,})\s*")  # of a heading, or a rule
+
+
+def heading_of(line: str, before: str, below: str) -> tuple[int, str] | None:
+    """(level, name) of a line that is a Markdown heading, "# Rolm #", or "Rolm" after an empty line
+    and above "====" or "----"."""
+    level, name = 0, line
+    if mark := HEADING.match(line):
+        level, name = len(mark[1]), re.sub(r"\s#+$", "", mark[2].rstrip())
+    elif UNDERLINE.fullmatch(below) and line[:1].strip() and not before.strip():
+        level = 1 if "=" in below else 2
+        level *= line[0] not in "-*+|>" and not UNDERLINE.fullmatch(line)  # lists, tables, quotes
+    return (level, BOLD.sub(r"\2", name).strip()) if level else None
 
 
 def sections(text: str) -> list[tuple[tuple, str]]:
-    """A text by its Markdown headings ("# Rolm"), which stay where they are, each part with the
+    """A text by its Markdown headings, heading_of(), which stay where they are, each part with the
     headings that it stands under; a text without is [((), text)]. A heading with nothing below it
     goes with the next.
 
@@ -154,17 +167,17 @@ def sections(text: str) -> list[tuple[tuple, str]]:
     [(("Rolm",), "# Rolm\nIt fell."), (("Rolm", "Trade"), "## Trade\nIn salt.")]
     """
     above, code, found, full = {}, False, [[(), []]], False  # above: level -> heading
-    for line in text.splitlines():
+    lines = text.splitlines()
+    for line, before, below in zip(lines, ["", *lines], [*lines[1:], ""]):
         code ^= line.lstrip().startswith(("```", "~~~"))
-        mark = None if code else HEADING.match(line)
-        if mark:
-            level = len(mark[1])
-            name = re.sub(r"\s#+$", "", BOLD.sub(r"\2", mark[2].rstrip())).rstrip()
+        heading = None if code else heading_of(line, before, below)
+        if heading:
+            level, name = heading
             above = {n: own for n, own in above.items() if n < level} | {level: name}
             if full:
                 found.append([(), []])
             found[-1][0] = tuple(above.values())
-        full = not mark and (full or bool(line.strip()))
+        full = not heading and (full or (bool(line.strip()) and not UNDERLINE.fullmatch(line)))
         found[-1][1].append(line)
     parts = [(headings, "\n".join(lines).strip()) for headings, lines in found]
     return [(headings, part) for headings, part in parts if part]

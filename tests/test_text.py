@@ -159,6 +159,18 @@ def test_time_does_not_grow_with_the_square_of_the_length(text):
         ),
         ("# Rolm\n\n### Trade\nSalt.", [(("Rolm", "Trade"), "# Rolm\n\n### Trade\nSalt.")]),
         ("# Rolm\n```\n# no heading\n```", [(("Rolm",), "# Rolm\n```\n# no heading\n```")]),
+        (
+            "Rolm\n====\nIt fell.\n\nThe **trade**\n---\nIn salt.\n\n---\n\nIt rose.",
+            [
+                (("Rolm",), "Rolm\n====\nIt fell."),
+                (("Rolm", "The trade"), "The **trade**\n---\nIn salt.\n\n---\n\nIt rose."),
+            ],
+        ),
+        ("Rolm\n===\n\nTrade\n---\nSalt.", [(("Rolm", "Trade"), "Rolm\n===\n\nTrade\n---\nSalt.")]),
+        ("It fell.\nSo.\n---\nSalt.", [((), "It fell.\nSo.\n---\nSalt.")]),  # a paragraph, a rule
+        ("- salt\n---\nIt fell.", [((), "- salt\n---\nIt fell.")]),
+        ("| a |\n---\n| b |", [((), "| a |\n---\n| b |")]),
+        ("```\nRolm\n===\n```", [((), "```\nRolm\n===\n```")]),
         ("#hashtag\nRolm fell.", [((), "#hashtag\nRolm fell.")]),
         ("# Rolm", [(("Rolm",), "# Rolm")]),
     ],
