@@ -105,6 +105,8 @@ def parse_arguments():
         # A text can be longer, and its notes more, than a passage's; few epochs of a higher rate
         # teach more in less time (docs/LOG.md).
         sub[name].set_defaults(steps=0, lr=8e-3, epochs=5)
+    if sys.argv[1:2] and sys.argv[1].startswith("--memory"):
+        parser.error("--memory goes behind study, ask, ...")
     args = parser.parse_args()
     if args.action == "study":
         args.files = list(dict.fromkeys(args.files))
@@ -267,10 +269,11 @@ def study_one(model, tok, memory: Memory, policy, lora, document: Text, args) ->
     print(f"{outcome.steps} steps, last loss {outcome.loss:.3f}; kept in {args.memory}")
     print(f"asked again: {len(learnt)} of {len(given_back)} statements learnt")
     right = sum(q["right"] for q in quiz)
-    print(f"asked its own quiz: {right} of {len(quiz)} right, of which it knew none before")
-    for n, passage in enumerate(passages):
+    told = f"{right} of {len(quiz)} right, before none" if quiz else "no question was sound"
+    print(f"its own quiz: {told}")
+    for n, passage in enumerate(passages if len(passages) > 1 else ()):
         own = [q["right"] for q in quiz if q["passage"] == n]
-        print(f"  {passage.title} ({passage.id}): {sum(own)} of {len(own)}")
+        print(f"  {passage.id}, {passage.title}: {sum(own)} of {len(own)}")
     for statement in missed:
         print(f"not learnt: {statement}")
 

@@ -220,6 +220,7 @@ def test_killed_between_two_documents(tiny_folder, tmp_path, monkeypatch):
         (["ask", " "], "the question is empty"),
         (["ask", "x", "--seed", 1], "unrecognized arguments: --seed"),
         (["list", "--model", "x"], "unrecognized arguments: --model"),
+        (["--memory", "x", "list"], "--memory goes behind study, ask, ..."),
     ],
 )
 def test_arguments_that_are_refused(args, message, tmp_path, monkeypatch, capsys):
