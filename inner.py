@@ -130,25 +130,24 @@ def learner(model: Transformer, policy: Adapters | None, args):
 
 @torch.no_grad()
 def with_lower_states(model: Transformer, rows: list[Row], stop: int, tokens: int = 2048) -> list:
-    """The rows, on the model's device, with x after layers 0 .. stop-1. Equal rows are computed
+    """The rows with x after layers 0 .. stop-1, on the model's device. Equal rows are computed
     once; `tokens` bounds one batch.
     """
-    keys, moved = [row.key for row in rows], [row.to(model.device) for row in rows]
-    states, batch = {}, {}
-    for key, row in sorted(dict(zip(keys, moved)).items(), key=lambda item: len(item[1].ids)):
+    keys, states, batch = [row.key for row in rows], {}, {}
+    for key, row in sorted(dict(zip(keys, rows)).items(), key=lambda item: len(item[1].ids)):
         if batch and (len(batch) + 1) * len(row.ids) > tokens:
             states |= lower_batch(model, batch, stop)
             batch = {}
         batch[key] = row
     states |= lower_batch(model, batch, stop) if batch else {}
-    return [replace(row, x=states[key]) for key, row in zip(keys, moved)]
+    return [replace(row, x=states[key]) for key, row in zip(keys, rows)]
 
 
 def lower_batch(model: Transformer, batch: dict, stop: int) -> dict:
     rows = list(batch.values())
-    x = model.embed(torch.cat([row.ids for row in rows])[None])  # (1, N, C)
+    x = model.embed(torch.cat([row.ids for row in rows])[None].to(model.device))  # (1, N, C)
     if stop:
-        pos = torch.cat([row.pos for row in rows])[None]
+        pos = torch.cat([row.pos for row in rows])[None].to(model.device)
         x = model.run_layers(x, pos, attend_to(rows, model), stop=stop)
     return dict(zip(batch, x[0].split([len(row.ids) for row in rows])))
 
@@ -243,23 +242,25 @@ def train_step(model: Transformer, lora: attached, active: list[int], taken: lis
     rows, device = [row for own in taken for row in own], model.device
     start = lora.adapters.config.start
     rows = rows if rows[0].x is not None else with_lower_states(model, rows, start)
-    x, pos = torch.cat([row.x for row in rows])[None], torch.cat([row.pos for row in rows])[None]
+    x = torch.cat([row.x for row in rows])[None]
+    pos = torch.cat([row.pos for row in rows])[None].to(device)
     first = np.cumsum([0, *(len(row.ids) for row in rows)]).tolist()  # where each row starts
     at = torch.cat([row.at + n for row, n in zip(rows, first)])
     K = max(row.target.size(1) for row in rows)
     target = torch.cat([F.pad(row.target, (0, K - row.target.size(1))) for row in rows])
     share = torch.cat([F.pad(row.share, (0, K - row.share.size(1))) for row in rows])
+    goals = target.to(device), share.to(device)
     per_row = torch.arange(len(taken)).repeat_interleave(torch.tensor(list(map(len, taken))))
     predicted = torch.tensor([len(row.at) for row in rows])
     owner = per_row.repeat_interleave(predicted).to(device)  # (L) candidate of each target
     counted = owner.bincount(minlength=len(taken))  # (p)
     # The sum of the candidates' own means: no candidate's gradient depends on who trains beside it.
-    weight = torch.cat([row.weight for row in rows]) / counted[owner]
+    weight = torch.cat([row.weight for row in rows]).to(device) / counted[owner]
 
     lora.bind(active, train=True)
     lora.share_out(ragged_or_even(list(map(n_tokens, taken)), device))
     hidden = model.run_layers(x, pos, attend_to(rows, model), start=start)
-    nll = backward_through_head(model, hidden[0, at], target, share, weight)
+    nll = backward_through_head(model, hidden[0, at.to(device)], *goals, weight)
     losses = torch.zeros(len(taken), device=device).index_add_(0, owner, nll * weight)
     return losses, lora.gradients()
 
@@ -277,38 +278,60 @@ def inner_update(
     assert len(adapters) == len(examples) == len(configs)
     rows = lay_rows(model, examples, configs, adapters.config.start)
     plans = [plan_steps(len(own), config, seed) for own, config in zip(rows, configs)]
-    outcomes = [Outcome() for _ in configs]
-    params = [nn.Parameter(row) for row in adapters.flat]  # views: AdamW writes into `flat`
-    groups = [{"params": [p], "lr": c.lr} for p, c in zip(params, configs)]
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
     with attached(model, adapters) as lora:
-        for step in itertools.zip_longest(*plans):
-            active = [i for i, own in enumerate(step) if own and not outcomes[i].diverged]
-            if not active:
-                continue
-            taken = [list(map(rows[i].__getitem__, step[i])) for i in active]
-            losses, grads = train_step(model, lora, active, taken)
-            norms = grads.norm(dim=1)
-            clips = torch.tensor([configs[i].clip for i in active], device=norms.device)
-            grads *= (clips / (norms + 1e-6)).clamp(max=1)[:, None]
-            results = zip(active, taken, grads, norms.tolist(), losses.tolist())
-            for i, own, grad, norm, loss in results:
-                if not (math.isfinite(loss) and math.isfinite(norm)):
-                    outcomes[i].diverged = True  # without a gradient AdamW leaves it alone
-                    continue
-                params[i].grad = grad
-                optimizer.param_groups[i]["lr"] = configs[i].lr_at(outcomes[i].steps, len(plans[i]))
-                outcomes[i].losses.append(loss)
-                outcomes[i].tokens += n_tokens(own)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            if tick:
-                tick(sum(map(n_tokens, taken)), float(losses.mean()))
+        how = (lora, rows, plans, configs, tick)
+        outcomes = train_in_grids(*how) if model.step else train_end_to_end(*how)
     guess = 0.99 * math.log(model.config.vocab_size)
     for outcome, finite in zip(outcomes, adapters.flat.norm(dim=1).isfinite().tolist()):
         ruined = outcome.steps > 0 and outcome.losses[0] < guess <= outcome.loss
         # The last step is not followed by a loss that would tell.
         outcome.diverged |= ruined or not finite
+    return outcomes
+
+
+def train_in_grids(lora, rows, plans, configs, tick=None) -> list[Outcome]:
+    """The inner update's steps with --compile, in fixed shapes (lm/grid.py)."""
+    model, start = lora.model, lora.adapters.config.start
+
+    def take(k: int) -> list[list[Row]]:
+        taken = []
+        for own, plan in zip(rows, plans):
+            taken.append([own[i] for i in plan[k]] if k < len(plan) else [])
+            if taken[-1] and taken[-1][0].x is None:
+                taken[-1] = with_lower_states(model, taken[-1], start)
+        return taken
+
+    return [Outcome(*own) for own in model.step.update(lora, take, plans, configs, tick)]
+
+
+def train_end_to_end(lora, rows, plans, configs, tick=None) -> list[Outcome]:
+    """The inner update's steps, all tokens end to end, so that nothing is padded."""
+    model, adapters, outcomes = lora.model, lora.adapters, [Outcome() for _ in configs]
+    params = [nn.Parameter(row) for row in adapters.flat]  # views: AdamW writes into `flat`
+    groups = [{"params": [p], "lr": c.lr} for p, c in zip(params, configs)]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
+    for step in itertools.zip_longest(*plans):
+        active = [i for i, own in enumerate(step) if own and not outcomes[i].diverged]
+        if not active:
+            continue
+        taken = [list(map(rows[i].__getitem__, step[i])) for i in active]
+        losses, grads = train_step(model, lora, active, taken)
+        norms = grads.norm(dim=1)
+        clips = torch.tensor([configs[i].clip for i in active], device=norms.device)
+        grads *= (clips / (norms + 1e-6)).clamp(max=1)[:, None]
+        results = zip(active, taken, grads, norms.tolist(), losses.tolist())
+        for i, own, grad, norm, loss in results:
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                outcomes[i].diverged = True  # without a gradient AdamW leaves it alone
+                continue
+            params[i].grad = grad
+            optimizer.param_groups[i]["lr"] = configs[i].lr_at(outcomes[i].steps, len(plans[i]))
+            outcomes[i].losses.append(loss)
+            outcomes[i].tokens += n_tokens(own)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if tick:
+            tick(sum(map(n_tokens, taken)), float(losses.mean()))
     return outcomes
 
 

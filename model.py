@@ -197,7 +197,7 @@ class Transformer(nn.Module):
         self.rope = None  # (cos, sin), made on first use on the right device
         self.unused = []  # ids that no text has, so that none is sampled; Tokenizer.unused()
         self.attention = attention  # lm/kernels.py swaps it
-        self.train_block = Block.forward  # compile_blocks() swaps it
+        self.step = None  # how a population is trained with --compile (lm/grid.py)
 
     @property
     def device(self):
@@ -206,23 +206,6 @@ class Transformer(nn.Module):
     @property
     def dtype(self):
         return self.embed_tokens.weight.dtype
-
-    def compile_blocks(self, backend: str) -> None:
-        """Let torch.compile make the blocks that train faster: "inductor" generates code,
-        "cudagraphs" (CUDA) only records the kernel launches, and needs no Triton. Decoding, where
-        shapes change with every token, is left alone; so are the `attend` callables, whose shapes
-        change with every step: compiling them takes longer than most runs."""
-        block = torch.compile(Block.forward, backend=backend, dynamic=backend == "inductor")
-
-        class Uncompiled:  # one type for all: for each other one a block would be compiled anew
-            def __init__(self, attend):
-                self.attend = attend
-
-            @torch.compiler.disable
-            def __call__(self, q, k, v):
-                return self.attend(q, k, v)
-
-        self.train_block = lambda layer, x, rope, attend: block(layer, x, rope, Uncompiled(attend))
 
     def embed(self, ids):
         """ids (R, T) int64 -> x (R, T, C)."""
@@ -237,9 +220,8 @@ class Transformer(nn.Module):
         if self.rope is None or self.rope[0].device != x.device:
             self.rope = rope_table(self.config, x.device)
         rope = tuple(table[pos].unsqueeze(2).to(x.dtype) for table in self.rope)  # 2 x (R, T, 1, D)
-        run = self.train_block if torch.is_grad_enabled() else Block.forward
         for i, layer in enumerate(self.layers[start:stop], start):
-            x = run(layer, x, rope, attend[i] if isinstance(attend, list) else attend)
+            x = layer(x, rope, attend[i] if isinstance(attend, list) else attend)
         return x
 
     def head(self, x):

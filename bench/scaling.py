@@ -14,6 +14,7 @@ import torch
 from data.qa import load_passages
 from inner import SFTConfig, inner_update, lay_rows, plan_steps
 from lm.checkpoint import load_model
+from lm.grid import Step
 from lm.kernels import kept_product, swap_in
 from lm.packing import Example
 from lora import PROJECTIONS
@@ -230,7 +231,7 @@ def compiled(b) -> None:
     lora, sft = b.fast
     run = lambda: b.train(b.longest, lora, replace(sft, steps=4))  # noqa: E731
     eager = statistics.median(timed(run) for _ in range(b.args.repeats))
-    b.model.compile_blocks("inductor")
+    b.model.step = Step("inductor")
     first = timed(run)
     later = statistics.median(timed(run) for _ in range(b.args.repeats))
     note = "8 candidates, 4 steps, --compile inductor; its first run took "

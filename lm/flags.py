@@ -8,6 +8,7 @@ import sys
 import torch
 
 from lm.checkpoint import load_model
+from lm.grid import Step
 from lm.kernels import swap_in
 from lm.tokenizer import Tokenizer
 from model import Transformer
@@ -78,7 +79,7 @@ def load(args) -> tuple[Transformer, Tokenizer]:
             f"error: --compile cudagraphs needs a CUDA device, the model is on {model.device.type}"
         )
     if args.compile != "off":
-        model.compile_blocks(args.compile)
+        model.step = Step(args.compile)
         try:
             torch.compile(torch.sin, backend=args.compile)(torch.ones(8, device=model.device))
         except Exception as e:

@@ -11,7 +11,7 @@ from conftest import ROOT
 FLOORS = [
     "model.py lora.py",
     "lm/files.py lm/log.py lm/runs.py lm/intervals.py lm/template.py lm/tokenizer.py",
-    "lm/packing.py lm/kernels.py",
+    "lm/packing.py lm/kernels.py lm/grid.py",
     "lm/checkpoint.py lm/adapters.py lm/flags.py lm/memory.py",
     "data/text.py data/qa.py data/documents.py data/arc.py data/prepare.py",
     "seal.py",

@@ -345,24 +345,6 @@ def test_plans():
         assert [s.lr_at(k, 4) for k in range(4)] == pytest.approx(expected)
 
 
-COMPILED = [("aot_eager", ("q_proj", "down_proj")), ("inductor", ("down_proj",))]
-
-
-@pytest.mark.parametrize("backend, targets", COMPILED)
-def test_compiled_blocks_teach_the_same(model, backend, targets):
-    """Rows of unequal length, and in the next step sequences after a prompt, which are attended to
-    apart. Most of the time is the compiler's, so inductor has but one projection to adapt."""
-    prompt, config, flats = example(16, 9).ids, LoRAConfig(4, 8.0, targets, 3, 4), []
-    asked = [behind(prompt, n, n) for n in (30, 32, 28, 31)]
-    candidates = [[example(40, 1), *asked], [example(33, 2), *asked[:3]]]
-    for _ in range(2):
-        adapters, sft = Adapters.init(model, config, 2, 0), SFTConfig(lr=1e-2, steps=2, row_len=160)
-        inner_update(model, adapters, candidates, [sft] * 2, seed=0)
-        flats.append(adapters.flat)
-        model.compile_blocks(backend)
-    assert same_change(*flats, Adapters.init(model, config, 2, 0).flat)
-
-
 def test_with_too_many_tokens_lower_states_are_computed_in_each_step(model, monkeypatch):
     """Memory must not grow with the length of a text; what is learnt stays the same."""
     examples, flats = [[example(n, i) for n in range(3, 9)] for i in range(2)], []

@@ -1,0 +1,199 @@
+"""The inner update's step in fixed shapes, P candidates by T tokens, so that it compiles to one
+graph: for --compile.
+
+    grid_of()           what a step takes: rows padded to T tokens and L targets
+    population_loss()   forward, and the loss of each candidate
+    adamw()             clipping, AdamW, and who takes a step, all on the population axis
+    Step                both, compiled; its update() trains a population
+
+T and L are one of few sizes, and P is a power of two: what is there in excess is computed and never
+counted. The step in inner.py, which pads nothing, is faster where nothing is compiled;
+tests/test_grid.py holds this one to it. Letters as in model.py.
+"""
+
+import math
+from dataclasses import dataclass, fields
+
+import torch
+
+from lm.packing import Row, n_tokens
+from model import additive, attention, causal_mask
+
+# -----------------------------------------------------------------------------
+# the grid
+
+
+@dataclass
+class Grid:
+    """What one step of P candidates takes."""
+
+    token: torch.Tensor  # (P, T) which token of all rows, end to end
+    pos: torch.Tensor  # (P, T)
+    segment: torch.Tensor  # (P, T) which sequence it belongs to; -1: none
+    prefix: torch.Tensor  # (P, T) which sequence begins its row, and is seen by all of it
+    at: torch.Tensor  # (P, L) index of the token that predicts
+    target: torch.Tensor  # (P, L, K), as in lm/packing.Row
+    share: torch.Tensor  # (P, L, K)
+    weight: torch.Tensor  # (P, L) in the candidate's mean; 0 where nothing is to be predicted
+
+    def on(self, device) -> tuple:
+        return tuple(getattr(self, f.name).to(device) for f in fields(self))
+
+
+def size_of(n: int, unit: int) -> int:
+    """The smallest unit times a power of two that n fits in: so there are few sizes."""
+    size = unit
+    while size < n:
+        size *= 2
+    return size
+
+
+def grid_of(taken: list[list[Row]], P: int, unit: int) -> Grid:
+    """The rows that each of at most P candidates takes in a step, [] if it takes none."""
+    T = size_of(max(map(n_tokens, taken)), unit)
+    L = size_of(max(sum(len(row.at) for row in own) for own in taken), unit // 2)
+    K = max(row.target.size(1) for own in taken for row in own)
+    ids, numbers = torch.zeros(P, T, dtype=torch.long), torch.zeros(P, L, K)
+    grid = Grid(
+        token=ids.clone(),
+        pos=ids.clone(),
+        segment=ids - 1,
+        prefix=ids - 2,
+        at=torch.zeros(P, L, dtype=torch.long),
+        target=numbers.long(),
+        share=numbers,
+        weight=torch.zeros(P, L),
+    )
+    first = 0  # of this candidate's tokens, among those of all
+    for p, own in enumerate(taken):
+        t = n = sequences = 0  # tokens, targets and sequences of its rows before
+        for row in own:
+            lengths = torch.tensor(row.lengths)
+            which = torch.arange(len(lengths)).repeat_interleave(lengths)
+            here, to = slice(t, t + len(row.ids)), slice(n, n + len(row.at))
+            grid.token[p, here] = torch.arange(first + here.start, first + here.stop)
+            grid.pos[p, here], grid.at[p, to] = row.pos, row.at + t
+            grid.segment[p, here], grid.prefix[p, here] = which + sequences, sequences
+            grid.target[p, to, : row.target.size(1)] = row.target
+            grid.share[p, to, : row.target.size(1)] = row.share
+            grid.weight[p, to] = row.weight
+            t, n, sequences = here.stop, to.stop, sequences + len(lengths)
+        first += t
+        grid.weight[p] /= max(1, n)
+    return grid
+
+
+# -----------------------------------------------------------------------------
+# the loss
+
+
+class HeadLoss(torch.autograd.Function):
+    """Cross-entropy (N) of states (N, C), after the last norm, to targets and their shares (N, K).
+    The gradient is made on the way, `chunk` states at a time, so that no (N, V) logits are kept."""
+
+    @staticmethod
+    def forward(ctx, h, weight, target, share, chunk: int):
+        grads, losses = [], []
+        for x, t, s in zip(h.split(chunk), target.split(chunk), share.split(chunk)):
+            logp = (x @ weight.T).float().log_softmax(-1)  # (chunk, V)
+            losses.append(-(s * logp.gather(1, t).clamp(min=math.log(1e-38))).sum(1))
+            p = logp.exp().scatter_add(1, t, -s)
+            grads.append(p.to(h.dtype) @ weight)
+        ctx.save_for_backward(torch.cat(grads))
+        return torch.cat(losses)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (own,) = ctx.saved_tensors
+        return own * grad[:, None].to(own.dtype), None, None, None, None
+
+
+def population_loss(lora, flat, x, pos, segment, prefix, at, target, share, weight):
+    """The loss of each candidate (P), a mean over its own counted tokens, under the adapters flat
+    (P, N) of lora (lora.attached). x (P, T, C) are the states of the grid's tokens."""
+    model, T = lora.model, x.size(1)
+    for path, module in lora.modules.items():
+        a, b = lora.adapters.views(flat, path)
+        module.a, module.b = a.to(model.dtype), b.to(model.dtype)
+    seen = segment[:, None, :]
+    mask = (seen == segment[:, :, None]) | (seen == prefix[:, :, None])
+    bias = additive(mask & causal_mask(T, T, x.device), model.dtype)
+    start = lora.adapters.config.start
+    x = model.run_layers(x, pos, lambda q, k, v: attention(q, k, v, bias), start=start)
+    x = model.norm(x.gather(1, at[..., None].expand(-1, -1, x.size(2))))  # (P, L, C)
+    h, target, share = (m.flatten(0, 1) for m in (x, target, share))
+    nll = HeadLoss.apply(h, model.lm_head.weight, target, share, 256)
+    for module in lora.modules.values():
+        module.a = module.b = None
+    return (nll.view_as(weight) * weight).sum(1)
+
+
+# -----------------------------------------------------------------------------
+# the optimiser
+
+
+def adamw(flat, grad, m, v, count, lr, clip, active, alive, loss):
+    """One step of AdamW (arXiv 1711.05101, without decay) for each candidate that is `active` and
+    `alive`, in place. flat, grad, m, v (P, N); count, of its steps so far, and the others (P). One
+    whose loss or gradient is not finite stays as it is, and is alive no more. Returns who took a
+    step (P)."""
+    norm = grad.norm(dim=1)
+    sound = loss.isfinite() & norm.isfinite()
+    steps = active & alive & sound
+    alive &= sound | ~active
+    count += steps
+    grad = grad * (clip / (norm + 1e-6)).clamp(max=1)[:, None]
+    own, t = steps[:, None], count.clamp(min=1)[:, None]
+    m.copy_(torch.where(own, torch.lerp(m, grad, 0.1), m))
+    v.copy_(torch.where(own, torch.lerp(v, grad * grad, 0.001), v))
+    size = (v / (1 - 0.999**t)).sqrt() + 1e-8
+    flat.copy_(torch.where(own, flat - lr[:, None] * (m / (1 - 0.9**t)) / size, flat))
+    return steps
+
+
+# -----------------------------------------------------------------------------
+# the step
+
+
+class Step:
+    """population_loss() and adamw(), compiled by a backend of torch.compile."""
+
+    def __init__(self, backend):
+        self.loss = torch.compile(population_loss, backend=backend, fullgraph=True, dynamic=False)
+        self.adamw = torch.compile(adamw, backend=backend, fullgraph=True, dynamic=False)
+
+    def update(self, lora, take, plans, configs, tick=None) -> list[tuple]:
+        """Train all candidates' adapters, as inner.inner_update() says. take(k) gives the rows that
+        each takes in step k, with the states of their tokens. Returns for each candidate its
+        losses, the tokens that it was trained on, and whether it diverged."""
+        adapters, device, n = lora.adapters, lora.model.device, len(configs)
+        P, unit = size_of(n, 1), size_of(max(c.row_len for c in configs), 32)
+        flat = adapters.flat.new_zeros(P, adapters.size)
+        flat[:n] = adapters.flat
+        m, v, count = torch.zeros_like(flat), torch.zeros_like(flat), flat.new_zeros(P)
+        clip = flat.new_tensor([*(c.clip for c in configs), *[1.0] * (P - n)])
+        alive, found = torch.ones(P, dtype=torch.bool, device=device), []
+        for k in range(max(map(len, plans), default=0)):
+            taken, lr = take(k), torch.zeros(P)
+            for p, (config, plan) in enumerate(zip(configs, plans)):
+                lr[p] = config.lr_at(k, len(plan)) if k < len(plan) else 0.0
+            active = torch.zeros(P, dtype=torch.bool)
+            active[:n] = torch.tensor([bool(own) for own in taken])
+            token, *grid = grid_of(taken, P, unit).on(device)
+            x = torch.cat([row.x for own in taken for row in own])[token]  # (P, T, C)
+            loss = self.loss(lora, flat.requires_grad_(), x, *grid)
+            [grad] = torch.autograd.grad(loss.sum(), flat)
+            flat, loss = flat.detach(), loss.detach()
+            how = (count, lr.to(device), clip, active.to(device), alive, loss)
+            steps = self.adamw(flat, grad, m, v, *how)
+            found.append((loss, steps, list(map(n_tokens, taken))))
+            if tick:
+                tick(sum(found[-1][2]), float(loss[active].mean()))
+        adapters.flat.copy_(flat[:n])
+        return [outcome_of(p, found, lives) for p, lives in enumerate(alive[:n].tolist())]
+
+
+def outcome_of(p: int, found: list[tuple], lives: bool) -> tuple:
+    counted = [k for k, (_, steps, _) in enumerate(found) if steps[p]]
+    losses = [float(found[k][0][p]) for k in counted]
+    return losses, sum(found[k][2][p] for k in counted), not lives

@@ -1,0 +1,146 @@
+"""lm/grid.py: in fixed shapes a population learns what it learns end to end, and each shape is
+compiled once, as one graph."""
+
+import math
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import ROOT
+from test_inner import ALL, CONFIGS, EXAMPLES, TOP, example, folder, model, same_change  # noqa: F401
+
+import inner
+from inner import SFTConfig, inner_update
+from lm.grid import Step, grid_of, size_of
+from lm.packing import Example, make_row
+from lora import Adapters, LoRAConfig
+
+
+class Counted:
+    """A backend that runs each graph as it is, and counts them."""
+
+    def __init__(self):
+        self.graphs = 0
+
+    def __call__(self, graph, inputs):
+        self.graphs += 1
+        return graph.forward
+
+
+@pytest.fixture(autouse=True)
+def forget():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def both(model, config, examples, configs, backend):  # noqa: F811
+    """(outcomes, adapters) end to end, and with a compiled step; and the adapters at the start."""
+    found, n = [], len(examples)
+    for step in (None, Step(backend)):
+        model.step, adapters = step, Adapters.init(model, config, n, 0)
+        found.append((inner_update(model, adapters, examples, configs, 0), adapters.flat))
+    model.step = None
+    return *found, Adapters.init(model, config, 1, 0).flat[0]
+
+
+def agree(one, other, start) -> None:
+    for p, (a, b) in enumerate(zip(one[0], other[0], strict=True)):
+        assert (a.tokens, a.diverged) == (b.tokens, b.diverged)
+        assert a.losses == pytest.approx(b.losses, rel=1e-4)
+        if not a.diverged:
+            assert same_change(one[1][p], other[1][p], start)
+
+
+@pytest.mark.parametrize("config", [ALL, TOP], ids=["all", "top"])
+def test_the_same_is_learnt(model, config):  # noqa: F811
+    """By candidates that are unlike in everything, beside one with nothing to learn; one of them
+    expects what a teacher does."""
+    taught = replace(
+        example(12, 4), soft=tuple(((t, 0.75), (7, 0.25)) for t in example(12, 5).ids[1:])
+    )
+    examples, configs = [*EXAMPLES, [], [taught, example(9, 3)]], [*CONFIGS, CONFIGS[0], CONFIGS[1]]
+    agree(*both(model, config, examples, configs, Counted()))
+
+
+def test_one_that_diverges_is_alone(model):  # noqa: F811
+    """Its neighbours learn as if it were not there."""
+    rates = (1e-2, 1e38, 2e-2)
+    examples, configs = [], []
+    for n, lr in enumerate(rates):
+        examples.append([example(20, n)])
+        configs.append(SFTConfig(lr=lr, steps=6, row_len=40))
+    one, other, start = both(model, TOP, examples, configs, Counted())
+    assert [o.diverged for o in other[0]] == [False, True, False]
+    for p in (0, 2):
+        assert one[0][p].losses == pytest.approx(other[0][p].losses, rel=1e-4)
+        assert same_change(one[1][p], other[1][p], start)
+
+
+def test_lower_states_of_each_step(model, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(inner, "KEPT_STATES", 0)
+    agree(*both(model, TOP, EXAMPLES, CONFIGS, Counted()))
+
+
+def test_each_shape_is_compiled_once(model):  # noqa: F811
+    """Populations of other sizes, texts and numbers of steps have the same few shapes."""
+    backend = Counted()
+    model.step = Step(backend)
+    graphs = []
+    texts = [(30, 9, 17), (21, 33), (12, 40, 38, 8), (25, 26, 27)]
+    for seed, sizes in enumerate([*texts, *texts[::-1]]):
+        for n in (5, 7):
+            examples = [[example(size, 10 * seed + p) for size in sizes] for p in range(n)]
+            configs = [SFTConfig(lr=1e-2, steps=2 + p, row_len=40) for p in range(n)]
+            inner_update(model, Adapters.init(model, TOP, n, 0), examples, configs, seed)
+            graphs.append(backend.graphs)
+    assert graphs[-1] == graphs[7] <= 1 + 3  # AdamW, and three shapes at most
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_real_backends(model, backend):  # noqa: F811
+    """Most of the time is the compiler's, so one projection of one layer adapts."""
+    config = LoRAConfig(4, 8.0, ("down_proj",), 3, 4)
+    examples, configs = [[example(20, 1)], [example(30, 2)]], [SFTConfig(lr=1e-2, steps=2)] * 2
+    configs = [replace(c, row_len=40) for c in configs]
+    agree(*both(model, config, examples, configs, backend))
+
+
+def test_a_grid_by_hand():
+    """Two candidates: one row with a prefix of 1 token and two sequences, and after it another row;
+    one row. Sizes are 8 and 4 times a power of two."""
+    prefixed = make_row([Example.reply([5], [6, 7]), Example.reply([5], [8])], prefix=1)
+    plain = make_row([Example((1, 2), (True, True))])
+    grid = grid_of([[prefixed, plain], [plain], []], 4, 8)
+    assert grid.token.shape == (4, 8) and grid.at.shape == (4, 4)
+    assert grid.token[0].tolist() == [0, 1, 2, 3, 4, 5, 0, 0]
+    assert grid.token[1].tolist() == [6, 7, 0, 0, 0, 0, 0, 0]
+    assert grid.segment[0].tolist() == [0, 1, 1, 2, 4, 4, -1, -1]
+    assert grid.prefix[0].tolist() == [0, 0, 0, 0, 3, 3, -2, -2]
+    assert grid.pos[0].tolist() == [0, 1, 2, 1, 0, 1, 0, 0]
+    assert grid.at[0].tolist() == [0, 1, 0, 4] and grid.target[0, :, 0].tolist() == [6, 7, 8, 2]
+    assert grid.weight.tolist() == [[0.25] * 4, [1, 0, 0, 0], [0] * 4, [0] * 4]
+    assert [size_of(n, 32) for n in (0, 32, 33, 65)] == [32, 32, 64, 128]
+
+
+def test_a_token_held_for_impossible_is_no_divergence(model):  # noqa: F811
+    with torch.no_grad():
+        model.norm.weight.mul_(1e4)
+    sft = SFTConfig(lr=1e-6, steps=1, row_len=40)
+    one, other, _ = both(model, TOP, [[example(20, 1)]], [sft], Counted())
+    assert math.isfinite(other[0][0].loss) and other[0][0].loss == pytest.approx(one[0][0].loss)
+
+
+def test_no_triton():
+    """What is compiled without inductor needs none."""
+    code = """
+import sys, torch
+from lm.grid import Step, adamw
+flat, count = torch.ones(2, 3), torch.zeros(2)
+yes = torch.ones(2, dtype=torch.bool)
+Step("aot_eager").adamw(flat, flat, flat + 0, flat + 0, count, count, count, yes, yes, count)
+sys.exit("triton" in sys.modules)
+"""
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
