@@ -17,15 +17,24 @@ layers, the loss, the update.
 import itertools
 import math
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 
 from lm.flags import at_least
 from lm.log import Progress
-from lm.packing import Example, Row, arrange, attend_to, make_row, n_tokens, ragged_or_even
+from lm.packing import (
+    Example,
+    Row,
+    arrange,
+    attend_to,
+    make_row,
+    n_tokens,
+    ragged_or_even,
+    side_by_side,
+)
 from lora import PROJECTIONS, Adapters, LoRAConfig, attached, merged
 from model import Transformer
 
@@ -130,9 +139,11 @@ def learner(model: Transformer, policy: Adapters | None, args):
 
 @torch.no_grad()
 def with_lower_states(model: Transformer, rows: list[Row], stop: int, tokens: int = 2048) -> list:
-    """The rows with x after layers 0 .. stop-1, on the model's device. Equal rows are computed
-    once; `tokens` bounds one batch.
+    """The rows with x after layers 0 .. stop-1, on the model's device, unless they have it. Equal
+    rows are computed once; `tokens` bounds one batch.
     """
+    if all(row.x is not None for row in rows):
+        return rows
     keys, states, batch = [row.key for row in rows], {}, {}
     for key, row in sorted(dict(zip(keys, rows)).items(), key=lambda item: len(item[1].ids)):
         if batch and (len(batch) + 1) * len(row.ids) > tokens:
@@ -160,6 +171,13 @@ def laid_out(examples: list[Example], row_len: int) -> list[Row]:
     return rows
 
 
+def refuse_long(model, examples: list[Example]) -> None:
+    longest = max((len(e.ids) for e in examples), default=0)
+    if longest > model.config.max_seq_len:
+        limit = f"the model's context of {model.config.max_seq_len}"
+        raise SystemExit(f"error: a training sequence of {longest} tokens is longer than {limit}")
+
+
 KEPT_STATES = 1 << 16  # tokens; memory must not grow with the length of a text
 
 
@@ -168,10 +186,7 @@ def lay_rows(model, examples: list[list], configs: list[SFTConfig], start: int) 
     more than KEPT_STATES tokens: then every step computes it for its own rows. Exits with one line
     if a sequence is longer than the model's context."""
     rows = [laid_out(own, config.row_len) for own, config in zip(examples, configs)]
-    longest = max((len(e.ids) for own in examples for e in own), default=0)
-    if longest > model.config.max_seq_len:
-        limit = f"the model's context of {model.config.max_seq_len}"
-        raise SystemExit(f"error: a training sequence of {longest} tokens is longer than {limit}")
+    refuse_long(model, [e for own in examples for e in own])
     lengths = {row.key: len(row.ids) for own in rows for row in own}
     if sum(lengths.values()) > KEPT_STATES:
         return rows
@@ -215,11 +230,9 @@ def backward_through_head(model: Transformer, x, target, share, weight, chunk: i
         torch.softmax(p, -1, out=p)  # in place, in float32 inside
         # At most 87.5 and not infinite: a token held for impossible is no divergence.
         loss.copy_(-(s * p.gather(1, t).float().clamp(min=1e-38).log()).sum(1))
-        if t.size(1) == 1:
-            p.scatter_(1, t, 0)
-            p.scatter_(1, t, -p.sum(1, keepdim=True))  # p - 1, without rounding a p close to 1
-        else:
-            p.scatter_add_(1, t, -s.to(p.dtype))
+        p.scatter_add_(1, t[:, 1:], -s[:, 1:].to(p.dtype))
+        p.scatter_(1, t[:, :1], 0)  # p - q sums to 0: so the first is known without rounding a p
+        p.scatter_(1, t[:, :1], -p.sum(1, keepdim=True))  # that is close to 1
         logits.backward(p)
         g.copy_(h.grad)
     grad *= weight[:, None].to(x.dtype)
@@ -241,15 +254,13 @@ def train_step(model: Transformer, lora: attached, active: list[int], taken: lis
     """
     rows, device = [row for own in taken for row in own], model.device
     start = lora.adapters.config.start
-    rows = rows if rows[0].x is not None else with_lower_states(model, rows, start)
+    rows = with_lower_states(model, rows, start)
     x = torch.cat([row.x for row in rows])[None]
     pos = torch.cat([row.pos for row in rows])[None].to(device)
     first = np.cumsum([0, *(len(row.ids) for row in rows)]).tolist()  # where each row starts
     at = torch.cat([row.at + n for row, n in zip(rows, first)])
-    K = max(row.target.size(1) for row in rows)
-    target = torch.cat([F.pad(row.target, (0, K - row.target.size(1))) for row in rows])
-    share = torch.cat([F.pad(row.share, (0, K - row.share.size(1))) for row in rows])
-    goals = target.to(device), share.to(device)
+    target = side_by_side([row.target for row in rows]).to(device)
+    share = side_by_side([row.share for row in rows]).to(device)
     per_row = torch.arange(len(taken)).repeat_interleave(torch.tensor(list(map(len, taken))))
     predicted = torch.tensor([len(row.at) for row in rows])
     owner = per_row.repeat_interleave(predicted).to(device)  # (L) candidate of each target
@@ -260,7 +271,7 @@ def train_step(model: Transformer, lora: attached, active: list[int], taken: lis
     lora.bind(active, train=True)
     lora.share_out(ragged_or_even(list(map(n_tokens, taken)), device))
     hidden = model.run_layers(x, pos, attend_to(rows, model), start=start)
-    nll = backward_through_head(model, hidden[0, at.to(device)], *goals, weight)
+    nll = backward_through_head(model, hidden[0, at.to(device)], target, share, weight)
     losses = torch.zeros(len(taken), device=device).index_add_(0, owner, nll * weight)
     return losses, lora.gradients()
 
@@ -279,29 +290,18 @@ def inner_update(
     rows = lay_rows(model, examples, configs, adapters.config.start)
     plans = [plan_steps(len(own), config, seed) for own, config in zip(rows, configs)]
     with attached(model, adapters) as lora:
-        how = (lora, rows, plans, configs, tick)
-        outcomes = train_in_grids(*how) if model.step else train_end_to_end(*how)
+        if model.step:  # --compile
+            lower = partial(with_lower_states, model, stop=adapters.config.start)
+            found = model.step.update(lora, rows, plans, configs, lower, tick)
+            outcomes = [Outcome(*own) for own in found]
+        else:
+            outcomes = train_end_to_end(lora, rows, plans, configs, tick)
     guess = 0.99 * math.log(model.config.vocab_size)
     for outcome, finite in zip(outcomes, adapters.flat.norm(dim=1).isfinite().tolist()):
         ruined = outcome.steps > 0 and outcome.losses[0] < guess <= outcome.loss
         # The last step is not followed by a loss that would tell.
         outcome.diverged |= ruined or not finite
     return outcomes
-
-
-def train_in_grids(lora, rows, plans, configs, tick=None) -> list[Outcome]:
-    """The inner update's steps with --compile, in fixed shapes (lm/grid.py)."""
-    model, start = lora.model, lora.adapters.config.start
-
-    def take(k: int) -> list[list[Row]]:
-        taken = []
-        for own, plan in zip(rows, plans):
-            taken.append([own[i] for i in plan[k]] if k < len(plan) else [])
-            if taken[-1] and taken[-1][0].x is None:
-                taken[-1] = with_lower_states(model, taken[-1], start)
-        return taken
-
-    return [Outcome(*own) for own in model.step.update(lora, take, plans, configs, tick)]
 
 
 def train_end_to_end(lora, rows, plans, configs, tick=None) -> list[Outcome]:

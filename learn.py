@@ -12,15 +12,15 @@ on the passages, their notes and questions made of the statements' own words, an
 memory, a PEFT adapter for each document (lm/memory.py). It says which notes were left out and why,
 and, asking the notes' own questions again, which statements were not learnt. Before, the model has
 also written a quiz with each passage in view, of which the questions stay that it answers with the
-text and not without; it is never trained on, and says how sure one can be.
+text and not without, and that no note asks: it says how sure one can be.
 
 `ask` looks for the passage that the question is about, and answers under its document's adapter; no
-text is in the prompt. `check` asks the quizzes of all documents in this way, and, beside it, with
-the passage that it finds in the prompt; and questions on anything else, with and without what was
-learnt. `export` writes the whole model with one document learnt, for other programs; `consolidate`
-with all of them, in one set of weights: one adapter learns to expect what each document's expects,
-and on other texts what the base model does. It is only kept if no document, and nothing else,
-falls by more than --fall.
+text is in the prompt. `check` asks the quizzes of all documents in this way, and, beside it, the
+base model with the passage that is found in the prompt; and questions on anything else, with and
+without what was learnt. `export` writes the whole model with one document learnt, for other
+programs; `consolidate` with all of them, in one set of weights: one adapter learns to expect what
+each document's expects, and on other texts what the base model does. It is only written if no
+document that has a quiz, and nothing else, falls by more than --fall points (and one question).
 
 The notes are written by the policy that policies/ has for the model, by another one (--policy, a
 round-K/policy folder of a train_outer.py run), or by the untrained model (--policy none).
@@ -30,6 +30,7 @@ import argparse
 import json
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -51,6 +52,7 @@ from quiz import (
     about_what,
     accuracies,
     general_quiz,
+    of_passages,
     quiz_items,
     quiz_prompt,
     score_answer,
@@ -99,7 +101,7 @@ def parse_arguments():
         add_model_flags(sub[name], trains=False)
     add_model_flags(sub["consolidate"])
     add_sft_flags(sub["consolidate"])
-    about = "most points that a document, or the questions on anything else, may lose"
+    about = "most points that a document's quiz, or the questions on anything else, may lose"
     sub["consolidate"].add_argument("--fall", type=at_least(0.0), default=10.0, help=about)
     for name in ("study", "consolidate"):
         # A text can be longer, and its notes more, than a passage's; few epochs of a higher rate
@@ -215,7 +217,7 @@ def is_known(memory: Memory, document: Text, args) -> bool:
     known, again = memory.documents.get(document.name), ""
     if known and known.digest != document.digest:
         again = "has another text"
-    elif known and known.settings != json.loads(json.dumps(how(args))):
+    elif known and known.settings != json.loads(json.dumps(settings_of(args))):
         again = "has, studied with other settings, a text"
     elif memory.is_damaged(document.name):
         again = "has something damaged"
@@ -227,7 +229,7 @@ def is_known(memory: Memory, document: Text, args) -> bool:
     return bool(known)
 
 
-def how(args) -> dict:
+def settings_of(args) -> dict:
     """The settings that a document is studied with."""
     others = ("action", "files", "memory", "device", "compile")
     return {k: v for k, v in vars(args).items() if k not in others}
@@ -248,11 +250,11 @@ def study_one(model, tok, memory: Memory, policy, lora, document: Text, args) ->
         edits = write_self_edits(model, tok, passages, args.samples, args, sub_seed(args.seed, 0))
     notes = notes_on(passages, edits)
     report_notes(passages, edits, notes)
-    quizzes = own_quizzes(model, tok, passages, args)
+    quizzes = own_quizzes(model, tok, passages, notes, args)
 
     seed, studied = sub_seed(args.seed, 1), []
-    for passage, own in zip(passages, notes):
-        studied.append({"title": passage.title, "text": passage.text, "notes": own})
+    for p, own in zip(passages, notes):
+        studied.append({"title": p.title, "text": p.text, "notes": own, "quiz": []})
     adapters, label = Adapters.init(model, lora, 1, seed), f"study {document.name}"
     examples = examples_of(tok, studied, args.seed)
     outcome = update_one(model, adapters, examples, sft_config(args), seed, label)
@@ -263,17 +265,19 @@ def study_one(model, tok, memory: Memory, policy, lora, document: Text, args) ->
     given_back = ask_again(model, tok, passages, notes, adapters)
     learnt = [statement for statement, known in given_back.items() if known]
     missed = [statement for statement, known in given_back.items() if not known]
-    quiz = ask_quizzes(model, tok, quizzes, adapters)
-    about = (document.name, document.title, document.digest, studied, learnt, missed, quiz)
-    memory.add(Document(*about, how(args)), adapters, args.model)
+    items = [(p, item) for p, quiz in zip(studied, quizzes) for item in quiz_items(tok, quiz)]
+    right = accuracies(model, tok, [item for _, item in items], adapters)
+    for (p, item), hit in zip(items, right):
+        q = item.question
+        p["quiz"].append({"question": q.question, "answer": q.answers[0], "right": int(hit)})
+    about = (document.name, document.title, document.digest, studied, learnt, missed)
+    memory.add(Document(*about, settings_of(args)), adapters, args.model)
     print(f"{outcome.steps} steps, last loss {outcome.loss:.3f}; kept in {args.memory}")
     print(f"asked again: {len(learnt)} of {len(given_back)} statements learnt")
-    right = sum(q["right"] for q in quiz)
-    told = f"{right} of {len(quiz)} right, before none" if quiz else "no question was sound"
-    print(f"its own quiz: {told}")
-    for n, passage in enumerate(passages if len(passages) > 1 else ()):
-        own = [q["right"] for q in quiz if q["passage"] == n]
-        print(f"  {passage.id}, {passage.title}: {sum(own)} of {len(own)}")
+    told = f"{sum(right):.0f} of {len(right)} right, before none"
+    print(f"its own quiz: {told if right else 'no question was sound'}")
+    for p in studied if len(studied) > 1 else ():
+        print(f"  {p['title']}: {sum(q['right'] for q in p['quiz'])} of {len(p['quiz'])}")
     for statement in missed:
         print(f"not learnt: {statement}")
 
@@ -288,22 +292,18 @@ def examples_of(tok: Tokenizer, passages: list[dict], seed: int) -> list:
     return examples
 
 
-def own_quizzes(model, tok: Tokenizer, passages: list[Passage], args) -> list[Passage]:
-    """The passages with a quiz each, written and sifted by the model as it is."""
-    settings = vars(args) | {"style": "self-qa", "max_new": usual_length("self-qa")}
-    how = (argparse.Namespace(**settings), sub_seed(args.seed, 3))
-    return self_quiz(model, tok, passages, write_self_edits(model, tok, passages, 1, *how))
-
-
-def ask_quizzes(model, tok: Tokenizer, quizzes: list[Passage], adapters: Adapters) -> list[dict]:
-    """The questions, and which are answered right."""
-    right = iter(accuracies(model, tok, [i for p in quizzes for i in quiz_items(tok, p)], adapters))
-    asked = []
-    for n, p in enumerate(quizzes):
-        for q in p.questions:
-            about = {"passage": n, "question": q.question, "answer": q.answers[0]}
-            asked.append(about | {"right": int(next(right))})
-    return asked
+def own_quizzes(model, tok: Tokenizer, passages, notes: list[list[str]], args) -> list[Passage]:
+    """The passages with a quiz each, written and sifted by the model as it is, of what no note
+    asks."""
+    as_asked = vars(args) | {"style": "self-qa", "max_new": usual_length("self-qa")}
+    how = (argparse.Namespace(**as_asked), sub_seed(args.seed, 3))
+    found = self_quiz(model, tok, passages, write_self_edits(model, tok, passages, 1, *how))
+    quizzes = []
+    for p, own in zip(found, notes, strict=True):
+        trained = {m[1].casefold() for note in own if (m := QA_PAIR.fullmatch(note))}
+        new = [q for q in p.questions if q.question.casefold() not in trained]
+        quizzes.append(replace(p, questions=tuple(new)))
+    return quizzes
 
 
 def ask_again(model, tok: Tokenizer, passages, notes, adapters: Adapters) -> dict:
@@ -362,8 +362,8 @@ class Answers:
                 say(text[len(said) :])
                 said = text
 
-        how = {"adapters": adapter, "on_token": on_token}
-        generate(self.model, [prompt], ANSWER_LEN, ends, **how)
+        heard = {"adapters": adapter, "on_token": on_token}
+        generate(self.model, [prompt], ANSWER_LEN, ends, **heard)
         return about.id
 
     def right(self, questions: list[Question], shown: bool = False) -> tuple[np.ndarray, float]:
@@ -381,7 +381,7 @@ class Answers:
             numbers, asked = zip(*own)
             right[list(numbers)] = accuracies(self.model, self.tok, list(asked), adapter)
             tokens += [len(item.prompt) for item in asked]
-        return right, float(np.mean(tokens))
+        return right, float(np.mean(tokens or [0]))
 
 
 def ask(model, tok: Tokenizer, memory: Memory, args) -> None:
@@ -413,34 +413,38 @@ def read_line() -> str:
         return ""
 
 
-def questions_of(document: Document) -> list[Question]:
-    return [Question(q["question"], (q["answer"],)) for q in document.quiz]
+def quizzes_of(document: Document) -> list[Passage]:
+    """A document's passages that have a quiz."""
+    found = []
+    for p in document.passages:
+        own = [Question(q["question"], (q["answer"],)) for q in p["quiz"]]
+        found += [Passage(document.name, p["title"], p["text"], tuple(own))] if own else []
+    return found
 
 
 def check(model, tok: Tokenizer, memory: Memory) -> None:
-    answers, counts = Answers(model, tok, memory, "base"), []
-    for document in memory.documents.values():
-        if questions := questions_of(document):
-            (known, short), (found, long) = (answers.right(questions, s) for s in (False, True))
-            counts.append((len(questions), known.sum(), found.sum(), short, long))
-            told = f"{known.sum():.0f} of {len(questions)} right"
-            print(f"{document.name:20} {told}, {found.sum():.0f} with the passage in the prompt")
-        else:
-            print(f"{document.name:20} has no quiz: no question was sound")
-    if counts:
-        asked, known, found = np.sum([own[:3] for own in counts], axis=0)
-        short, long = np.mean([own[3:] for own in counts], axis=0)
-        told = f"{100 * known / asked:.1f} % right, in prompts of {short:.0f} tokens"
-        print(f"all: {told}; with the passage {100 * found / asked:.1f} %, {long:.0f} tokens")
-    general = general_quiz()
-    before = np.mean(accuracies(model, tok, quiz_items(tok, general)))
-    now, _ = answers.right(list(general.questions))
+    answers, asked = Answers(model, tok, memory, "base"), {}
+    for d in memory.documents.values():
+        asked[d.name] = [q for p in quizzes_of(d) for q in p.questions]
+    questions = [q for own in asked.values() for q in own]
+    (known, short), (found, long) = (answers.right(questions, shown) for shown in (False, True))
+    first = 0
+    for name, own in asked.items():
+        here = slice(first, first := first + len(own))
+        told = f"{known[here].sum():.0f} of {len(own)} right, {found[here].sum():.0f} with the"
+        print(f"{name:20} {told} passage in the prompt" if own else f"{name:20} has no quiz")
+    if questions:
+        told = f"{100 * known.mean():.1f} % right, in prompts of {short:.0f} tokens"
+        print(f"all: {told}; with the passage {100 * found.mean():.1f} %, {long:.0f} tokens")
+    [before] = of_passages(model, tok, [general_quiz()])
+    now, _ = answers.right(list(general_quiz().questions))
     print(f"anything else: {100 * before:.1f} % before, {100 * now.mean():.1f} % now")
 
 
 def consolidate_all(model, tok: Tokenizer, memory: Memory, args) -> None:
     """Write the model with all documents in one set of weights. Exits with one line, and writes
-    nothing, if something falls by more than --fall points."""
+    nothing, if a document, or what else it is asked, falls by more than --fall points and by more
+    than one question."""
     documents = list(memory.documents.values())
     teachers = [memory.adapter(model, d.name) for d in documents]
     examples = [examples_of(tok, d.passages, d.settings["seed"]) for d in documents]
@@ -448,24 +452,18 @@ def consolidate_all(model, tok: Tokenizer, memory: Memory, args) -> None:
     adapters, outcome = consolidate(model, teachers, examples, *how)
     if outcome.diverged:
         raise SystemExit(f"error: training diverged; try a lower --lr than {args.lr}")
-
-    def of_quiz(passages, adapter) -> float:
-        items = [item for p in passages for item in quiz_items(tok, p)]
-        return 100 * float(np.mean(accuracies(model, tok, items, adapter)))
-
-    asked = [("anything else", [general_quiz()], None)]
-    for d, teacher in zip(documents, teachers):
-        quizzes = []
-        for n, p in enumerate(d.passages):
-            own = [Question(q["question"], (q["answer"],)) for q in d.quiz if q["passage"] == n]
-            quizzes.append(Passage(d.name, p["title"], p["text"], tuple(own)))
-        if d.quiz:
-            asked.append((d.name, quizzes, teacher))
-    fallen = []
-    for name, passages, teacher in asked:
-        before, now = of_quiz(passages, teacher), of_quiz(passages, adapters)
-        print(f"{name:20} {before:.1f} % before, {now:.1f} % now")
-        fallen += [name] if before - now > args.fall else []
+    asked, fallen = [("anything else", [general_quiz()], None)], []
+    asked += [(d.name, quizzes_of(d), teacher) for d, teacher in zip(documents, teachers)]
+    for name, quizzes, teacher in asked:
+        items = [item for p in quizzes for item in quiz_items(tok, p)]
+        if not items:
+            print(f"{name:20} has no quiz: it is not checked")
+            continue
+        before = sum(accuracies(model, tok, items, teacher))
+        with merged(model, adapters):
+            now = sum(accuracies(model, tok, items))
+        print(f"{name:20} {before:.0f} of {len(items)} right before, {now:.0f} now")
+        fallen += [name] if before - now > max(1, args.fall / 100 * len(items)) else []
     if fallen:
         told = f"{', '.join(fallen)} would fall by more than {args.fall} points"
         raise SystemExit(f"error: {told}; nothing is written (--fall, --epochs)")
@@ -536,4 +534,4 @@ def refuse_existing(folder: str) -> None:
 
 
 if __name__ == "__main__":
-    run_main(main, "; study goes on with the document that it was at")
+    run_main(main, "; what was learnt is kept")

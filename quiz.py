@@ -30,7 +30,6 @@ from data.documents import telling_words
 from data.qa import Passage, Question
 from data.text import UNSPACED
 from lm.files import chunks, read_json
-from lm.memory import Router
 from lm.tokenizer import Tokenizer
 from lora import Adapters
 from model import Transformer
@@ -210,9 +209,18 @@ def accuracies(model, tok, items: list[Item], adapters=None, batch: int = 64) ->
     return found
 
 
-def about_what(router: Router, passages: list[Passage], question: Question):
-    """The number of the passage that the router finds for a question, and that passage with it as
-    its quiz; None and a passage without title and text if it finds none."""
+def of_passages(model, tok, passages: list[Passage], adapters=None, items=None) -> list[float]:
+    """Accuracy on each passage's quiz; `items`: all their questions in order, if they are asked in
+    another way than quiz_items() has it."""
+    items = items or [item for p in passages for item in quiz_items(tok, p)]
+    right = accuracies(model, tok, items, adapters)
+    ends = np.cumsum([len(p.questions) for p in passages])[:-1]
+    return [float(own.mean()) for own in np.split(np.array(right), ends)]
+
+
+def about_what(router, passages: list[Passage], question: Question):
+    """The number of the passage that the router (lm/memory.Router) finds for a question, and that
+    passage with it as its quiz; None and a passage without title and text if it finds none."""
     n = router.best(telling_words(question.question))
     return n, replace(Passage("", "", "", ()) if n is None else passages[n], questions=(question,))
 
@@ -246,10 +254,11 @@ def self_quiz(model: Transformer, tok: Tokenizer, passages: list[Passage], edits
 
 
 def is_short_answer(question: str, answer: str, passage: str) -> bool:
-    """Is it an answer of eight words or fewer, out of the passage, that the question does not give
-    away?"""
+    """Is it an answer of eight words or fewer (of scripts without blanks 24 characters), out of the
+    passage, that the question does not give away?"""
     inside = [score_answer(text, (answer,))["accuracy"] for text in (passage, question)]
-    return len(answer.split()) <= 8 and inside == [1.0, 0.0]
+    length = max(len(answer.split()), len(UNSPACED.findall(answer)) / 3)
+    return length <= 8 and inside == [1.0, 0.0]
 
 
 # -----------------------------------------------------------------------------

@@ -10,8 +10,8 @@
 quiz asks, closest_question(). (arc.py has what a self-edit on a puzzle earns; selection is the
 same.)
 
-Top to bottom: flags, candidates, quizzing them, the proxy, credit, selection, distillation (for
-learn.py), and Passages, which puts them together for train_outer.py.
+Top to bottom: flags, candidates, quizzing them, the proxy, credit, selection, distillation (of
+what was learnt: learn.py), and Passages, which puts them together for train_outer.py.
 """
 
 import math
@@ -30,6 +30,7 @@ from inner import (
     Outcome,
     SFTConfig,
     inner_update,
+    refuse_long,
     sft_config,
     update_one,
     with_lower_states,
@@ -565,13 +566,14 @@ def refuse_training_passages(passages, args) -> None:
 @torch.no_grad()
 def predictions(model, examples: list[Example], k: int = 50) -> list[tuple]:
     """What the model as it is expects at each counted token: Example.soft of each, of the k most
-    likely ids. For students that are to expect the same (distillation, Hinton et al. 2015)."""
+    likely ids. For students that are to expect the same (distillation, Hinton et al. 2015). Exits
+    with one line if an example is longer than the model's context."""
+    refuse_long(model, examples)
     rows, found = [make_row([e]) for e in examples], []
     for row in with_lower_states(model, rows, model.config.n_layer):
         top = model.head(row.x[row.at]).float().softmax(-1).topk(k)
         shares = top.values / top.values.sum(1, keepdim=True)
-        pairs = zip(top.indices.tolist(), shares.tolist())
-        found.append(tuple(tuple(zip(ids, own)) for ids, own in pairs))
+        found.append((top.indices.int().cpu(), shares.half().cpu()))  # 300 bytes a token
     return found
 
 
@@ -591,16 +593,20 @@ def consolidate(
     """One adapter of the teachers' shape that is to know what all of them do, and nothing else.
 
     It learns to expect what each teacher expects on its own examples[teacher], and on the `anchors`
-    what the base model does. `config` is of one teacher's update; this one takes as many steps as
-    all together.
+    what the base model does. `config` is of one teacher's update; this one takes as many steps, or
+    epochs, as all together. Exits with one line if the teachers' shapes differ.
     """
+    if any(teacher.config != teachers[0].config for teacher in teachers):
+        raise SystemExit(
+            "error: documents that were studied with other --rank, --alpha, --targets or "
+            "--top-layers cannot be put together"
+        )
     taught = expecting(anchors, predictions(model, anchors))
     for teacher, own in zip(teachers, examples, strict=True):
         with merged(model, teacher):
             taught += expecting(own, predictions(model, own))
     adapters = Adapters.init(model, teachers[0].config, 1, seed)
-    if config.steps:
-        config = replace(config, steps=config.steps * len(teachers))
+    config = replace(config, steps=config.steps * len(teachers))
     return adapters, update_one(model, adapters, taught, config, seed, "consolidate")
 
 

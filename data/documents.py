@@ -8,7 +8,7 @@ from os.path import commonprefix
 from pathlib import Path
 
 from data.qa import Passage
-from data.text import UNSPACED, pieces, sections
+from data.text import UNSPACED, pieces, sections, with_marked_headings
 from lm.files import fingerprint, read_bytes
 
 LONGEST_TEXT = 50_000  # characters; what is longer would take hours
@@ -49,7 +49,7 @@ def read_text(path: str) -> str:
         text = "\0"
     if "\0" in text:  # as in UTF-16
         raise SystemExit(f"error: cannot read {path}: it is not UTF-8 text; save it as UTF-8")
-    text = "\n".join(text.splitlines()).strip()
+    text = with_marked_headings(text).strip()
     if not text:
         raise SystemExit(f"error: {path} is empty")
     if len(text) > LONGEST_TEXT:

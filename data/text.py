@@ -144,22 +144,28 @@ def wraps(last: str, line: str, width: int) -> bool:
 
 HEADING = re.compile(r"(#{1,6})\s+(\S.*)")
 UNDERLINE = re.compile(r" {0,3}(?:={3,}|-{3,})\s*")  # of a heading, or a rule
+NO_HEADING = re.compile(r"\s|[-*+]\s|\d+[.)]\s|[>|]|```|~~~")
 
 
-def heading_of(line: str, before: str, below: str) -> tuple[int, str] | None:
-    """(level, name) of a line that is a Markdown heading, "# Rolm #", or "Rolm" after an empty line
-    and above "====" or "----"."""
-    level, name = 0, line
-    if mark := HEADING.match(line):
-        level, name = len(mark[1]), re.sub(r"\s#+$", "", mark[2].rstrip())
-    elif UNDERLINE.fullmatch(below) and line[:1].strip() and not before.strip():
-        level = 1 if "=" in below else 2
-        level *= line[0] not in "-*+|>" and not UNDERLINE.fullmatch(line)  # lists, tables, quotes
-    return (level, BOLD.sub(r"\2", name).strip()) if level else None
+def with_marked_headings(text: str) -> str:
+    """Markdown with its underlined headings as "# Rolm", for all that reads it: a line of at most
+    twelve words after an empty one, not a sentence, above "====" or "----"."""
+    lines, code, found, marked = text.splitlines(), False, [], False
+    for line, before, below in zip(lines, ["", *lines], [*lines[1:], ""]):
+        if marked:  # this is its underline
+            marked = False
+            continue
+        code ^= line.lstrip().startswith(("```", "~~~"))
+        short = 0 < len(line.split()) <= 12 and line.rstrip()[-1] not in ".,;:!?"
+        plain = not code and not NO_HEADING.match(line) and not UNDERLINE.fullmatch(line)
+        marked = short and plain and not before.strip() and bool(UNDERLINE.fullmatch(below))
+        mark = "# " if "=" in below else "## "
+        found.append((mark if marked else "") + line)
+    return "\n".join(found)
 
 
 def sections(text: str) -> list[tuple[tuple, str]]:
-    """A text by its Markdown headings, heading_of(), which stay where they are, each part with the
+    """A text by its Markdown headings ("# Rolm"), which stay where they are, each part with the
     headings that it stands under; a text without is [((), text)]. A heading with nothing below it
     goes with the next.
 
@@ -167,17 +173,17 @@ def sections(text: str) -> list[tuple[tuple, str]]:
     [(("Rolm",), "# Rolm\nIt fell."), (("Rolm", "Trade"), "## Trade\nIn salt.")]
     """
     above, code, found, full = {}, False, [[(), []]], False  # above: level -> heading
-    lines = text.splitlines()
-    for line, before, below in zip(lines, ["", *lines], [*lines[1:], ""]):
+    for line in text.splitlines():
         code ^= line.lstrip().startswith(("```", "~~~"))
-        heading = None if code else heading_of(line, before, below)
-        if heading:
-            level, name = heading
+        mark = None if code else HEADING.match(line)
+        if mark:
+            level = len(mark[1])
+            name = re.sub(r"\s#+$", "", BOLD.sub(r"\2", mark[2].rstrip())).rstrip()
             above = {n: own for n, own in above.items() if n < level} | {level: name}
             if full:
                 found.append([(), []])
             found[-1][0] = tuple(above.values())
-        full = not heading and (full or (bool(line.strip()) and not UNDERLINE.fullmatch(line)))
+        full = not mark and (full or bool(line.strip()))
         found[-1][1].append(line)
     parts = [(headings, "\n".join(lines).strip()) for headings, lines in found]
     return [(headings, part) for headings, part in parts if part]

@@ -1,6 +1,6 @@
 """Can a model choose among its own self-edits without anyone's quiz?
 
-    python experiments/choice.py --limit 48         # -> results/choice.json
+    python experiments/choice.py                    # -> results/choice.json
 
 On training passages: --samples self-edits each are studied and asked two quizzes: the passage's, by
 whoever wrote the passage, and one that the model wrote itself with the passage in view (quiz.py).
@@ -11,8 +11,9 @@ judged by the other half; then with the halves exchanged. Rows:
     labelled  chosen by the other half of the passage's quiz
     pooled    nothing is chosen: the notes of all are studied together, in as many steps as one
 "gain" is over the mean; "kept" the share of the labelled quiz's gain that the own quiz's choice
-has. Where several are best, their mean counts. "asked": questions of the model's own quiz, per
-passage; a passage without one chooses blindly. ci95 are over passages.
+has, null if that gain is not clear of zero. Where several are best, their mean counts. "asked":
+questions of the model's own quiz, per passage; a passage without one chooses blindly. ci95 are over
+passages.
 """
 
 import argparse
@@ -26,11 +27,20 @@ import numpy as np
 
 import data.qa
 import reward
-from data.qa import counts, load_passages
+from data.qa import Question, counts, load_passages
 from inner import lora_config, sft_config
-from lm.files import GOES_ON, check_output, chunks, digest, run_main, sub_seed, write_json
+from lm.files import (
+    GOES_ON,
+    check_output,
+    chunks,
+    digest,
+    read_json,
+    run_main,
+    sub_seed,
+    write_json,
+)
 from lm.flags import Parser, at_least, load, refuse_unused, result_head
-from lm.intervals import bootstrap, of_sums
+from lm.intervals import bootstrap, gap_closed
 from lm.log import Log
 from lm.runs import open_run
 from quiz import self_quiz
@@ -58,17 +68,27 @@ def parse_arguments():
     parser.set_defaults(lr=8e-3)
     args = settle(parser.parse_args())
     refuse_unused(parser, args, ["style"], "here: the notes are questions")
+    if not args.steps:
+        parser.error("--steps: as many for one self-edit as for all of a passage's together")
     return args
 
 
 def with_own_quiz(model, tok, passages, args, work: Path) -> list:
-    """The passages, each with the model's own questions behind those that it has."""
-    own = {"style": "self-qa", "max_new": usual_length("self-qa")}
-    how = (argparse.Namespace(**vars(args) | own), sub_seed(args.seed, 2), work / "asked.jsonl")
-    written = write_self_edits(model, tok, passages, 1, *how, "own quiz")
-    both = []
-    for p, q in zip(passages, self_quiz(model, tok, passages, written), strict=True):
-        both.append(replace(p, questions=(*p.questions, *q.questions)))
+    """The passages, each with the model's own questions behind those that it has. They are kept in
+    `work`, so that a resumed run asks the same."""
+    path = work / "asked.json"
+    if not path.is_file():
+        own = {"style": "self-qa", "max_new": usual_length("self-qa")}
+        how = (argparse.Namespace(**vars(args) | own), sub_seed(args.seed, 2))
+        written = write_self_edits(model, tok, passages, 1, *how, label="own quiz")
+        asked = {}
+        for p in self_quiz(model, tok, passages, written):
+            asked[p.id] = [[q.question, q.answers[0]] for q in p.questions]
+        write_json(path, asked)
+    both, asked = [], read_json(path)
+    for p in passages:
+        own = [Question(question, (answer,)) for question, answer in asked[p.id]]
+        both.append(replace(p, questions=(*p.questions, *own)))
     return both
 
 
@@ -125,10 +145,8 @@ def summarize(found: list[dict], seed: int) -> dict:
         gain = values - columns["mean"]
         row = {"method": name, "accuracy": float(values.mean()), "ci95": bootstrap(values, seed)}
         rows.append(row | {"gain": float(gain.mean()), "ci95_gain": bootstrap(gain, seed)})
-    gains = np.stack([columns[m] - columns["mean"] for m in ("labelled", "own")], axis=1)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        kept = of_sums(lambda sums: sums[1] / sums[0], gains, seed)
-    return {"rows": rows, "kept": kept if gains[:, 0].sum() > 0 else None}
+    kept = gap_closed(*(columns[m] for m in ("mean", "labelled", "own")), seed)
+    return {"rows": rows, "kept": kept}
 
 
 def main() -> None:
@@ -136,6 +154,8 @@ def main() -> None:
     check_output(args.out)
     passages = load_passages(args.data, args.split, args.skip, args.limit)
     passages = [p for p in passages if len(p.questions) > 1]  # there are no halves of one
+    if not passages:
+        raise SystemExit(f"error: {args.data}: no passage has two questions, to be halved")
     model, tok = load(args)
     lora_config(args, model)  # complains now rather than after sampling
     settings = {k: v for k, v in vars(args).items() if k not in ("work", "out")}

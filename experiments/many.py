@@ -35,7 +35,7 @@ from lm.intervals import bootstrap
 from lm.log import Log
 from lm.runs import add_ladder_flags, find_policies, open_run, policy_digests, set_outputs
 from lora import Adapters, merged
-from quiz import accuracies, quiz_items
+from quiz import of_passages
 from reward import (
     QUESTIONS,
     accuracy_of,
@@ -80,7 +80,7 @@ class Many:
 
     def __init__(self, model, tok, passages, args, work: Path):
         self.model, self.tok, self.passages, self.args, self.work = model, tok, passages, args, work
-        self.lora, self.notes = lora_config(args, model), {"passages": [[()]] * len(passages)}
+        self.lora, self.notes = lora_config(args, model), {"passages": [[]] * len(passages)}
 
     def write(self, name: str) -> None:
         """self.notes[name]: of each passage the notes of each self-edit, by the model as it is."""
@@ -106,11 +106,10 @@ class Many:
             config = replace(sft_config(self.args), steps=steps)
             adapters, label = Adapters.init(self.model, self.lora, 1, seed), path.stem
             outcome = update_one(self.model, adapters, examples, config, seed, label)
-            found = []
-            for p in self.passages[:count]:
-                items = quiz_items(self.tok, p)
-                found.append(float(np.mean(accuracies(self.model, self.tok, items, adapters))))
-            write_json(path, {"accuracy": found, "tokens": outcome.tokens})
+            found = of_passages(self.model, self.tok, self.passages[:count], adapters)
+            if outcome.diverged:  # as in quiz_candidates()
+                found = [0.0] * count
+            write_json(path, {"accuracy": found} | outcome.record())
         return read_json(path)
 
     def alone(self, name: str, edits: int) -> np.ndarray:

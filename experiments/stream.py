@@ -21,14 +21,16 @@ each, all quizzes are asked: the matrix. Rows:
 
 "before": accuracy on the passages without learning; "immediate": on each when it was just learnt;
 "retained": on all at the end; "ratio": retained / immediate; "below_before": passages that end
-below where they began. ci95 are over the passages of all seeds. "against_seal": retained minus that
-of seal, on the same passages. "general": accuracy on the questions of data/general.json, which have
-nothing to do with the passages, and perplexity of its texts, at the end; "general_drop": points
-lost. "prompt_tokens": of a question, on average. "bytes": of what is kept beside the base model.
-"seconds": of study, for all passages of a seed.
+below where they began. ci95 are over passages, each the mean of the seeds that have it.
+"against_seal": retained minus that of seal, on the same passages. "general": accuracy on the
+questions of data/general.json, which have nothing to do with the passages, and perplexity of its
+texts, at the end; "general_drop": points lost. "prompt_tokens": of a question, on average. "bytes":
+of what is kept beside the base model. "seconds": of study, what a teacher says included, for all
+passages of a seed; "diverged": updates that were left out. The router of retrieval sees no notes,
+for a memory of texts has none; "bytes" leave out the texts and notes that the router of separate
+needs.
 """
 
-import contextlib
 import functools
 import sys
 import time
@@ -61,13 +63,14 @@ from lm.log import Progress
 from lm.memory import Router
 from lm.packing import Example
 from lm.runs import open_run
-from lora import Adapters, merged
+from lora import Adapters, merge, merged
 from quiz import (
     GENERAL,
     about_what,
     accuracies,
     general_quiz,
     general_texts,
+    of_passages,
     perplexity,
     quiz_items,
     quiz_prompt,
@@ -97,23 +100,23 @@ def parse_arguments():
 
 
 class Stream:
-    """Passages in an order, notes on them, and what is asked about them. Each row of the result is
-    a method that returns {"matrix": accuracies after each passage, on each, "immediate", "general",
-    "prompt_tokens", "bytes", "seconds"}."""
+    """Passages in an order, notes on them, and what is asked about them. Each row is a method that
+    returns {"ids", "matrix": accuracies after each passage, on each, "immediate", "general",
+    "perplexity", "prompt_tokens", "bytes", "seconds", "diverged"}."""
 
-    def __init__(self, model, tok, args, n: int):
+    def __init__(self, model, tok, args, n: int, work: Path):
         self.model, self.tok, self.args, self.seed = model, tok, args, sub_seed(args.seed, n)
         passages = load_passages(args.data, args.split, args.skip, args.limit)
         if args.count > len(passages):
             raise SystemExit(f"error: --count {args.count}: there are {len(passages)} passages")
         order = np.random.default_rng([args.seed, n]).permutation(len(passages))
         self.passages = [passages[i] for i in order[: args.count]]
-        self.general = [general_quiz()]
+        self.general, self.log = [general_quiz()], work / f"sampled-{n}.jsonl"
         self.lora, self.config = lora_config(args, model), sft_config(args)
 
     @functools.cached_property
     def notes(self) -> list[list[str]]:
-        how = (self.passages, 1, self.args, sub_seed(self.seed, 0))
+        how = (self.passages, 1, self.args, sub_seed(self.seed, 0), self.log)
         return [e.notes for e in write_self_edits(self.model, self.tok, *how)]
 
     @functools.cached_property
@@ -134,8 +137,9 @@ class Stream:
         the title of the one that the router finds, for its adapter, or with its text `shown`; for
         adapter --count, which is none, where it finds none."""
         texts, items = [], []
-        for p, notes in zip(self.passages[:known], self.notes):
-            texts.append(telling_words("\n".join([p.title, p.text, *([] if shown else notes)])))
+        for n, p in enumerate(self.passages[:known]):
+            notes = [] if shown else self.notes[n]  # a memory of texts has none
+            texts.append(telling_words("\n".join([p.title, p.text, *notes])))
         router = Router(texts)
         for q in (q for p in passages for q in p.questions):
             n, found = about_what(router, self.passages, q)
@@ -143,15 +147,13 @@ class Stream:
             items += quiz_items(self.tok, found, owner, shown and n is not None)
         return items
 
-    def of_passages(self, items, adapters=None) -> list[float]:
-        """Accuracy on each passage of the stream, asked all its questions in order."""
-        right = accuracies(self.model, self.tok, items, adapters)
-        ends = np.cumsum([len(p.questions) for p in self.passages])[:-1]
-        return [float(own.mean()) for own in np.split(np.array(right), ends)]
+    def known(self, items=None, adapters=None) -> list[float]:
+        return of_passages(self.model, self.tok, self.passages, adapters, items)
 
-    def result(self, matrix, general, asked, size: int, seconds: float, adapters=None):
+    def result(self, matrix, general, asked, size: int, seconds=0.0, diverged=0, adapters=None):
         """Of a row. `general` and `asked`: questions as they are asked at the end."""
         return {
+            "ids": [p.id for p in self.passages],
             "matrix": matrix,
             "immediate": [own[n] for n, own in enumerate(matrix)],
             "general": float(np.mean(accuracies(self.model, self.tok, general, adapters))),
@@ -159,64 +161,68 @@ class Stream:
             "prompt_tokens": float(np.mean([len(item.prompt) for item in asked])),
             "bytes": size,
             "seconds": round(seconds, 1),
+            "diverged": diverged,
         }
 
     # rows: nothing is learnt
 
     def base(self) -> dict:
         asked = self.asked(self.passages)
-        matrix = [self.of_passages(asked)] * self.args.count
-        return self.result(matrix, self.asked(self.general), asked, 0, 0.0)
+        return self.result([self.known()] * self.args.count, self.asked(self.general), asked, 0)
 
     def retrieval(self) -> dict:
         matrix = []
         for n in range(1, self.args.count + 1):
             asked = self.routed(self.passages, n, shown=True)
-            matrix.append(self.of_passages(asked))
+            matrix.append(self.known(asked))
         general = self.routed(self.general, self.args.count, shown=True)
         size = sum(len(p.text.encode()) for p in self.passages)
-        return self.result(matrix, general, asked, size, 0.0)
+        return self.result(matrix, general, asked, size)
 
     # rows: one set of weights
 
     def merge_each(self, row: str) -> dict:
         """Learn each passage with the weights as they are then, and merge it into them."""
         lora = replace(self.lora, start=0) if row == "seal" else self.lora
-        earlier = {"replay": self.examples, "distilled": self.taught}.get(row, [])
-        pool = list(self.anchors) if row == "distilled" else []
-        asked, matrix, seconds = self.asked(self.passages), [], 0.0
-        with contextlib.ExitStack() as weights:
-            for n, own in enumerate(self.examples):
-                start, seed, config = time.perf_counter(), sub_seed(self.seed, 1, n), self.config
+        examples, asked, matrix = self.examples, self.asked(self.passages), []
+        start, seconds, diverged = time.perf_counter(), 0.0, 0
+        earlier = self.taught() if row == "distilled" else examples if row == "replay" else []
+        pool = self.anchors() if row == "distilled" else []
+        nothing = Adapters.init(self.model, lora, 1, self.seed)
+        with merged(self.model, nothing):  # after it the weights are the base model's again
+            for n, own in enumerate(examples):
+                seed, config = sub_seed(self.seed, 1, n), self.config
                 if pool:
                     order = np.random.default_rng(seed).permutation(len(pool))
                     own = own + [pool[i] for i in order[: len(own)]]
                     config = replace(config, steps=2 * config.steps)
                 adapters = Adapters.init(self.model, lora, 1, seed)
-                update_one(self.model, adapters, own, config, seed, f"{row} {n + 1}")
-                weights.enter_context(merged(self.model, adapters))
+                outcome = update_one(self.model, adapters, own, config, seed, f"{row} {n + 1}")
+                if not outcome.diverged:
+                    merge(self.model, adapters)
+                diverged += outcome.diverged
                 pool += earlier[n] if earlier else []
                 seconds += time.perf_counter() - start
-                matrix.append(self.of_passages(asked))
-            size = sum(self.model.get_submodule(path).weight.numel() for path in adapters.places)
-            return self.result(matrix, self.asked(self.general), asked, 2 * size, seconds)
+                matrix.append(self.known())
+                start = time.perf_counter()
+            size = 2 * sum(self.model.get_submodule(path).weight.numel() for path in nothing.places)
+            return self.result(matrix, self.asked(self.general), asked, size, seconds, diverged)
 
-    @functools.cached_property
     def taught(self) -> list[list[Example]]:
         """What each passage is learnt from; of a question what the base model expects as its answer
         with the passage in view, instead of the answer."""
         found = []
         for p, notes in zip(self.passages, self.notes):
-            students = passage_examples(self.tok, p.title, notes)
-            teachers = []
-            for e, note in zip(students, notes, strict=True):
+            students, teachers = [], []
+            for note in notes:
                 prompt = quiz_prompt(self.tok, p.title, QA_PAIR.fullmatch(note)[1], p.text)
-                teachers.append(Example.reply(prompt, list(e.ids[-sum(e.counts) :])))
+                for e in passage_examples(self.tok, p.title, [note]):
+                    students.append(e)
+                    teachers.append(Example.reply(prompt, list(e.ids[-sum(e.counts) :])))
             found.append(passage_examples(self.tok, p.title, [p.text]))
             found[-1] += expecting(students, predictions(self.model, teachers))
         return found
 
-    @functools.cached_property
     def anchors(self) -> list[Example]:
         """Texts about anything, and what the base model expects there."""
         examples = anchor_examples(self.tok)
@@ -225,81 +231,89 @@ class Stream:
     # rows: adapters
 
     @functools.cached_property
-    def separately(self) -> tuple[Adapters, float]:
-        """An adapter of each passage, as a memory keeps it, and the seconds that they took."""
-        start, flats, seed = time.perf_counter(), [], sub_seed(self.seed, 2)
-        progress = Progress("separate", self.args.count)
+    def separately(self) -> tuple[Adapters, float, int]:
+        """An adapter of each passage, as a memory keeps it, and last one that changes nothing; the
+        seconds that they took, and how many diverged: those change nothing, either."""
+        examples, flats, seed, diverged = self.examples, [], sub_seed(self.seed, 2), 0
+        start, progress = time.perf_counter(), Progress("separate", self.args.count)
         tick = lambda tokens, loss: progress.tokens(tokens, loss=loss)  # noqa: E731
-        for own in chunks(self.examples, self.args.population):
-            adapters = Adapters.init(self.model, self.lora, len(own), seed)
-            inner_update(self.model, adapters, own, [self.config] * len(own), seed, tick)
-            flats.append(adapters.flat.bfloat16().float())
+        nothing = Adapters.init(self.model, self.lora, 1, seed)
+        for own in chunks(examples, self.args.population):
+            adapters, config = Adapters.init(self.model, self.lora, len(own), seed), self.config
+            outcomes = inner_update(self.model, adapters, own, [config] * len(own), seed, tick)
+            for n, outcome in enumerate(outcomes):
+                flats.append(nothing.flat if outcome.diverged else adapters.flat[n : n + 1])
+                diverged += outcome.diverged
             progress.step(len(own))
-        nothing = Adapters.init(self.model, self.lora, 1, seed)  # for what the router does not find
-        return adapters_of(nothing, [*flats, nothing.flat]), time.perf_counter() - start
+        all_of_them = nothing.pick([0])
+        all_of_them.flat = torch.cat([*flats, nothing.flat]).bfloat16().float()
+        return all_of_them, time.perf_counter() - start, diverged
 
-    def separate(self) -> dict:
-        (adapters, seconds), matrix = self.separately, []
+    @functools.cached_property
+    def separate_result(self) -> dict:
+        (adapters, seconds, diverged), matrix = self.separately, []
         for n in range(1, self.args.count + 1):
             asked = self.routed(self.passages, n)
-            matrix.append(self.of_passages(asked, adapters))
+            matrix.append(self.known(asked, adapters))
         general = self.routed(self.general, self.args.count)
         size = 2 * self.args.count * adapters.size
-        return self.result(matrix, general, asked, size, seconds, adapters)
+        return self.result(matrix, general, asked, size, seconds, diverged, adapters)
+
+    def separate(self) -> dict:
+        return self.separate_result
 
     def consolidated(self) -> dict:
         """One adapter that expects, of each passage, what its own adapter does."""
-        found = self.separate()
-        (adapters, seconds), start = self.separately, time.perf_counter()
-        teachers = [adapters.pick([n]) for n in range(self.args.count)]
+        found, (adapters, seconds, _) = self.separate_result, self.separately
+        start, teachers = time.perf_counter(), [adapters.pick([n]) for n in range(self.args.count)]
         how = (anchor_examples(self.tok), self.config, sub_seed(self.seed, 3))
-        adapters, _ = consolidate(self.model, teachers, self.examples, *how)
+        adapters, outcome = consolidate(self.model, teachers, self.examples, *how)
         seconds += time.perf_counter() - start
         asked = self.asked(self.passages)
-        with merged(self.model, adapters):
-            matrix = [*found["matrix"][:-1], self.of_passages(asked)]
-            result = self.result(
-                matrix, self.asked(self.general), asked, 2 * adapters.size, seconds
-            )
+        with merged(self.model, None if outcome.diverged else adapters):
+            matrix = [*found["matrix"][:-1], self.known()]
+            how = (self.asked(self.general), asked, 2 * adapters.size, seconds, outcome.diverged)
+            result = self.result(matrix, *how)
         return result | {"immediate": found["immediate"]}
 
     def row(self, name: str) -> dict:
-        if name in MERGED:
-            return self.merge_each(name)
-        return getattr(self, name)()
-
-
-def adapters_of(like: Adapters, flats: list) -> Adapters:
-    adapters = like.pick([0])
-    adapters.flat = torch.cat(flats)
-    return adapters
+        return self.merge_each(name) if name in MERGED else getattr(self, name)()
 
 
 # -----------------------------------------------------------------------------
 # the result
 
 
+def by_passage(results: list[dict], key: str) -> np.ndarray:
+    """A value for each passage: the mean over the seeds that have drawn it."""
+    found = {}
+    for r in results:
+        for id, value in zip(r["ids"], r["immediate"] if key == "immediate" else r["matrix"][-1]):
+            found.setdefault(id, []).append(value)
+    return np.array([np.mean(found[id]) for id in sorted(found)])
+
+
 def summarize(found: dict, seed: int) -> list[dict]:
     """found {row: [its result of each seed]} -> "rows" of the result file."""
-    columns, rows = {}, []
-    before = np.concatenate([r["matrix"][0] for r in found["base"]])
+    retained, rows, before = {}, [], by_passage(found["base"], "retained")
     for name, results in found.items():
-        own = {"immediate": np.concatenate([r["immediate"] for r in results])}
-        own["retained"] = np.concatenate([r["matrix"][-1] for r in results])
-        columns[name] = own
+        immediate, retained[name] = (
+            by_passage(results, "immediate"),
+            by_passage(results, "retained"),
+        )
         row = {"method": name, "before": float(before.mean())}
-        for key, values in own.items():
+        for key, values in (("immediate", immediate), ("retained", retained[name])):
             row |= {key: float(values.mean()), f"ci95_{key}": bootstrap(values, seed)}
-        if (own["immediate"] > 0).any():
-            both = np.stack([own["immediate"], own["retained"]], axis=1)
+        if (immediate > 0).any():
+            both = np.stack([immediate, retained[name]], axis=1)
             row["ratio"] = of_sums(lambda sums: sums[1] / sums[0], both, seed)
-        row["below_before"] = int((own["retained"] < before - 1e-9).sum())
-        for key in ("general", "perplexity", "prompt_tokens", "bytes", "seconds"):
+        row["below_before"] = int((retained[name] < before - 1e-9).sum())
+        for key in ("general", "perplexity", "prompt_tokens", "bytes", "seconds", "diverged"):
             row[key] = float(np.mean([r[key] for r in results]))
         row["general_drop"] = 100 * (rows[0]["general"] - row["general"]) if rows else 0.0
         row["matrix"] = np.mean([r["matrix"] for r in results], axis=0).tolist()
-        if "seal" in columns:
-            more = own["retained"] - columns["seal"]["retained"]
+        if "seal" in retained:
+            more = retained[name] - retained["seal"]
             row["against_seal"] = {"delta": float(more.mean()), "ci95": bootstrap(more, seed)}
         rows.append(row)
     return rows
@@ -323,7 +337,7 @@ def main() -> None:
     settings |= {"data_sha256": digest(args.data), "general_sha256": digest(GENERAL)}
     work, found = open_run(args.work, settings), {name: [] for name in args.rows}
     for n in range(args.seeds):
-        stream = Stream(model, tok, args, n)
+        stream = Stream(model, tok, args, n, work)
         for name in args.rows:
             path = work / f"{name}-{n}.json"
             if not path.is_file():

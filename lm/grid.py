@@ -162,10 +162,11 @@ class Step:
         self.loss = torch.compile(population_loss, backend=backend, fullgraph=True, dynamic=False)
         self.adamw = torch.compile(adamw, backend=backend, fullgraph=True, dynamic=False)
 
-    def update(self, lora, take, plans, configs, tick=None) -> list[tuple]:
-        """Train all candidates' adapters, as inner.inner_update() says. take(k) gives the rows that
-        each takes in step k, with the states of their tokens. Returns for each candidate its
-        losses, the tokens that it was trained on, and whether it diverged."""
+    def update(self, lora, rows, plans, configs, lower, tick=None) -> list[tuple]:
+        """Train each candidate's adapter on its rows, as inner.inner_update() says; plans[p][k] are
+        those of its step k, and lower(rows) gives them what the frozen layers make of them. Returns
+        for each candidate its losses, the tokens that it was trained on, and whether it
+        diverged."""
         adapters, device, n = lora.adapters, lora.model.device, len(configs)
         P, unit = size_of(n, 1), size_of(max(c.row_len for c in configs), 32)
         flat = adapters.flat.new_zeros(P, adapters.size)
@@ -174,9 +175,11 @@ class Step:
         clip = flat.new_tensor([*(c.clip for c in configs), *[1.0] * (P - n)])
         alive, found = torch.ones(P, dtype=torch.bool, device=device), []
         for k in range(max(map(len, plans), default=0)):
-            taken, lr = take(k), torch.zeros(P)
-            for p, (config, plan) in enumerate(zip(configs, plans)):
-                lr[p] = config.lr_at(k, len(plan)) if k < len(plan) else 0.0
+            taken, lr = [], torch.zeros(P)
+            for p, (own, config, plan) in enumerate(zip(rows, configs, plans)):
+                going = k < len(plan)
+                taken.append(lower([own[i] for i in plan[k]]) if going else [])
+                lr[p] = config.lr_at(k, len(plan)) if going else 0.0
             active = torch.zeros(P, dtype=torch.bool)
             active[:n] = torch.tensor([bool(own) for own in taken])
             token, *grid = grid_of(taken, P, unit).on(device)

@@ -25,6 +25,7 @@ from lora import Adapters
 FORMAT = 2
 LEAST = 0.3  # share of a question's words, counted by rarity, that the text it is about has
 HEAD, ABOUT = "memory.json", "document.json"
+PASSAGE = {"title", "text", "notes", "quiz"}
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 
 # -----------------------------------------------------------------------------
@@ -77,10 +78,10 @@ class Document:
     name: str  # of its folder
     title: str
     digest: str  # of its text
-    passages: list  # {"title", "text", "notes"} each
+    # {"title", "text", "notes", "quiz"} each; its own quiz: {"question", "answer", "right"} each
+    passages: list
     learnt: list  # statements that were given back, asked by its own notes
     missed: list  # and those that were not
-    quiz: list  # {"passage" (its number), "question", "answer", "right"}: by the model itself
     settings: dict  # it was studied with
 
     @classmethod
@@ -93,22 +94,25 @@ class Document:
             if not isinstance(about.get(name), kind):
                 raise SystemExit(f"error: {path}: field {name!r} is missing or of another kind")
         for passage in about["passages"]:
-            sound = isinstance(passage, dict) and passage.keys() == {"title", "text", "notes"}
+            sound = isinstance(passage, dict) and passage.keys() == PASSAGE
             if not sound or not all_texts([passage["title"], passage["text"]], passage["notes"]):
                 raise SystemExit(f"error: {path}: a passage without title, text and notes")
+            if not isinstance(passage["quiz"], list) or not all(map(is_asked, passage["quiz"])):
+                raise SystemExit(f"error: {path}: a question that is of another form")
         if not all_texts(about["learnt"], about["missed"]):
             raise SystemExit(f"error: {path}: a statement that is no text")
-        for q in about["quiz"]:
-            sound = isinstance(q, dict) and q.keys() == {"passage", "question", "answer", "right"}
-            sound = sound and all_texts([q["question"], q["answer"]]) and q["right"] in (0, 1)
-            if not sound or q["passage"] not in range(len(about["passages"])):
-                raise SystemExit(f"error: {path}: a question that is of another form")
         if about.keys() != kinds.keys() or about["name"] != folder.name:
             raise SystemExit(f"error: {path} is of another document, or of a newer version")
         for file in ADAPTER:
             if not (folder / file).is_file():
                 raise SystemExit(f"error: {folder / file} is missing")
         return cls(**about)
+
+
+def is_asked(q) -> bool:
+    """Is it a question of a passage's own quiz?"""
+    sound = isinstance(q, dict) and q.keys() == {"question", "answer", "right"}
+    return sound and all_texts([q["question"], q["answer"]]) and q["right"] in (0, 1)
 
 
 def all_texts(*lists) -> bool:
@@ -137,7 +141,10 @@ class Memory:
             return
         head = read_json(folder / HEAD)
         if head.get("format") != FORMAT or head.keys() != {"format", "base"}:
-            raise SystemExit(f"error: {folder} is a memory of format {head.get('format')!r:.20}")
+            raise SystemExit(
+                f"error: {folder} is a memory of format {head.get('format')!r:.20}, not {FORMAT}; "
+                "study its documents again, in another folder"
+            )
         self.base = head["base"]
         for path in sorted(p for p in folder.glob("[!.]*") if p.is_dir()):
             try:

@@ -13,10 +13,11 @@ multiplied with padding. Letters as in model.py.
 import itertools
 import math
 import os.path
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 
 from model import Transformer, additive, causal_mask
 
@@ -32,9 +33,10 @@ class Example:
     ids: tuple
     counts: tuple  # bool per token
     weight: float = 1.0  # of its tokens in the loss: 1 to imitate it; may be negative
-    # What a teacher expects in place of each token that is predicted (those that count, but the
-    # first of all): for each (id, its share), ..., the shares summing to 1. (): the tokens.
-    soft: tuple = field(default=(), repr=False)
+    # What a teacher expects in place of the L tokens that are predicted (those that count, but the
+    # first of all): ids (L, K) and their shares (L, K), which sum to 1; None: the tokens. Left out
+    # of repr(), by which a log knows an example again: none is ever logged.
+    soft: tuple | None = field(default=None, repr=False, compare=False)
 
     @classmethod
     def reply(cls, prompt: list[int], reply: list[int], weight: float = 1.0) -> "Example":
@@ -130,10 +132,6 @@ class Row:
     weight: torch.Tensor  # (L)
     x: torch.Tensor | None = None  # (T, C) what the frozen lower layers make of the tokens
 
-    def to(self, device) -> "Row":
-        tensors = {k: v.to(device) for k, v in vars(self).items() if torch.is_tensor(v)}
-        return replace(self, **tensors)
-
     @property
     def key(self) -> tuple:
         """Rows with the same key have the same states."""
@@ -145,30 +143,36 @@ def n_tokens(rows: list[Row]) -> int:
 
 
 def make_row(examples: list[Example], prefix: int = 0) -> Row:
-    """Lay examples end to end. ids [5 6 7] all counted, then [8 9]: at = [0 1 3], target = [6 7 9].
+    """Lay examples end to end. ids [5 6 7] all counted, then [8 9]: at = [0 1 3], target = [[6] [7]
+    [9]].
 
     The first `prefix` tokens, the same in all examples and never counted, are laid down once and
     looked at by all. Ids [5 6 7] and [5 6 8 9] with prefix 2 are laid as 5 6 7 8 9, at positions 0
     1 2 2 3; lengths are then (2, 1, 2).
     """
     ids, pos, lengths = list(examples[0].ids[:prefix]), list(range(prefix)), [prefix]
-    at, goals, weight = [], [], []
+    at, weight, targets, shares = [], [], [], []
     for e in examples:
         # Where in the row each token stands.
         index = [*range(prefix), *range(len(ids), len(ids) + len(e.ids) - prefix)]
         predicted = [t for t in range(1, len(e.ids)) if e.counts[t]]
         at += [index[t - 1] for t in predicted]
-        goals += e.soft or [[(e.ids[t], 1.0)] for t in predicted]
+        target = torch.tensor([e.ids[t] for t in predicted], dtype=torch.long)[:, None]
+        target, share = e.soft or (target, torch.ones(target.shape))
+        targets.append(target.long()), shares.append(share.float())
         weight += [e.weight] * len(predicted)
         ids += e.ids[prefix:]
         pos += range(prefix, len(e.ids))
         lengths.append(len(e.ids) - prefix)
     ids, pos, at = (torch.tensor(v, dtype=torch.long) for v in (ids, pos, at))
-    K = max(map(len, goals), default=1)
-    padded = [[*own, *[(0, 0.0)] * (K - len(own))] for own in goals]
-    goals = torch.tensor(padded, dtype=torch.float64).view(-1, K, 2)
-    target, share = goals[..., 0].long(), goals[..., 1].float()
+    target, share = side_by_side(targets), side_by_side(shares)
     return Row(ids, pos, tuple(lengths), at, target, share, torch.tensor(weight).float())
+
+
+def side_by_side(columns: list) -> torch.Tensor:
+    """Tensors (L, K) of several K, end to end, as wide as the widest: zeros beside the others."""
+    K = max(m.size(1) for m in columns)
+    return torch.cat([F.pad(m, (0, K - m.size(1))) for m in columns])
 
 
 # -----------------------------------------------------------------------------

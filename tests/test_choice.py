@@ -40,12 +40,12 @@ def test_summary():
     result = choice.summarize(found, 0)
     gains = {row["method"]: row["gain"] for row in result["rows"]}
     assert gains == {"mean": 0.0, "own": 0.125, "labelled": 0.5, "pooled": 0.25}
-    assert result["kept"]["value"] == 0.25
+    assert result["kept"]["share"] == 0.25
     none = [own | {"labelled": 0.25} for own in found]
-    assert choice.summarize(none, 0)["kept"] is None
+    assert choice.summarize(none, 0)["kept"]["share"] is None
 
 
-def write(model, tok, passages, copies, args, seed, log, label=""):
+def write(model, tok, passages, copies, args, seed, log=None, label=""):
     """In place of write_self_edits(): a random model writes none."""
     edits = []
     for p in passages:
@@ -65,7 +65,7 @@ def test_a_whole_run(tiny_folder, passages_file, tmp_path, monkeypatch):
 
     def self_quiz(model, tok, passages, edits):
         sifted.append(edits)
-        return [SimpleNamespace(questions=p.questions[:1]) for p in passages]
+        return [SimpleNamespace(id=p.id, questions=p.questions[:1]) for p in passages]
 
     monkeypatch.setattr(choice, "self_quiz", self_quiz)
     args = ["--data", passages_file, "--limit", 2, "--samples", 2, "--steps", 2]
@@ -74,10 +74,13 @@ def test_a_whole_run(tiny_folder, passages_file, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt), monkeypatch.context() as patch:
         dies_at(patch, "reward.inner_update", 2)
         run_script(patch, choice, tiny_folder, *args)
+    kept = (tmp_path / "work/scored.jsonl").read_text()
+    studied = dies_at(monkeypatch, "reward.inner_update", 0)
     run_script(monkeypatch, choice, tiny_folder, *args)
+    assert len(studied) == 2 and kept in (tmp_path / "work/scored.jsonl").read_text()
     result = json.loads((tmp_path / "out.json").read_text())
     assert [row["method"] for row in result["rows"]] == list(choice.METHODS)
-    assert result["asked"] == 1 and result["n_passages"] == 2 and len(sifted[-1]) == 2
+    assert result["asked"] == 1 and result["n_passages"] == 2 and len(sifted) == 1
     lines = (tmp_path / "work/scored.jsonl").read_text().splitlines()
     answers = [json.loads(line)["answers"] for line in lines]
     assert len(answers) == 2 * 3 and {len(own) for own in answers} == {3}  # two and its own one

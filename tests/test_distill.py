@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 
+import pytest
 import torch
 import torch.nn.functional as F
 from test_inner import ALL, TOP, example, folder, model  # noqa: F401
@@ -17,10 +18,11 @@ def test_what_a_model_expects_is_no_news_to_it(model):  # noqa: F811
     token beside them, in the same row, it has."""
     e = example(20, 1, skip=15)
     [soft] = predictions(model, [e], k=model.config.vocab_size)
-    assert len(soft) == sum(e.counts) and math.isclose(sum(p for _, p in soft[0]), 1, rel_tol=1e-5)
+    ids, shares = soft
+    assert len(ids) == sum(e.counts) and math.isclose(shares[0].float().sum(), 1, abs_tol=1e-3)
     with torch.no_grad():
         p = model(torch.tensor([e.ids]))[0, 14:19].softmax(-1)
-    assert [max(own, key=lambda pair: pair[1])[0] for own in soft] == p.argmax(-1).tolist()
+    assert ids[:, 0].tolist() == p.argmax(-1).tolist()  # the most likely one first
     grads = []
     for examples in ([replace(e, soft=soft)], [replace(e, soft=soft), example(9, 2)]):
         adapters = Adapters.init(model, ALL, 1, 0)
@@ -28,7 +30,7 @@ def test_what_a_model_expects_is_no_news_to_it(model):  # noqa: F811
             [rows] = lay_rows(model, [examples], [SFTConfig(row_len=64)], ALL.start)
             _, grad = train_step(model, lora, [0], [rows])
             grads.append(float(grad.norm()))
-    assert grads[0] < 1e-5 < 1e-3 < grads[1]
+    assert grads[0] < 1e-2 * grads[1]  # shares are kept in half precision
 
 
 def test_many_adapters_into_one(model):  # noqa: F811
@@ -58,3 +60,15 @@ def test_many_adapters_into_one(model):  # noqa: F811
     before, after = off(teachers[0]), off(one)
     assert after[0] < 0.3 and after[1] < 0.2 * before[1]
     assert after[2] < 0.5 * off(without)[2]
+
+
+def test_unlike_shapes_are_refused(model):  # noqa: F811
+    teachers = [Adapters.init(model, config, 1, 0) for config in (TOP, ALL)]
+    with pytest.raises(SystemExit, match="with other --rank, .* cannot be put together"):
+        consolidate(model, teachers, [[example(9, 1)]] * 2, [], SFTConfig(), 0)
+
+
+def test_too_long_for_the_teacher(model):  # noqa: F811
+    long = example(model.config.max_seq_len + 1, 1)
+    with pytest.raises(SystemExit, match="is longer than the model's context"):
+        predictions(model, [long])

@@ -58,9 +58,8 @@ def agree(one, other, start) -> None:
 def test_the_same_is_learnt(model, config):  # noqa: F811
     """By candidates that are unlike in everything, beside one with nothing to learn; one of them
     expects what a teacher does."""
-    taught = replace(
-        example(12, 4), soft=tuple(((t, 0.75), (7, 0.25)) for t in example(12, 5).ids[1:])
-    )
+    others = torch.tensor([[t, 7] for t in example(12, 5).ids[1:]], dtype=torch.int32)
+    taught = replace(example(12, 4), soft=(others, torch.tensor([[0.75, 0.25]] * 11).half()))
     examples, configs = [*EXAMPLES, [], [taught, example(9, 3)]], [*CONFIGS, CONFIGS[0], CONFIGS[1]]
     agree(*both(model, config, examples, configs, Counted()))
 

@@ -478,25 +478,23 @@ def test_the_experiment_on_own_texts(tiny_folder, tmp_path, monkeypatch):
 
 @pytest.fixture
 def two_documents(tiny_folder, tmp_path, monkeypatch):
-    """A memory of two, each with a quiz of one question."""
+    """A memory of two, with quizzes of one and two questions: a third is what a note asks."""
     (tmp_path / "Rolm.txt").write_text("Rolm was founded by Ada Quell.")
     (tmp_path / "b.md").write_text("# Varbon\nVarbon sells salt to the coast.")
-    quizzes = {"Rolm": ("Who founded Rolm?", "Ada Quell"), "Varbon": ("What sells Varbon?", "salt")}
+    quizzes = {"Rolm": {"Who founded Rolm?": "Ada Quell"}}
+    quizzes["Varbon"] = {"What sells Varbon?": "salt", "To whom?": "the coast", "What?": "salt"}
 
     def write(model, tok, passages, copies, args, seed):
         if args.style != "self-qa":
-            return []
-        edits = []
-        for p in passages:
-            question, answer = quizzes[p.title]
-            edits.append(SelfEdit(p.id, [Part("", [f"Question: {question}\nAnswer: {answer}"])]))
-        return edits
+            note = "Question: What?\nAnswer: Varbon sells salt to the coast."
+            return [SelfEdit(p.id, [Part("", [note])]) for p in passages if p.title == "Varbon"]
+        return []
 
     def sifted(model, tok, passages, edits):
         found = []
-        for p, e in zip(passages, edits):
-            question, answer = learn.QA_PAIR.fullmatch(e.notes[0]).groups()
-            found.append(replace(p, questions=(learn.Question(question, (answer,)),)))
+        for p in passages:
+            own = [Question(question, (answer,)) for question, answer in quizzes[p.title].items()]
+            found.append(replace(p, questions=tuple(own)))
         return found
 
     monkeypatch.setattr(learn, "write_self_edits", write)
@@ -507,63 +505,70 @@ def two_documents(tiny_folder, tmp_path, monkeypatch):
 
 
 def test_check_asks_as_a_user_would(two_documents, tiny_folder, monkeypatch, capsys):
-    """Each question under the adapter of the document that is found for it; beside it with the
-    passage in the prompt; and what has nothing to do with them, with and without."""
+    """Each question under the adapter of the document that is found for it; beside it the base
+    model with the passage in the prompt; and what has nothing to do with them."""
     me, asked = two_documents, []
     memory = learn.Memory(me)
-    assert [q["question"] for q in memory["rolm"].quiz] == ["Who founded Rolm?"]
-    assert memory["b"].quiz[0] | {"right": 0} == {
-        "passage": 0,
-        "question": "What sells Varbon?",
-        "answer": "salt",
-        "right": 0,
-    }
+    [p] = memory["b"].passages
+    assert [q["question"] for q in p["quiz"]] == ["What sells Varbon?", "To whom?"]
+    assert {q["right"] for q in p["quiz"]} <= {0, 1}
 
     def accuracies(model, tok, items, adapter=None):
         asked.append(([tok.decode(list(i.prompt)) for i in items], adapter))
-        return [1.0 if adapter else 0.0 for _ in items]
+        return [1.0 if adapter and "Rolm" not in asked[-1][0][0] else 0.0 for _ in items]
 
     monkeypatch.setattr(learn, "accuracies", accuracies)
+    monkeypatch.setattr(learn, "of_passages", lambda *_: [0.25])
     capsys.readouterr()
     run(monkeypatch, tiny_folder, "check", memory=me)
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split()[:5] == ["b", "1", "of", "1", "right,"] and " 0 with the pas" in lines[0]
-    assert lines[2].startswith("all: 100.0 % right, in prompts of ")
-    assert lines[3].startswith("anything else: 0.0 % before, ")
-    (known, adapter), (shown, none) = asked[:2]
-    assert "Topic: Varbon" in known[0] and adapter and none is None
-    assert "sells salt to the coast." in shown[0] and "sells salt to the coast." not in known[0]
-    assert len(asked[4][0]) == 40 and asked[4][1] is None  # before
+    assert lines[0].split()[:5] == ["b", "2", "of", "2", "right,"] and " 0 with the pas" in lines[0]
+    assert lines[1].split()[:5] == ["rolm", "0", "of", "1", "right,"]
+    assert lines[2].startswith("all: 66.7 % right, in prompts of ")  # of questions, not documents
+    assert lines[3].startswith("anything else: 25.0 % before, ")
+    known = [text for texts, adapter in asked[:2] for text in texts if adapter]
+    assert len(known) == 3 and any("Topic: Varbon" in text for text in known)
+    (shown, none) = asked[2]
+    assert none is None and any("sells salt to the coast." in text for text in shown)
+    assert not any("sells salt to the coast." in text for text in known)
 
 
 def test_all_documents_in_one_set_of_weights(two_documents, tiny, tiny_folder, monkeypatch):
     """Written if nothing falls by more than --fall; else nothing is."""
-    me, right = two_documents, {"now": 1.0}
+    me = two_documents
 
-    def accuracies(model, tok, items, adapter=None):
-        return [right["now"] if adapter and len(items) == 1 else 1.0 for _ in items]
+    def falls(items: int, to: float) -> None:
+        """With everything in one set of weights, so much of a quiz of that size is right."""
 
-    monkeypatch.setattr(learn, "accuracies", accuracies)
+        def accuracies(model, tok, asked, adapter=None):
+            weight = model.get_submodule("layers.3").mlp.up_proj.weight
+            merged = not torch.equal(weight, tiny.get_submodule("layers.3").mlp.up_proj.weight)
+            return [to if merged and len(asked) == items else 1.0] * len(asked)
+
+        monkeypatch.setattr(learn, "accuracies", accuracies)
+
     taught, consolidate = [], learn.consolidate
     monkeypatch.setattr(learn, "consolidate", lambda *a: taught.append(a[2]) or consolidate(*a))
+    before = contents(me.parent)
+    for items, to, message in (
+        (2, 0.0, "b would fall by more than 10.0 points; nothing is written"),  # two questions
+        (40, 0.875, "anything else would fall by more than 10.0 points"),  # five of forty
+    ):
+        falls(items, to)
+        with pytest.raises(SystemExit, match=message):
+            run(monkeypatch, tiny_folder, "consolidate", me.parent / "all", memory=me)
+        assert contents(me.parent) == before
+    falls(2, 0.5)  # one question of two may be lost
     run(monkeypatch, tiny_folder, "consolidate", me.parent / "all", memory=me)
     tok = Tokenizer(tiny_folder)
-    [examples] = taught
-    assert [len(own) > 1 for own in examples] == [True, True]
-    assert "Varbon sells salt to the coast." in tok.decode(list(examples[0][0].ids))
+    assert [len(own) > 1 for own in taught[0]] == [True, True]
+    assert "Varbon sells salt to the coast." in tok.decode(list(taught[0][0][0].ids))
     written = load_model(me.parent / "all", "cpu", "float32")
     for path, changed in (("layers.0", False), ("layers.3", True)):
         weights = [m.get_submodule(path).mlp.up_proj.weight for m in (written, tiny)]
         assert torch.equal(*weights) != changed
     with pytest.raises(SystemExit, match="all exists already"):
         run(monkeypatch, tiny_folder, "consolidate", me.parent / "all", memory=me)
-
-    calls = iter([1.0, 1.0, 1.0, 0.0])  # everything else, twice; then b before, and now
-    monkeypatch.setattr(learn, "accuracies", lambda *_: [next(calls, 1.0)])
-    before = contents(me.parent)
-    with pytest.raises(SystemExit, match="b would fall by more than 10.0 points; nothing is writ"):
-        run(monkeypatch, tiny_folder, "consolidate", me.parent / "other", memory=me)
-    assert contents(me.parent) == before
     with pytest.raises(SystemExit, match="is empty"):
         (me.parent / "none").mkdir()
         (me.parent / "none/memory.json").write_text('{"format": 2, "base": "any"}')

@@ -17,9 +17,9 @@ from lora import Adapters, LoRAConfig
 
 
 def document(name: str, **changes) -> Document:
-    passages = [{"title": name, "text": f"{name} fell.", "notes": []}]
+    passages = [{"title": name, "text": f"{name} fell.", "notes": [], "quiz": []}]
     about = {"title": name, "digest": "0", "passages": passages, "learnt": [], "missed": []}
-    return Document(**{"name": name, "settings": {}, "quiz": []} | about | changes)
+    return Document(**{"name": name, "settings": {}} | about | changes)
 
 
 @pytest.fixture
@@ -145,10 +145,15 @@ def test_killed_while_forgetting_it_is_forgotten(memory, monkeypatch):
 def test_damaged_documents_are_left_out_and_named(memory, capsys):
     about = memory.folder / "a" / "document.json"
     sound = json.loads(about.read_text())
-    passage = {"title": "a", "text": 5, "notes": []}
-    asked = {"passage": 0, "question": "Who fell?", "answer": "a", "right": 1}
-    about.write_text(json.dumps(sound | {"quiz": [asked]}))
-    assert Memory(memory.folder)["a"].quiz == [asked]
+    passage = {"title": "a", "text": 5, "notes": [], "quiz": []}
+    asked = {"question": "Who fell?", "answer": "a", "right": 1}
+    fine = passage | {"text": "", "quiz": [asked]}
+
+    def quiz_of(*questions) -> str:
+        return json.dumps(sound | {"passages": [fine | {"quiz": questions}]})
+
+    about.write_text(quiz_of(asked))
+    assert Memory(memory.folder)["a"].passages == [fine]
     for damage, said in (
         ("{", "not valid JSON"),
         (json.dumps({k: v for k, v in sound.items() if k != "missed"}), "'missed' is missing"),
@@ -159,10 +164,11 @@ def test_damaged_documents_are_left_out_and_named(memory, capsys):
         (json.dumps(sound | {"passages": [passage | {"text": "", "notes": 5}]}), "a passage w"),
         (json.dumps(sound | {"passages": [passage | {"text": "", "notes": "abc"}]}), "a passage w"),
         (json.dumps(sound | {"learnt": [3]}), "a statement that is no text"),
-        (json.dumps(sound | {"quiz": [asked | {"passage": 1}]}), "a question that is of another"),
-        (json.dumps(sound | {"quiz": [asked | {"right": "yes"}]}), "a question that is of another"),
-        (json.dumps(sound | {"quiz": [asked | {"more": 1}]}), "a question that is of another form"),
-        (json.dumps(sound | {"quiz": [asked, 5]}), "a question that is of another form"),
+        (json.dumps(sound | {"passages": [fine | {"quiz": 5}]}), "of another form"),
+        (quiz_of(asked, 5), "a question that is of another form"),
+        (quiz_of(asked | {"more": 1}), "a question that is of another form"),
+        (quiz_of(asked | {"right": 2}), "a question that is of another form"),
+        (quiz_of(asked | {"answer": 5}), "a question that is of another form"),
     ):
         about.write_text(damage)
         assert list(Memory(memory.folder).documents) == ["b"]
@@ -190,7 +196,7 @@ def test_what_is_no_memory_is_refused(memory, tmp_path):
         Memory(memory.folder).refuse_other_base("another")
     for head in ('{"format": 3, "base": "base"}', '{"format": 2, "base": "base", "more": 1}'):
         (memory.folder / "memory.json").write_text(head)
-        with pytest.raises(SystemExit, match="is a memory of format "):
+        with pytest.raises(SystemExit, match="is a memory of format .* study its documents again"):
             Memory(memory.folder)
     shutil.copytree(ROOT / "docs", tmp_path / "docs")
     with pytest.raises(SystemExit, match="is no memory: it has no memory.json"):

@@ -107,7 +107,8 @@ def test_rows_as_documented():
     assert row.lengths == (2, 1, 2)
     assert row.at.tolist() == [1, 3] and row.target.tolist() == [[7], [9]]
     assert row.weight.tolist() == [1, -1]
-    taught = replace(asked[1], soft=(((9, 0.75), (4, 0.25)),))
+    soft = torch.tensor([[9, 4]], dtype=torch.int32), torch.tensor([[0.75, 0.25]]).half()
+    taught = replace(asked[1], soft=soft)
     row = make_row([asked[0], taught], prefix=2)
     assert row.target.tolist() == [[7, 0], [9, 4]]
     assert row.share.tolist() == [[1, 0], [0.75, 0.25]]

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from data.text import pieces, question_and_answer, sections, sentences
+from data.text import pieces, question_and_answer, sections, sentences, with_marked_headings
 
 CASES = {
     "marks": (
@@ -159,21 +159,33 @@ def test_time_does_not_grow_with_the_square_of_the_length(text):
         ),
         ("# Rolm\n\n### Trade\nSalt.", [(("Rolm", "Trade"), "# Rolm\n\n### Trade\nSalt.")]),
         ("# Rolm\n```\n# no heading\n```", [(("Rolm",), "# Rolm\n```\n# no heading\n```")]),
-        (
-            "Rolm\n====\nIt fell.\n\nThe **trade**\n---\nIn salt.\n\n---\n\nIt rose.",
-            [
-                (("Rolm",), "Rolm\n====\nIt fell."),
-                (("Rolm", "The trade"), "The **trade**\n---\nIn salt.\n\n---\n\nIt rose."),
-            ],
-        ),
-        ("Rolm\n===\n\nTrade\n---\nSalt.", [(("Rolm", "Trade"), "Rolm\n===\n\nTrade\n---\nSalt.")]),
-        ("It fell.\nSo.\n---\nSalt.", [((), "It fell.\nSo.\n---\nSalt.")]),  # a paragraph, a rule
-        ("- salt\n---\nIt fell.", [((), "- salt\n---\nIt fell.")]),
-        ("| a |\n---\n| b |", [((), "| a |\n---\n| b |")]),
-        ("```\nRolm\n===\n```", [((), "```\nRolm\n===\n```")]),
         ("#hashtag\nRolm fell.", [((), "#hashtag\nRolm fell.")]),
         ("# Rolm", [(("Rolm",), "# Rolm")]),
     ],
 )
 def test_sections(text, expected):
     assert sections(text) == expected
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        (
+            "Rolm\n====\nIt fell.\n\nThe **trade**\n---\nIn salt.\n\n---\n\nIt rose.",
+            "# Rolm\nIt fell.\n\n## The **trade**\nIn salt.\n\n---\n\nIt rose.",
+        ),
+        ("**Rolm**\n===\n\nTrade\n---\nSalt.", "# **Rolm**\n\n## Trade\nSalt."),
+        ("It fell.\nSo\n---\nSalt.", None),  # a paragraph, and a rule
+        ("It fell in 1742, and everyone left.\n---\nSalt.", None),
+        ("one " * 13 + "\n---", None),
+        ("- salt\n---\nIt fell.", None),
+        ("1. salt\n---\nIt fell.", None),
+        ("| a |\n---\n| b |", None),
+        ("```\n\nRolm\n===\n```", None),
+        ("```\n\n```\n---\nIt fell.", None),
+        ("---\ntitle: x\n---\nIt fell.", None),
+        ("Rolm\r\n====\r\nIt fell.", "# Rolm\nIt fell."),
+    ],
+)
+def test_underlined_headings(text, expected):
+    assert with_marked_headings(text) == (text if expected is None else expected)
