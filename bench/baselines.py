@@ -22,10 +22,11 @@ from lora import Adapters
 
 
 class Baseline:
-    def __init__(self, folder, dtype=torch.bfloat16):
+    def __init__(self, folder, dtype=torch.bfloat16, device="cpu"):
         transformers.logging.set_verbosity_error()
-        self.folder = folder
+        self.folder, self.device = folder, device
         self.model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+        self.model.to(device)
         self.setup = 0.0  # seconds spent on attaching adapters and building trainers, so far
 
     def attach(self, adapters: Adapters) -> peft.PeftModel:
@@ -63,6 +64,7 @@ class Baseline:
             labels = ids.masked_fill(~counts, -100)
             lengths = torch.tensor([len(e.ids) for e in batch])
             mask = (torch.arange(ids.size(1)) < lengths[:, None]).long()
+            ids, mask, labels = (m.to(self.device) for m in (ids, mask, labels))
             loss = model(input_ids=ids, attention_mask=mask, labels=labels).loss
             loss.backward()
             torch.nn.utils.clip_grad_norm_(params, sft.clip)
@@ -129,8 +131,8 @@ class Baseline:
             else {"do_sample": False}
         )
         out = (model or self.model).generate(
-            input_ids=ids,
-            attention_mask=mask,
+            input_ids=ids.to(self.device),
+            attention_mask=mask.to(self.device),
             max_new_tokens=max_new,
             num_return_sequences=copies,
             pad_token_id=0,

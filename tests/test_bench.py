@@ -5,10 +5,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, write_checkpoint
+from conftest import ROOT, run_script, write_checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench import scaling, speed
+from bench import gpu, scaling, speed
 from bench.baselines import Baseline
 from data.qa import load_passages
 from data.text import sentences
@@ -187,3 +187,28 @@ def test_the_bench_has_every_row():
     works = {row["work"] for row in read_json(ROOT / "results" / "bench.json")["rows"]}
     rows = "load inner-strict inner-paper inner-fast quiz sampling round compile"
     assert set(rows.split()) <= works
+
+
+def test_the_gpus_script_in_small(tiny_folder, tmp_path, monkeypatch):
+    """On a CPU; every part, and one that fails leaves its error and the next goes on."""
+    out = tmp_path / "gpu.json"
+    args = ["--device", "cpu", "--populations", 1, 2, "--repeats", 1, "--backends", "off", "eager"]
+    args += ["--steps", 2, "--top-layers", 2, "--rank", 2, "--row-len", 64, "--out", out]
+    monkeypatch.setattr(gpu, "TOKENS", 3)
+    run_script(monkeypatch, gpu, tiny_folder, *args)
+    rows = read_json(out)["rows"]
+    assert {row["part"] for row in rows} == set(gpu.PARTS)
+    assert not [row for row in rows if "error" in row], rows
+    [same] = [row for row in rows if row["part"] == "same"]
+    assert same["largest_loss_gap"] == 0 and same["same_tokens"] == 1 and same["n_steps"] == 4
+    trained = {(r["P"], r["compile"]): r for r in rows if r["part"] == "train"}
+    assert set(trained) == {(P, c) for P in (1, 2) for c in ("off", "eager")}
+    assert all(r["tokens_per_s"] > 0 and r["of_peak"] > 0 for r in trained.values())
+
+    def fails(b):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setitem(gpu.PARTS, "same", fails)
+    run_script(monkeypatch, gpu, tiny_folder, *args, "--parts", "same", "generate")
+    rows = read_json(out)["rows"]
+    assert rows[0] == {"part": "same", "error": "RuntimeError: out of memory"} and len(rows) == 5

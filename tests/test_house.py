@@ -23,7 +23,7 @@ FLOORS = [
     "experiments/tools.py experiments/grid.py experiments/budget.py experiments/ship.py",
     "experiments/credits.py experiments/router.py experiments/stream.py",
     "experiments/choice.py experiments/many.py",
-    "bench/baselines.py bench/scaling.py bench/speed.py",
+    "bench/baselines.py bench/scaling.py bench/speed.py bench/gpu.py",
 ]
 ORDER = " ".join(FLOORS).split()
 SCRIPTS = {"train_outer", "eval_qa", "eval_arc", "learn", "report", "seal"}

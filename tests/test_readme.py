@@ -14,14 +14,28 @@ import learn
 import report
 import seal
 import train_outer
-from bench import scaling, speed
+from bench import gpu, scaling, speed
 from data import prepare
-from experiments import exercises, figures, notes, proxy, recipes, rewards, walkthrough, warm
+from experiments import (
+    choice,
+    exercises,
+    figures,
+    many,
+    notes,
+    proxy,
+    recipes,
+    rewards,
+    stream,
+    walkthrough,
+    warm,
+)
 from lm.files import digest, read_json
 
 SCRIPTS = {f"{s.__name__.replace('.', '/')}.py": s for s in (eval_arc, eval_qa, learn, report)}
 SCRIPTS |= {"train_outer.py": train_outer, "bench/speed.py": speed, "seal.py": seal}
 for script in (exercises, figures, notes, proxy, recipes, rewards, walkthrough, warm):
+    SCRIPTS[f"{script.__name__.replace('.', '/')}.py"] = script
+for script in (choice, gpu, many, stream):
     SCRIPTS[f"{script.__name__.replace('.', '/')}.py"] = script
 DOCS = ["README.md", *(f"docs/{p.name}" for p in sorted((ROOT / "docs").glob("*.md")))]
 SOURCES = [*DOCS, "data/README.md", "Makefile", *SCRIPTS, "bench/scaling.py", "data/prepare.py"]

@@ -11,18 +11,21 @@ import eval_arc
 import eval_qa
 import learn
 import train_outer
-from bench import speed
+from bench import gpu, speed
 from experiments import (
     budget,
+    choice,
     credits,
     exercises,
     grid,
+    many,
     noise,
     notes,
     proxy,
     recipes,
     rewards,
     ship,
+    stream,
     walkthrough,
     warm,
 )
@@ -53,6 +56,10 @@ SCRIPTS = [  # script, its first arguments, what it writes
     (grid, ["--top-layers", 2], FILES | {"--work": "README.md"}),
     (budget, [], FILES | {"--work": "README.md"}),
     (ship, ["--run", "runs"], {"--out": "README.md"}),
+    (stream, ["--top-layers", 2, "--count", 2], FILES | {"--work": "README.md"}),
+    (choice, ["--top-layers", 2], FILES | {"--work": "README.md"}),
+    (many, ["--top-layers", 2, "--counts", 2], FILES | {"--work": "README.md"}),
+    (gpu, [], FILES),
     (warm, [], {"--out": "README.md/x", "--work": "README.md"}),
     (speed, [], FILES),
 ]
