@@ -577,9 +577,30 @@ def predictions(model, examples: list[Example], k: int = 50) -> list[tuple]:
     return found
 
 
-def expecting(examples: list[Example], soft: list[tuple]) -> list[Example]:
-    """The examples, with a teacher's predictions() in place of their tokens."""
-    return [replace(e, soft=own) for e, own in zip(examples, soft, strict=True)]
+def expecting(examples: list[Example], soft: list[tuple], share: float = 1.0) -> list[Example]:
+    """The examples, with a teacher's predictions() in place of their tokens; or with this share of
+    them beside the tokens."""
+    taught = []
+    for e, (ids, shares) in zip(examples, soft, strict=True):
+        if share < 1:
+            own = [t for t, counts in zip(e.ids, e.counts) if counts][-len(ids) :]
+            ids = torch.cat([torch.tensor(own, dtype=torch.int)[:, None], ids], dim=1)
+            rest = torch.full((len(ids), 1), 1 - share, dtype=shares.dtype)
+            shares = torch.cat([rest, share * shares], dim=1)
+        taught.append(replace(e, soft=(ids, shares)))
+    return taught
+
+
+def in_view(model, tok: Tokenizer, passage: Passage, notes, share: float = 1.0) -> list[Example]:
+    """What notes that are questions are learnt from, expecting() what the model does with the
+    passage in view (context distillation, arXiv 2209.15189)."""
+    students, teachers = [], []
+    for note in notes:
+        prompt = quiz_prompt(tok, passage.title, QA_PAIR.fullmatch(note)[1], passage.text)
+        for e in passage_examples(tok, passage.title, [note]):
+            students.append(e)
+            teachers.append(Example.reply(prompt, list(e.ids[-sum(e.counts) :])))
+    return expecting(students, predictions(model, teachers), share)
 
 
 def anchor_examples(tok: Tokenizer) -> list[Example]:

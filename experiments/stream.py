@@ -73,10 +73,16 @@ from quiz import (
     of_passages,
     perplexity,
     quiz_items,
-    quiz_prompt,
 )
-from reward import anchor_examples, consolidate, expecting, passage_examples, predictions
-from selfedit import QA_PAIR, settle, write_self_edits
+from reward import (
+    anchor_examples,
+    consolidate,
+    expecting,
+    in_view,
+    passage_examples,
+    predictions,
+)
+from selfedit import settle, write_self_edits
 
 MERGED = ["seal", "top-layers", "replay", "distilled"]
 ROWS = ["base", *MERGED, "separate", "consolidated", "retrieval"]
@@ -213,14 +219,8 @@ class Stream:
         with the passage in view, instead of the answer."""
         found = []
         for p, notes in zip(self.passages, self.notes):
-            students, teachers = [], []
-            for note in notes:
-                prompt = quiz_prompt(self.tok, p.title, QA_PAIR.fullmatch(note)[1], p.text)
-                for e in passage_examples(self.tok, p.title, [note]):
-                    students.append(e)
-                    teachers.append(Example.reply(prompt, list(e.ids[-sum(e.counts) :])))
             found.append(passage_examples(self.tok, p.title, [p.text]))
-            found[-1] += expecting(students, predictions(self.model, teachers))
+            found[-1] += in_view(self.model, self.tok, p, notes)
         return found
 
     def anchors(self) -> list[Example]:

@@ -143,6 +143,17 @@ def tiny(tiny_folder):
     return load_swapped(tiny_folder)
 
 
+@pytest.fixture
+def folder(tmp_path):
+    """A random SmolLM2 of 211 words, and no tokenizer."""
+    return write_checkpoint(tmp_path / "base", "smollm2")
+
+
+@pytest.fixture
+def model(folder):
+    return load_swapped(folder)
+
+
 @pytest.fixture(scope="session")
 def smollm2():
     return load_swapped(SMOLLM2)

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import ROOT
-from test_inner import ALL, CONFIGS, EXAMPLES, TOP, example, folder, model, same_change  # noqa: F401
+from test_inner import ALL, CONFIGS, EXAMPLES, TOP, example, same_change
 
 import inner
 from inner import SFTConfig, inner_update
@@ -36,7 +36,7 @@ def forget():
     torch._dynamo.reset()
 
 
-def both(model, config, examples, configs, backend):  # noqa: F811
+def both(model, config, examples, configs, backend):
     """(outcomes, adapters) end to end, and with a compiled step; and the adapters at the start."""
     found, n = [], len(examples)
     for step in (None, Step(backend)):
@@ -55,7 +55,7 @@ def agree(one, other, start) -> None:
 
 
 @pytest.mark.parametrize("config", [ALL, TOP], ids=["all", "top"])
-def test_the_same_is_learnt(model, config):  # noqa: F811
+def test_the_same_is_learnt(model, config):
     """By candidates that are unlike in everything, beside one with nothing to learn; one of them
     expects what a teacher does."""
     others = torch.tensor([[t, 7] for t in example(12, 5).ids[1:]], dtype=torch.int32)
@@ -64,7 +64,7 @@ def test_the_same_is_learnt(model, config):  # noqa: F811
     agree(*both(model, config, examples, configs, Counted()))
 
 
-def test_one_that_diverges_is_alone(model):  # noqa: F811
+def test_one_that_diverges_is_alone(model):
     """Its neighbours learn as if it were not there."""
     rates = (1e-2, 1e38, 2e-2)
     examples, configs = [], []
@@ -78,12 +78,12 @@ def test_one_that_diverges_is_alone(model):  # noqa: F811
         assert same_change(one[1][p], other[1][p], start)
 
 
-def test_lower_states_of_each_step(model, monkeypatch):  # noqa: F811
+def test_lower_states_of_each_step(model, monkeypatch):
     monkeypatch.setattr(inner, "KEPT_STATES", 0)
     agree(*both(model, TOP, EXAMPLES, CONFIGS, Counted()))
 
 
-def test_each_shape_is_compiled_once(model):  # noqa: F811
+def test_each_shape_is_compiled_once(model):
     """Populations of other sizes, texts and numbers of steps have the same few shapes."""
     backend = Counted()
     model.step = Step(backend)
@@ -99,7 +99,7 @@ def test_each_shape_is_compiled_once(model):  # noqa: F811
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_real_backends(model, backend):  # noqa: F811
+def test_real_backends(model, backend):
     """Most of the time is the compiler's, so one projection of one layer adapts."""
     config = LoRAConfig(4, 8.0, ("down_proj",), 3, 4)
     examples, configs = [[example(20, 1)], [example(30, 2)]], [SFTConfig(lr=1e-2, steps=2)] * 2
@@ -124,7 +124,7 @@ def test_a_grid_by_hand():
     assert [size_of(n, 32) for n in (0, 32, 33, 65)] == [32, 32, 64, 128]
 
 
-def test_a_token_held_for_impossible_is_no_divergence(model):  # noqa: F811
+def test_a_token_held_for_impossible_is_no_divergence(model):
     with torch.no_grad():
         model.norm.weight.mul_(1e4)
     sft = SFTConfig(lr=1e-6, steps=1, row_len=40)

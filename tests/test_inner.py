@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from conftest import load_swapped, write_checkpoint
+from conftest import load_swapped
 
 import inner
 import lm.kernels
@@ -45,16 +45,6 @@ def behind(prompt, length, seed, skip=None):
     skip = len(prompt) if skip is None else skip
     counts = (False,) * skip + (True,) * (len(prompt) + length - skip)
     return Example(prompt + example(length, seed).ids, counts)
-
-
-@pytest.fixture
-def folder(tmp_path):
-    return write_checkpoint(tmp_path / "base", "smollm2")
-
-
-@pytest.fixture
-def model(folder):
-    return load_swapped(folder)
 
 
 # Unlike in everything: lengths, number of sequences, masks, learning rate, epochs, clip, schedule.

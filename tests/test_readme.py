@@ -18,6 +18,7 @@ from bench import gpu, scaling, speed
 from data import prepare
 from experiments import (
     choice,
+    distill,
     exercises,
     figures,
     many,
@@ -35,7 +36,7 @@ SCRIPTS = {f"{s.__name__.replace('.', '/')}.py": s for s in (eval_arc, eval_qa, 
 SCRIPTS |= {"train_outer.py": train_outer, "bench/speed.py": speed, "seal.py": seal}
 for script in (exercises, figures, notes, proxy, recipes, rewards, walkthrough, warm):
     SCRIPTS[f"{script.__name__.replace('.', '/')}.py"] = script
-for script in (choice, gpu, many, stream):
+for script in (choice, distill, gpu, many, stream):
     SCRIPTS[f"{script.__name__.replace('.', '/')}.py"] = script
 DOCS = ["README.md", *(f"docs/{p.name}" for p in sorted((ROOT / "docs").glob("*.md")))]
 SOURCES = [*DOCS, "data/README.md", "Makefile", *SCRIPTS, "bench/scaling.py", "data/prepare.py"]
