@@ -187,7 +187,9 @@ def other(b: Bench) -> list[dict]:
     from bench.baselines import Baseline  # needs requirements-dev.txt
 
     theirs, c = Baseline(b.args.model, b.model.dtype, b.model.device), b.candidates[0]
-    rows = [[c.examples[i] for i in row] for row, _ in arrange(c.examples, b.sft.row_len)]
+    rows = []
+    for row, _ in arrange(c.examples, b.sft.row_len):
+        rows.append([c.examples[i] for i in row])
     steps = (rows * b.sft.steps)[: b.sft.steps]
     one = Adapters.init(b.model, b.lora, 1, b.args.seed)
     tokens = 0

@@ -140,7 +140,9 @@ def of_passage(answers: list, labelled: int, seed: int) -> dict:
 
 def summarize(found: list[dict], seed: int) -> dict:
     """The passages' {method: accuracy} -> "rows", "kept"."""
-    columns, rows = {m: np.array([own[m] for own in found]) for m in METHODS}, []
+    columns, rows = {}, []
+    for name in METHODS:
+        columns[name] = np.array([own[name] for own in found])
     for name, values in columns.items():
         gain = values - columns["mean"]
         row = {"method": name, "accuracy": float(values.mean()), "ci95": bootstrap(values, seed)}

@@ -48,10 +48,14 @@ def size_of(n: int, unit: int) -> int:
     return size
 
 
+def n_targets(rows: list[Row]) -> int:
+    return sum(len(row.at) for row in rows)
+
+
 def grid_of(taken: list[list[Row]], P: int, unit: int) -> Grid:
     """The rows that each of at most P candidates takes in a step, [] if it takes none."""
     T = size_of(max(map(n_tokens, taken)), unit)
-    L = size_of(max(sum(len(row.at) for row in own) for own in taken), unit // 2)
+    L = size_of(max(map(n_targets, taken)), unit // 2)
     K = max(row.target.size(1) for own in taken for row in own)
     ids, numbers = torch.zeros(P, T, dtype=torch.long), torch.zeros(P, L, K)
     grid = Grid(
