@@ -195,8 +195,8 @@ def test_lower_layers_make_of_a_row_what_they_make_of_it_alone(model, tokens):
     """In whatever batches: each row comes back in its place, with its states."""
     rows = []
     for own, sft in CANDIDATES:
-        for [row] in inner.lay_rows(model, [[e] for e in own], [sft] * len(own), start=0):
-            rows.append(row)
+        for e in own:
+            rows += inner.laid_out([e], sft.row_len)
     rows += rows[:2]  # equal ones
     for row, got in zip(rows, inner.with_lower_states(model, rows, 2, tokens)):
         pos = row.pos[None]
@@ -205,6 +205,7 @@ def test_lower_layers_make_of_a_row_what_they_make_of_it_alone(model, tokens):
         )
         assert got.ids is row.ids or torch.equal(got.ids, row.ids)
         torch.testing.assert_close(got.x, expected[0], atol=1e-5, rtol=1e-4)
+        assert inner.with_lower_states(model, [got], 2)[0] is got  # not again
 
 
 def test_a_sequence_longer_than_the_context_is_one_clear_line(model):

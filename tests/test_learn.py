@@ -482,7 +482,8 @@ def two_documents(tiny_folder, tmp_path, monkeypatch):
     (tmp_path / "Rolm.txt").write_text("Rolm was founded by Ada Quell.")
     (tmp_path / "b.md").write_text("# Varbon\nVarbon sells salt to the coast.")
     quizzes = {"Rolm": {"Who founded Rolm?": "Ada Quell"}}
-    quizzes["Varbon"] = {"What sells Varbon?": "salt", "To whom?": "the coast", "What?": "salt"}
+    quizzes["Varbon"] = {"What sells Varbon?": "salt", "What?": "salt"}
+    quizzes["Varbon"]["Where does Varbon sell salt?"] = "the coast"
 
     def write(model, tok, passages, copies, args, seed):
         if args.style != "self-qa":
@@ -510,7 +511,8 @@ def test_check_asks_as_a_user_would(two_documents, tiny_folder, monkeypatch, cap
     me, asked = two_documents, []
     memory = learn.Memory(me)
     [p] = memory["b"].passages
-    assert [q["question"] for q in p["quiz"]] == ["What sells Varbon?", "To whom?"]
+    asked_itself = [q["question"] for q in p["quiz"]]
+    assert asked_itself == ["What sells Varbon?", "Where does Varbon sell salt?"]
     assert {q["right"] for q in p["quiz"]} <= {0, 1}
 
     def accuracies(model, tok, items, adapter=None):
