@@ -2,7 +2,8 @@
 #   make demo    the whole loop on a real model, in small: minutes
 #   make test    linter and tests
 #   make bench   speed, side by side with transformers + peft: 20 minutes
-#   make results two rounds, their ladders, what changed in the notes, the figures: two and a half hours
+#   make results RL by the paper's reward, a study of each self-edit that says how, and its ladder: an hour
+#   make results-proxy  RL by the proxy, two rounds, their ladders, the figures: two and a half hours
 #   make results-arc    the same for ARC: a warm-up, which tasks can be solved, two rounds, the ladder: an hour and a half;
 #   make demo-arc       the loop on a few puzzles: ten minutes
 #   make studies which reward, which recipe: an hour or two. Killed, both go on where they were
@@ -10,7 +11,7 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 
-.PHONY: demo demo-arc test bench results results-arc studies model data clean
+.PHONY: demo demo-arc test bench results results-proxy results-arc studies mutants model data clean
 .DELETE_ON_ERROR:
 
 demo: model
@@ -32,8 +33,14 @@ test: .venv/dev model downloads/vocab
 bench: .venv/dev model
 	$(PY) bench/speed.py
 
+SEAL := --settings --budget 4096
 results: .venv/dev model
 	$(PY) eval_qa.py --split "" --no-study --out results/passages.json
+	$(PY) train_outer.py qa $(SEAL) --limit 24 --samples 8 --rounds 1 --outer weighted --outer-rank 8 --outer-alpha 16 --outer-row-len 2048 --out runs/seal
+	cp runs/seal/metrics.jsonl results/settings_rounds.jsonl
+	$(PY) eval_qa.py --run runs/seal $(SEAL) --lr 0.008 --told --samples 2 --limit 24 --out results/qa_settings.json
+
+results-proxy: .venv/dev model
 	$(PY) train_outer.py qa --out runs/qa --samples 8 --rounds 2 --outer-epochs 1 --reward proxy --select notes
 	cp runs/qa/metrics.jsonl results/qa_rounds.jsonl
 	$(PY) eval_qa.py --run runs/qa --limit 48 --samples 2 --seeds 2 --out results/qa_ladder.json
@@ -50,6 +57,9 @@ results-arc: .venv/dev model data checkpoints/smollm2-135m-arc
 	$(PY) eval_arc.py $(ARC) $(LEARNER) --tasks results/arc_tasks_warm.json --run runs/arc --oracle --out results/arc_ladder.json
 	$(PY) experiments/figures.py
 
+mutants: .venv/dev model downloads/vocab
+	$(PY) tests/mutants.py
+
 studies: .venv/dev model
 	$(PY) train_outer.py qa --out runs/studied --limit 24 --rounds 1 --samples 4
 	$(PY) experiments/proxy.py --limit 24 --work runs/studied/round-1
@@ -57,6 +67,9 @@ studies: .venv/dev model
 	$(PY) experiments/recipes.py --limit 16
 	$(PY) experiments/own_texts.py
 	$(PY) experiments/router.py
+	$(PY) experiments/stream.py
+	$(PY) experiments/choice.py
+	$(PY) experiments/distill.py
 
 model: checkpoints/smollm2-135m-instruct
 data: downloads/arc
