@@ -7,6 +7,7 @@ make things faster and nothing else. So `pytest --plain`, which leaves them out,
 import json
 import pkgutil
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ import lm.flags
 import lm.kernels
 from lm.checkpoint import load_model
 from lm.tokenizer import Tokenizer
+from quiz import ask
 
 ROOT = Path(__file__).resolve().parent.parent
 SMOLLM2 = ROOT / "checkpoints" / "smollm2-135m-instruct"
@@ -162,6 +164,18 @@ def smollm2():
 @pytest.fixture(scope="session")
 def tok():
     return Tokenizer(SMOLLM2)
+
+
+@pytest.fixture
+def brief_general(tmp_path, monkeypatch):
+    """Short answers, and data/general.json with one text, three questions and two anchors."""
+    about = json.loads((ROOT / "data" / "general.json").read_text())
+    short = {"texts": ["Bread rises slowly."], "questions": about["questions"][:3]}
+    short["anchors"] = ["Rain falls on the sea.", "A hen lays eggs."]
+    (tmp_path / "general.json").write_text(json.dumps(short))
+    monkeypatch.setattr("quiz.GENERAL", tmp_path / "general.json")
+    for name in ("quiz.ask", "reward.ask"):
+        monkeypatch.setattr(name, partial(ask, max_new=4))
 
 
 @pytest.fixture

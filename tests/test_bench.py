@@ -192,7 +192,7 @@ def test_the_bench_has_every_row():
 def test_the_gpus_script_in_small(tiny_folder, tmp_path, monkeypatch):
     """On a CPU; every part, and one that fails leaves its error and the next goes on."""
     out = tmp_path / "gpu.json"
-    args = ["--device", "cpu", "--populations", 1, 2, "--repeats", 1, "--backends", "off", "eager"]
+    args = ["--device", "cpu", "--populations", 2, "--repeats", 1, "--backends", "off", "eager"]
     args += ["--steps", 2, "--top-layers", 2, "--rank", 2, "--row-len", 64, "--out", out]
     monkeypatch.setattr(gpu, "TOKENS", 3)
     run_script(monkeypatch, gpu, tiny_folder, *args)
@@ -202,7 +202,7 @@ def test_the_gpus_script_in_small(tiny_folder, tmp_path, monkeypatch):
     [same] = [row for row in rows if row["part"] == "same"]
     assert same["largest_loss_gap"] == 0 and same["same_tokens"] == 1 and same["n_steps"] == 4
     trained = {(r["P"], r["compile"]): r for r in rows if r["part"] == "train"}
-    assert set(trained) == {(P, c) for P in (1, 2) for c in ("off", "eager")}
+    assert set(trained) == {(2, "off"), (2, "eager")}
     assert all(r["tokens_per_s"] > 0 and r["of_peak"] > 0 for r in trained.values())
 
     def fails(b):
@@ -211,4 +211,4 @@ def test_the_gpus_script_in_small(tiny_folder, tmp_path, monkeypatch):
     monkeypatch.setitem(gpu.PARTS, "same", fails)
     run_script(monkeypatch, gpu, tiny_folder, *args, "--parts", "same", "generate")
     rows = read_json(out)["rows"]
-    assert rows[0] == {"part": "same", "error": "RuntimeError: out of memory"} and len(rows) == 5
+    assert rows[0] == {"part": "same", "error": "RuntimeError: out of memory"} and len(rows) == 3

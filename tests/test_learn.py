@@ -477,7 +477,7 @@ def test_the_experiment_on_own_texts(tiny_folder, tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def two_documents(tiny_folder, tmp_path, monkeypatch):
+def two_documents(tiny_folder, brief_general, tmp_path, monkeypatch):
     """A memory of two, with quizzes of one and two questions: a third is what a note asks."""
     (tmp_path / "Rolm.txt").write_text("Rolm was founded by Ada Quell.")
     (tmp_path / "b.md").write_text("# Varbon\nVarbon sells salt to the coast.")
@@ -554,7 +554,7 @@ def test_all_documents_in_one_set_of_weights(two_documents, tiny, tiny_folder, m
     before = contents(me.parent)
     for items, to, message in (
         (2, 0.0, "b would fall by more than 10.0 points; nothing is written"),  # two questions
-        (40, 0.875, "anything else would fall by more than 10.0 points"),  # five of forty
+        (3, 1 / 3, "anything else would fall by more than 10.0 points"),  # two of three
     ):
         falls(items, to)
         with pytest.raises(SystemExit, match=message):

@@ -12,7 +12,7 @@ from lora import PROJECTIONS, Adapters, LoRAConfig
 
 
 @pytest.fixture
-def run(tiny_folder, passages_file, tmp_path, monkeypatch):
+def run(tiny_folder, passages_file, brief_general, tmp_path, monkeypatch):
     """Runs it on three passages; returns what is read from the result file."""
 
     def written(model, tok, passages, copies, args, seed, log, label, given):

@@ -22,7 +22,7 @@ def notes_on(model, tok, passages, copies, args, seed, log):
 
 
 @pytest.fixture
-def small(tiny_folder, passages_file, tmp_path, monkeypatch):
+def small(tiny_folder, passages_file, brief_general, tmp_path, monkeypatch):
     """Runs it on three passages, and returns the result file."""
     monkeypatch.setattr(stream, "write_self_edits", notes_on)
 
