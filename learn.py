@@ -26,7 +26,6 @@ The notes are written by the policy that policies/ has for the model, by another
 round-K/policy folder of a train_outer.py run), or by the untrained model (--policy none).
 """
 
-import argparse
 import json
 import sys
 from collections import Counter
@@ -60,7 +59,7 @@ from quiz import (
 )
 from reward import anchor_examples, consolidate, passage_examples, words
 from sampler import generate
-from selfedit import QA_PAIR, clozes, settle, usual_length, write_self_edits
+from selfedit import QA_PAIR, clozes, in_style, settle, write_self_edits
 
 ACTIONS = {
     "study": "learn documents, each into an adapter of its own",
@@ -295,8 +294,7 @@ def examples_of(tok: Tokenizer, passages: list[dict], seed: int) -> list:
 def own_quizzes(model, tok: Tokenizer, passages, notes: list[list[str]], args) -> list[Passage]:
     """The passages with a quiz each, written and sifted by the model as it is, of what no note
     asks."""
-    as_asked = vars(args) | {"style": "self-qa", "max_new": usual_length("self-qa")}
-    how = (argparse.Namespace(**as_asked), sub_seed(args.seed, 3))
+    how = (in_style(args, "self-qa"), sub_seed(args.seed, 3))
     found = self_quiz(model, tok, passages, write_self_edits(model, tok, passages, 1, *how))
     quizzes = []
     for p, own in zip(found, notes, strict=True):
@@ -436,8 +434,9 @@ def check(model, tok: Tokenizer, memory: Memory) -> None:
     if questions:
         told = f"{100 * known.mean():.1f} % right, in prompts of {short:.0f} tokens"
         print(f"all: {told}; with the passage {100 * found.mean():.1f} %, {long:.0f} tokens")
-    [before] = of_passages(model, tok, [general_quiz()])
-    now, _ = answers.right(list(general_quiz().questions))
+    general = general_quiz()
+    [before] = of_passages(model, tok, [general])
+    now, _ = answers.right(list(general.questions))
     print(f"anything else: {100 * before:.1f} % before, {100 * now.mean():.1f} % now")
 
 
@@ -452,18 +451,18 @@ def consolidate_all(model, tok: Tokenizer, memory: Memory, args) -> None:
     adapters, outcome = consolidate(model, teachers, examples, *how)
     if outcome.diverged:
         raise SystemExit(f"error: training diverged; try a lower --lr than {args.lr}")
-    asked, fallen = [("anything else", [general_quiz()], None)], []
-    asked += [(d.name, quizzes_of(d), teacher) for d, teacher in zip(documents, teachers)]
-    for name, quizzes, teacher in asked:
-        items = [item for p in quizzes for item in quiz_items(tok, p)]
-        if not items:
-            print(f"{name:20} has no quiz: it is not checked")
-            continue
-        before = sum(accuracies(model, tok, items, teacher))
-        with merged(model, adapters):
-            now = sum(accuracies(model, tok, items))
-        print(f"{name:20} {before:.0f} of {len(items)} right before, {now:.0f} now")
-        fallen += [name] if before - now > max(1, args.fall / 100 * len(items)) else []
+    quizzes, before, fallen = {"anything else": quiz_items(tok, general_quiz())}, {}, []
+    for d in documents:
+        quizzes[d.name] = [item for p in quizzes_of(d) for item in quiz_items(tok, p)]
+    for (name, items), teacher in zip(quizzes.items(), [None, *teachers], strict=True):
+        before[name] = sum(accuracies(model, tok, items, teacher))
+    with merged(model, adapters):
+        now = {name: sum(accuracies(model, tok, items)) for name, items in quizzes.items()}
+    for name, items in quizzes.items():
+        told = f"{before[name]:.0f} of {len(items)} right before, {now[name]:.0f} now"
+        print(f"{name:20} {told if items else 'has no quiz: it is not checked'}")
+        allowed = max(1, args.fall / 100 * len(items))
+        fallen += [name] if before[name] - now[name] > allowed else []
     if fallen:
         told = f"{', '.join(fallen)} would fall by more than {args.fall} points"
         raise SystemExit(f"error: {told}; nothing is written (--fall, --epochs)")

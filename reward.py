@@ -30,6 +30,7 @@ from inner import (
     Outcome,
     SFTConfig,
     inner_update,
+    lora_config,
     refuse_long,
     sft_config,
     update_one,
@@ -241,6 +242,15 @@ def update_and_quiz(
         examples, configs = [c.examples for c in group], [c.config for c in group]
         outcomes = inner_update(model, adapters, examples, configs, seed, log.tick)
         log.add(group, quiz(model, tok, group, adapters, outcomes))
+
+
+def study(model, tok, candidates: list[Candidate], args, seed: int, path, label) -> list[dict]:
+    """The result of each candidate's inner update and quiz, in populations, as args say; those that
+    the log at `path` has are not studied again."""
+    log, groups = Log(path, accuracy_of), populations(candidates, args.population)
+    how = (lora_config(args, model), seed, log, quiz_candidates, label)
+    update_and_quiz(model, tok, groups, *how)
+    return [log[c] for c in candidates]
 
 
 # -----------------------------------------------------------------------------

@@ -15,6 +15,7 @@ Top to bottom: the record, prompt styles, parsing, notes that need no model, set
 
 import json
 import re
+from argparse import Namespace
 from collections import Counter
 from copy import copy
 from dataclasses import asdict, dataclass, field
@@ -534,6 +535,11 @@ def settle(args):
     """The same settings, without --max-new 0: what it stands for depends on the style."""
     args.max_new = args.max_new or max(map(usual_length, styles_of(args)))
     return args
+
+
+def in_style(args, style: str) -> Namespace:
+    """The same settings, for self-edits in another style."""
+    return Namespace(**vars(args) | {"style": style, "max_new": usual_length(style)})
 
 
 def usual_length(style: str) -> int:

@@ -78,7 +78,7 @@ class Bench:
 
     def population(self, P: int) -> list:
         """P candidates; again from the first when there are no more."""
-        return (self.candidates * -(-P // len(self.candidates)))[:P]
+        return first(P, self.candidates)
 
     def train(self, P: int, model=None):
         """(outcomes, adapters) of one inner update."""
@@ -117,6 +117,11 @@ class Bench:
         run = lambda: [a @ a for _ in range(10)]  # noqa: E731
         run()
         return 20 * n**3 / self.median(run)
+
+
+def first(n: int, items: list) -> list:
+    """n of the items; again from the first when there are no more."""
+    return (items * -(-n // len(items)))[:n]
 
 
 # -----------------------------------------------------------------------------
@@ -168,7 +173,7 @@ def train(b: Bench) -> list[dict]:
 def sample(b: Bench) -> list[dict]:
     rows = []
     for P in b.args.populations:
-        prompts = (b.prompts * -(-P // len(b.prompts)))[:P]
+        prompts = first(P, b.prompts)
         how = {"temperature": 0.7, "top_p": 0.95, "seed": b.args.seed}
         run = lambda p=prompts, how=how: generate(b.model, p, TOKENS, (), **how)  # noqa: E731
         rows.append({"work": "sample", "rows": P, "tokens_per_s": P * TOKENS / b.median(run)})
@@ -198,7 +203,7 @@ def other(b: Bench) -> list[dict]:
     seconds = b.median(lambda: theirs.train(one, steps, b.sft))
     found = [{"work": "train", "other": "peft, tuned loop", "tokens_per_s": tokens / seconds}]
     for P in b.args.populations:
-        prompts = (b.prompts * -(-P // len(b.prompts)))[:P]
+        prompts = first(P, b.prompts)
         how = {"temperature": 0.7, "top_p": 0.95}
         run = lambda p=prompts, how=how: theirs.generate(p, TOKENS, **how)  # noqa: E731
         row = {"work": "sample", "other": "generate", "rows": P}

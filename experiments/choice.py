@@ -16,7 +16,6 @@ questions of the model's own quiz, per passage; a passage without one chooses bl
 passages.
 """
 
-import argparse
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -41,18 +40,14 @@ from lm.files import (
 )
 from lm.flags import Parser, at_least, load, refuse_unused, result_head
 from lm.intervals import bootstrap, gap_closed
-from lm.log import Log
 from lm.runs import open_run
 from quiz import self_quiz
 from reward import (
-    accuracy_of,
     passage_candidate,
     pooled,
-    populations,
-    quiz_candidates,
-    update_and_quiz,
+    study,
 )
-from selfedit import settle, usual_length, write_self_edits
+from selfedit import in_style, settle, write_self_edits
 
 METHODS = ("mean", "own", "labelled", "pooled")
 
@@ -78,8 +73,7 @@ def with_own_quiz(model, tok, passages, args, work: Path) -> list:
     `work`, so that a resumed run asks the same."""
     path = work / "asked.json"
     if not path.is_file():
-        own = {"style": "self-qa", "max_new": usual_length("self-qa")}
-        how = (argparse.Namespace(**vars(args) | own), sub_seed(args.seed, 2))
+        how = (in_style(args, "self-qa"), sub_seed(args.seed, 2))
         written = write_self_edits(model, tok, passages, 1, *how, label="own quiz")
         asked = {}
         for p in self_quiz(model, tok, passages, written):
@@ -92,7 +86,7 @@ def with_own_quiz(model, tok, passages, args, work: Path) -> list:
     return both
 
 
-def study(model, tok, passages, args, work: Path) -> list[list]:
+def measure(model, tok, passages, args, work: Path) -> list[list]:
     """Of each passage: the answers to all its questions, after each of its self-edits, and after
     their notes together."""
     log = work / "sampled.jsonl"
@@ -103,12 +97,10 @@ def study(model, tok, passages, args, work: Path) -> list[list]:
         for notes in (*(e.notes for e in own), pooled([e.notes for e in own])):
             n = len(candidates)
             candidates.append(passage_candidate(tok, n, p, notes, sft_config(args)))
-    log = Log(work / "scored.jsonl", accuracy_of)
-    how = (lora_config(args, model), sub_seed(args.seed, 1), log, quiz_candidates, "study")
-    update_and_quiz(model, tok, populations(candidates, args.population), *how)
+    how = (args, sub_seed(args.seed, 1), work / "scored.jsonl", "study")
     right = []
-    for c in candidates:
-        right.append([a["accuracy"] for a in log[c]["answers"]])
+    for result in study(model, tok, candidates, *how):
+        right.append([a["accuracy"] for a in result["answers"]])
     return chunks(right, args.samples + 1)
 
 
@@ -164,7 +156,7 @@ def main() -> None:
     settings |= {"data_sha256": digest(args.data)}
     work = open_run(args.work, settings)
     found, asked = [], []
-    for n, (p, answers) in enumerate(zip(passages, study(model, tok, passages, args, work))):
+    for n, (p, answers) in enumerate(zip(passages, measure(model, tok, passages, args, work))):
         found.append(of_passage(answers, len(p.questions), sub_seed(args.seed, 3, n)))
         asked.append(len(answers[0]) - len(p.questions))
     head = result_head(args, model) | counts(passages) | {"settings": settings}

@@ -26,16 +26,13 @@ from inner import lora_config, sft_config
 from lm.files import GOES_ON, check_output, digest, run_main, sub_seed, write_json
 from lm.flags import Parser, at_least, load, refuse_unused, result_head
 from lm.intervals import bootstrap
-from lm.log import Log
 from lm.runs import open_run
 from reward import (
     accuracy_of,
     in_view,
     passage_candidate,
     passage_examples,
-    populations,
-    quiz_candidates,
-    update_and_quiz,
+    study,
 )
 from selfedit import settle, write_self_edits
 
@@ -59,8 +56,7 @@ def parse_arguments():
 
 def measure(model, tok, passages, args, work: Path) -> list[dict]:
     """The rows."""
-    rows, hard, lora = [], None, lora_config(args, model)
-    log = work / "sampled.jsonl"
+    rows, hard, log = [], None, work / "sampled.jsonl"
     edits = write_self_edits(model, tok, passages, 1, args, sub_seed(args.seed, 0), log)
     for share in (0.0, *args.shares):
         candidates = []
@@ -70,14 +66,13 @@ def measure(model, tok, passages, args, work: Path) -> list[dict]:
                 own = passage_examples(tok, p.title, [p.text])
                 c = replace(c, examples=own + in_view(model, tok, p, e.notes, share))
             candidates.append(c)
-        log, label = Log(work / f"share-{share:g}.jsonl", accuracy_of), f"share {share:g}"
-        how = (lora, sub_seed(args.seed, 1), log, quiz_candidates, label)
-        update_and_quiz(model, tok, populations(candidates, args.population), *how)
-        right = np.array([accuracy_of(log[c]) for c in candidates])
+        how = (args, sub_seed(args.seed, 1), work / f"share-{share:g}.jsonl", f"share {share:g}")
+        results = study(model, tok, candidates, *how)
+        right = np.array(list(map(accuracy_of, results)))
         hard = right if hard is None else hard
         row = {"share": share, "accuracy": float(right.mean()), "ci95": bootstrap(right, args.seed)}
         more = {"delta": float((right - hard).mean()), "ci95": bootstrap(right - hard, args.seed)}
-        row["tokens"] = float(np.mean([log[c]["tokens"] for c in candidates]))
+        row["tokens"] = float(np.mean([r["tokens"] for r in results]))
         rows.append(row | {"against_hard": more})
         print(f"share {share:g}: {100 * row['accuracy']:.1f} %", flush=True)
     return rows

@@ -32,7 +32,6 @@ from lm.adapters import load_adapter
 from lm.files import GOES_ON, chunks, digest, read_json, run_main, sub_seed, write_json
 from lm.flags import Parser, at_least, load, refuse_unused, result_head
 from lm.intervals import bootstrap
-from lm.log import Log
 from lm.runs import add_ladder_flags, find_policies, open_run, policy_digests, set_outputs
 from lora import Adapters, merged
 from quiz import of_passages
@@ -42,10 +41,8 @@ from reward import (
     passage_candidate,
     passage_examples,
     pooled,
-    populations,
-    quiz_candidates,
     refuse_training_passages,
-    update_and_quiz,
+    study,
 )
 from selfedit import settle, write_self_edits
 
@@ -95,8 +92,8 @@ class Many:
         both = zip(self.passages[:count], self.notes[name])
         return [(p, pooled(own[:edits])) for p, own in both]
 
-    def together(self, name: str, edits: int, count: int) -> list[float]:
-        """Accuracy on each passage, all in one adapter."""
+    def together(self, name: str, edits: int, count: int) -> dict:
+        """Accuracy on each passage, all in one adapter, and the tokens that it took."""
         path = self.work / f"{name}-{edits}-{count}.json"
         if not path.is_file():
             examples, seed = [], sub_seed(self.args.seed, 1)
@@ -119,11 +116,10 @@ class Many:
         candidates = []
         for n, (p, notes) in enumerate(self.learnt(name, edits, count)):
             candidates.append(passage_candidate(self.tok, n, p, notes, config))
-        log = Log(self.work / f"{name}-{edits}-alone.jsonl", accuracy_of)
-        seed, label = sub_seed(self.args.seed, 1), f"{name} {edits} alone"
-        groups = populations(candidates, self.args.population)
-        update_and_quiz(self.model, self.tok, groups, self.lora, seed, log, quiz_candidates, label)
-        return np.array([accuracy_of(log[c]) for c in candidates])
+        log, label = self.work / f"{name}-{edits}-alone.jsonl", f"{name} {edits} alone"
+        how = (self.args, sub_seed(self.args.seed, 1), log, label)
+        results = study(self.model, self.tok, candidates, *how)
+        return np.array(list(map(accuracy_of, results)))
 
     def rows(self) -> list[dict]:
         found = []

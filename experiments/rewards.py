@@ -33,15 +33,11 @@ from inner import lora_config, sft_config
 from lm.files import GOES_ON, check_output, chunks, digest, run_main, sub_seed, write_json
 from lm.flags import Parser, at_least, load, result_head
 from lm.intervals import bootstrap
-from lm.log import Log
 from lm.runs import open_run
 from reward import (
-    accuracy_of,
     passage_candidate,
-    populations,
     proxy_scores,
-    quiz_candidates,
-    update_and_quiz,
+    study,
 )
 from selfedit import settle, write_self_edits
 
@@ -132,14 +128,13 @@ def measure(model, tok, passages, args, work: Path) -> dict:
         passage = passage_of[e.passage]
         candidates.append(passage_candidate(tok, n, passage, e.notes, sft_config(args)))
         proxies.append(proxy_scores(passage, e.notes))
-    lora, scores = lora_config(args, model), []
+    scores = []
     for s in range(args.seeds):
-        log, label = Log(work / f"scored-{s}.jsonl", accuracy_of), f"seed {s + 1}/{args.seeds}"
-        groups, seed = populations(candidates, args.population), sub_seed(args.seed, 1, s)
-        update_and_quiz(model, tok, groups, lora, seed, log, quiz_candidates, label)
+        log, label = work / f"scored-{s}.jsonl", f"seed {s + 1}/{args.seeds}"
+        results = study(model, tok, candidates, args, sub_seed(args.seed, 1, s), log, label)
         answers = []
-        for c, proxy in zip(candidates, proxies):
-            both = zip(log[c]["answers"], proxy)
+        for r, proxy in zip(results, proxies):
+            both = zip(r["answers"], proxy)
             answers.append([a | {"proxy": x} for a, x in both])
         scores.append(chunks(answers, args.samples))
     # A quiz of one question has no halves.

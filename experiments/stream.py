@@ -297,10 +297,8 @@ def summarize(found: dict, seed: int) -> list[dict]:
     """found {row: [its result of each seed]} -> "rows" of the result file."""
     retained, rows, before = {}, [], by_passage(found["base"], "retained")
     for name, results in found.items():
-        immediate, retained[name] = (
-            by_passage(results, "immediate"),
-            by_passage(results, "retained"),
-        )
+        immediate = by_passage(results, "immediate")
+        retained[name] = by_passage(results, "retained")
         row = {"method": name, "before": float(before.mean())}
         for key, values in (("immediate", immediate), ("retained", retained[name])):
             row |= {key: float(values.mean()), f"ci95_{key}": bootstrap(values, seed)}

@@ -26,14 +26,11 @@ from inner import lora_config, sft_config
 from lm.files import GOES_ON, check_output, digest, run_main, sub_seed, write_json
 from lm.flags import Parser, load, result_head
 from lm.intervals import bootstrap, paired_steps
-from lm.log import Log
 from lm.runs import open_run
 from reward import (
     accuracy_of,
     passage_candidate,
-    populations,
-    quiz_candidates,
-    update_and_quiz,
+    study,
 )
 from selfedit import clozes, masked, orders, settle, write_self_edits
 
@@ -66,7 +63,7 @@ def parse_arguments():
 def measure(model, tok, passages, args, work: Path) -> dict:
     log, seed = work / "sampled.jsonl", sub_seed(args.seed, 0)
     edits = write_self_edits(model, tok, passages, 1, args, seed, log)
-    table, rows, lora = {}, [], lora_config(args, model)
+    table, rows = {}, []
     for written in (False, True):
         for tool in args.tools:
             name, candidates = f"notes+{tool}" if written else tool, []
@@ -76,11 +73,10 @@ def measure(model, tok, passages, args, work: Path) -> dict:
                     notes += make(passage.text, count, sub_seed(args.seed, 2, n))
                 candidate = passage_candidate(tok, n, passage, notes, sft_config(args))
                 candidates.append(candidate)
-            log = Log(work / f"{name}.jsonl", accuracy_of)
-            how = (lora, sub_seed(args.seed, 1), log, quiz_candidates, name)
-            update_and_quiz(model, tok, populations(candidates, args.population), *how)
-            table[name] = np.array([accuracy_of(log[c]) for c in candidates])
-            tokens = float(np.mean([log[c]["tokens"] for c in candidates]))
+            how = (args, sub_seed(args.seed, 1), work / f"{name}.jsonl", name)
+            results = study(model, tok, candidates, *how)
+            table[name] = np.array(list(map(accuracy_of, results)))
+            tokens = float(np.mean([r["tokens"] for r in results]))
             row = {"row": name, "accuracy": float(table[name].mean())}
             rows.append(row | {"ci95": bootstrap(table[name], args.seed), "tokens": tokens})
             print(f"{name:14} {100 * row['accuracy']:.1f} %  {tokens:.0f} tokens", flush=True)
