@@ -282,7 +282,7 @@ def main() -> None:
     free = ("out", "work", "run", "policy", "oracle", "show")  # may change when resumed
     settings = {k: v for k, v in vars(args).items() if k not in free}
     settings |= puzzles.pinned | {"policies": policy_digests(policies)}
-    ladder = Ladder(model, tok, puzzles, args, open_run(args.work, settings))
+    ladder = Ladder(model, tok, puzzles, args, open_run(args.work, settings, model))
     head = result_head(args, model) | {"n_tasks": len(ladder.tasks), "left_out": puzzles.left_out}
     head["settings"] = settings
     if args.choose:

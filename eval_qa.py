@@ -446,7 +446,7 @@ def main() -> None:
     free = "out work match steps recipes seeds run policy proxy no_study told fixed".split()
     settings = {k: v for k, v in vars(args).items() if k not in free}  # free: may change on resume
     settings |= {"data_sha256": digest(args.data), "policies": policy_digests(policies)}
-    work = open_run(args.work, settings)
+    work = open_run(args.work, settings, model)
     tables, records = ladder(model, tok, passages, policies, args, recipes, fixed, work)
     write_jsonl(work / "answers.jsonl", records)
     head = result_head(args, model) | counts(passages)

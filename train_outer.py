@@ -172,6 +172,7 @@ def outer_config(args) -> SFTConfig:
 def round_metrics(k: int, edits: list[SelfEdit], loss: float | None, args, seconds: float) -> dict:
     """What docs/OUTPUT.md defines."""
     kept, flaws = [e for e in edits if e.kept], Counter()
+    written = [(e.passage, part) for e in edits for part in e.parts if part.text]
     for e in edits:
         of_parts = [part.flaw for part in e.parts]
         flaws.update(of_parts if e.flaw in ("", *of_parts) else [e.flaw])
@@ -189,6 +190,8 @@ def round_metrics(k: int, edits: list[SelfEdit], loss: float | None, args, secon
         "kept_parts": sum(part.kept for e in edits for part in e.parts),
         "flaws": {flaw: n for flaw, n in flaws.items() if flaw},
         "notes_mean": float(np.mean([len(e.notes) for e in edits])),
+        "repeats": float(np.mean([part.flaw == "repeats" for _, part in written] or [0.0])),
+        "distinct": len({(id, part.text) for id, part in written}) / max(1, len(written)),
         "outer_loss": loss,
         "seconds": round(seconds, 1),
     }
@@ -207,7 +210,7 @@ def main() -> None:
     lora = lora_config(args, model)  # complains now rather than after sampling
     domain = DOMAINS[args.domain](args, model, tok)
     settings = {k: v for k, v in vars(args).items() if k not in ("out", "rounds")}
-    rounds = Rounds(open_run(args.out, settings | domain.pinned), args.rounds)
+    rounds = Rounds(open_run(args.out, settings | domain.pinned, model), args.rounds)
     policy = first_policy(model, args)
     if rounds.done:
         policy = load_adapter(model, rounds.folder(rounds.done) / "policy")

@@ -160,7 +160,7 @@ def main() -> None:
     free = "out work run policy proxy budgets".split()
     settings = {k: v for k, v in vars(args).items() if k not in free}
     settings |= {"data_sha256": digest(args.data), "policies": policy_digests(policies)}
-    work = open_run(args.work, settings)
+    work = open_run(args.work, settings, model)
     rows, table = measure(model, tok, passages, policies, args, work)
     head = result_head(args, model) | counts(passages)
     head["settings"] = settings | {"budgets": args.budgets}

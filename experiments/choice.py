@@ -154,7 +154,7 @@ def main() -> None:
     lora_config(args, model)  # complains now rather than after sampling
     settings = {k: v for k, v in vars(args).items() if k not in ("work", "out")}
     settings |= {"data_sha256": digest(args.data)}
-    work = open_run(args.work, settings)
+    work = open_run(args.work, settings, model)
     found, asked = [], []
     for n, (p, answers) in enumerate(zip(passages, measure(model, tok, passages, args, work))):
         found.append(of_passage(answers, len(p.questions), sub_seed(args.seed, 3, n)))

@@ -218,7 +218,7 @@ def main() -> None:
     lora_config(args, model)  # complains now rather than after sampling
     settings = {k: v for k, v in vars(args).items() if k not in ("work", "out")}
     settings |= {"data_sha256": digest(args.data), "wordings_sha256": digest(args.wordings)}
-    work = open_run(args.work, settings)
+    work = open_run(args.work, settings, model)
     result = measure(model, tok, passages, longer, args, work)
     head = result_head(args, model) | counts(passages) | {"settings": settings}
     write_json(args.out, head | result)

@@ -85,7 +85,7 @@ def main() -> None:
     model, tok = load(args)
     lora_config(args, model)  # complains now rather than after sampling
     settings = {k: v for k, v in vars(args).items() if k not in ("work", "out", "shares")}
-    work = open_run(args.work, settings | {"data_sha256": digest(args.data)})
+    work = open_run(args.work, settings | {"data_sha256": digest(args.data)}, model)
     head = result_head(args, model) | counts(passages) | {"settings": settings}
     write_json(args.out, head | {"rows": measure(model, tok, passages, args, work)})
 

@@ -5,8 +5,8 @@
     python experiments/figures.py --results my/results         # yours
 
 Each figure is written beside its JSON:
-    ladder.svg        qa_ladder_best, qa_ladder and qa_ladder_epochs.json (eval_qa.py): accuracy of
-                      each row, 95 % intervals
+    ladder.svg        qa_settings.json (eval_qa.py --settings): accuracy of each row, 95 % intervals
+    ladder_proxy.svg  qa_ladder_best, qa_ladder and qa_ladder_epochs.json (eval_qa.py): the same
     directions.svg    qa_ladder_best.json: questions along the passage's sentences, and against them
     budget.svg        qa_budget.json (experiments/budget.py): accuracy against trained tokens, with
                       95 % intervals
@@ -23,6 +23,7 @@ import sys
 from functools import partial
 from itertools import cycle
 from pathlib import Path
+from textwrap import fill
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run it from anywhere
 
@@ -83,7 +84,8 @@ def draw_ladder(results: list[dict]):
         draw_rows(axes, result["rows"], "accuracy", lambda r: f"{100 * r['accuracy']:.1f}")
         axes.set_xlim(0, 1.12 * max(100 * r["ci95"][1] for r in result["rows"]) + 4)
         axes.set_xlabel("quiz accuracy without the passage, %")
-        axes.set_title(f"{protocol_title(result)}\n{result['n_passages']} passages", fontsize=11)
+        title = fill(protocol_title(result), 60)
+        axes.set_title(f"{title}\n{result['n_passages']} passages", fontsize=11)
     return figure
 
 
@@ -263,11 +265,12 @@ def parse_arguments():
 def main() -> None:
     folder = Path(parse_arguments().results)
     names = "qa_ladder_best.json", "qa_ladder.json", "qa_ladder_epochs.json"
-    ladders = [folder / name for name in names if (folder / name).is_file()]
+    proxy = [folder / name for name in names if (folder / name).is_file()]
     arc = [folder / "arc_ladder.json"]
     figures = {
-        "ladder": (ladders, lambda *paths: draw_ladder([read_json(p) for p in paths])),
-        "directions": (ladders[:1], lambda path: draw_directions(read_json(path))),
+        "ladder": ([folder / "qa_settings.json"], lambda path: draw_ladder([read_json(path)])),
+        "ladder_proxy": (proxy, lambda *paths: draw_ladder([read_json(p) for p in paths])),
+        "directions": (proxy[:1], lambda path: draw_directions(read_json(path))),
         "budget": ([folder / "qa_budget.json"], lambda path: draw_budget(read_json(path))),
         "rounds": ([folder / "qa_rounds.jsonl"], lambda path: draw_rounds(read_jsonl(path))),
         "arc_ladder": (arc, lambda path: draw_arc_ladder(read_json(path))),

@@ -97,7 +97,7 @@ def main() -> None:
     lora_config(args, model)  # complains now rather than after sampling
     # More settings may be tried later: the first ones stay the same.
     settings = {k: v for k, v in vars(args).items() if k not in ("work", "out", "count")}
-    work = open_run(args.work, settings | {"data_sha256": digest(args.data)})
+    work = open_run(args.work, settings | {"data_sha256": digest(args.data)}, model)
     result = measure(model, tok, passages, args, work)
     head = result_head(args, model) | counts(passages) | {"settings": vars(args)}
     write_json(args.out, head | result)

@@ -155,7 +155,7 @@ def main() -> None:
     settings = {k: v for k, v in vars(args).items() if k not in free}
     settings |= {"data_sha256": digest(args.data), "passages": len(passages)}
     settings["policies"] = policy_digests(policies)
-    many = Many(model, tok, passages, args, open_run(args.work, settings))
+    many = Many(model, tok, passages, args, open_run(args.work, settings, model))
     many.write("untrained")
     for name, folder in policies.items():
         with merged(model, load_adapter(model, folder)):

@@ -273,7 +273,7 @@ def main() -> None:
     unpinned = ("work", "out", "recipe")
     settings = {k: v for k, v in vars(args).items() if k not in unpinned}
     digests = {"data_sha256": digest(args.data), "wordings_sha256": digest(args.wordings)}
-    work = open_run(args.work, settings | digests)
+    work = open_run(args.work, settings | digests, model)
     result = {
         "settings": vars(args) | digests,
         "rows": measure(model, tok, passages, longer, args, work),

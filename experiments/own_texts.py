@@ -65,7 +65,8 @@ def main() -> None:
     texts = [p for p in texts if not args.only or p.id in args.only]
     model, tok = load(args)
     settings = {k: v for k, v in vars(args).items() if k not in ("work", "out", "only", "seeds")}
-    open_run(args.work, settings | {"data_sha256": digest(DATA)})  # adapters are found again there
+    settings["data_sha256"] = digest(DATA)
+    open_run(args.work, settings, model)  # adapters are found again there
     rows = []
     for p in texts:
         for seed in range(args.seed, args.seed + args.seeds):

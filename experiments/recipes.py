@@ -149,7 +149,7 @@ def main() -> None:
         lora_config(SimpleNamespace(**vars(args) | {"top_layers": k}), model)
     lora_config(args, model)  # complains now rather than after sampling
     settings = {k: v for k, v in vars(args).items() if k not in ("work", "out")}
-    work = open_run(args.work, settings | {"data_sha256": digest(args.data)})
+    work = open_run(args.work, settings | {"data_sha256": digest(args.data)}, model)
     result = measure_all(model, tok, passages, args, work)
     write_json(
         args.out, result_head(args, model) | counts(passages) | {"settings": vars(args)} | result

@@ -333,7 +333,7 @@ def main() -> None:
     free = ("rows", "seeds", "work", "out")
     settings = {k: v for k, v in vars(args).items() if k not in free}
     settings |= {"data_sha256": digest(args.data), "general_sha256": digest(GENERAL)}
-    work, found = open_run(args.work, settings), {name: [] for name in args.rows}
+    work, found = open_run(args.work, settings, model), {name: [] for name in args.rows}
     for n in range(args.seeds):
         stream = Stream(model, tok, args, n, work)
         for name in args.rows:

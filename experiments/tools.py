@@ -93,7 +93,7 @@ def main() -> None:
     model, tok = load(args)
     lora_config(args, model)  # complains now rather than after sampling
     settings = {k: v for k, v in vars(args).items() if k not in ("work", "out", "tools")}
-    work = open_run(args.work, settings | {"data_sha256": digest(args.data)})
+    work = open_run(args.work, settings | {"data_sha256": digest(args.data)}, model)
     result = measure(model, tok, passages, args, work)
     head = result_head(args, model) | counts(passages) | {"settings": vars(args)}
     write_json(args.out, head | result)

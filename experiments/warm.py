@@ -120,7 +120,7 @@ def main() -> None:
             f"error: {args.tasks or args.data}: no task of at most {room} tokens to train on"
         )
     settings = {k: v for k, v in vars(args).items() if k not in ("out", "work")}
-    work = open_run(args.work, settings | {"ids": list(tasks)})
+    work = open_run(args.work, settings | {"ids": list(tasks)}, model)
     print(f"{len(tasks)} tasks")
     adapter, done = Adapters.init(model, config, 1, sub_seed(args.seed, 0)), 0
     while (work / f"part-{done + 1}" / "adapter_config.json").is_file():

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import stat
 import sys
 from collections import Counter
@@ -24,8 +25,14 @@ GOES_ON = "; the same command goes on where it was"
 
 
 def run_main(main, interrupted: str = "") -> None:
-    """A script's last line: main(), of which Ctrl-C ends in one line, "interrupted" and what is
-    said here, and a closed pipe (`| head`) in none. What a terminal cannot show is spelled out."""
+    """A script's last line: main(), of which Ctrl-C or SIGTERM ends in one line, "interrupted" and
+    what is said here, and a closed pipe (`| head`) in none. What a terminal cannot show is spelled
+    out."""
+
+    def stop(number, frame):
+        raise KeyboardInterrupt(number)
+
+    signal.signal(signal.SIGTERM, stop)
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")
     if hasattr(sys.stdin, "reconfigure"):
@@ -35,10 +42,10 @@ def run_main(main, interrupted: str = "") -> None:
             main()
         finally:
             sys.stdout.flush()  # here, not when Python exits, which would complain
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as e:
         newline = "\n" * sys.stdout.isatty()  # below the progress line
         print(f"{newline}interrupted{interrupted}", file=sys.stderr)
-        raise SystemExit(130) from None
+        raise SystemExit(128 + (e.args or (signal.SIGINT,))[0]) from None
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None

@@ -5,9 +5,12 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
+
 from lm.files import (
     check_output,
     digest,
+    fingerprint,
     note,
     read_json,
     read_jsonl,
@@ -17,24 +20,32 @@ from lm.files import (
 
 POLICY = "policy.json"  # of a shipped policy: its base, and how it was trained
 LOCKS = []  # of the run folders that this process works in, held until it ends
+ROOT = Path(__file__).resolve().parent.parent
+CODE = ("*.py", "lm/*.py", "data/*.py")
+SPEED = ("population", "compile", "device")  # settings that change how fast a run is
 
 
-def open_run(folder, settings: dict) -> Path:
-    """Make the run folder, or check that it was made with the same settings, so that a run is only
-    ever resumed as what it was; a ladder's "policies" may come and go, but not change. Exits with
-    one line that names the first setting that differs, or if another process works in the folder.
+def open_run(folder, settings: dict, model=None) -> Path:
+    """Make the run folder, or check that it was made with the same settings, and weights of the
+    model, so that a run is only ever resumed as what it was; SPEED may differ, and a ladder's
+    "policies" may come and go, but not change. Exits with one line that names the first setting
+    that differs, or if another process works in the folder. A note says if the code has changed.
     """
     folder = Path(folder)
     check_output(folder, folder=True)
     lock(folder)
-    settings = json.loads(json.dumps(settings, default=str))
+    settings = json.loads(json.dumps(settings, default=str)) | {"code": code_of(ROOT)}
+    if model is not None:
+        settings["weights"] = weights_of(model)
     if (folder / "settings.json").is_file():
         before = read_json(folder / "settings.json")
         known, now = before.get("policies"), settings.get("policies")
         if isinstance(known, dict) and isinstance(now, dict):
             if all(known[name] == now[name] for name in known.keys() & now.keys()):
                 before["policies"] = settings["policies"] = known | now
-        for key in sorted(before.keys() | settings.keys()):
+        if before.get("code") != settings["code"]:
+            note(f"{folder} was started with other code than today's: its results may be mixed")
+        for key in sorted((before.keys() | settings.keys()) - {"code", *SPEED}):
             if before.get(key) != settings.get(key):
                 raise SystemExit(
                     f"error: {folder} was started with {key} = {before.get(key)!r}, now it is "
@@ -43,6 +54,19 @@ def open_run(folder, settings: dict) -> Path:
                 )
     write_json(folder / "settings.json", settings)
     return folder
+
+
+def code_of(root: Path) -> str:
+    """A fingerprint of the source files."""
+    files = sorted(path for pattern in CODE for path in root.glob(pattern))
+    return fingerprint(b"".join(path.read_bytes() for path in files))
+
+
+def weights_of(model) -> str:
+    """A fingerprint of the first 256 numbers of each weight, of which training changes some; the
+    same for float32 and bfloat16."""
+    some = [p.detach().flatten()[:256].bfloat16().float().cpu() for p in model.parameters()]
+    return fingerprint(np.concatenate(some).tobytes())
 
 
 def lock(folder: Path) -> None:
@@ -112,6 +136,23 @@ class Rounds:
             f"{key} {v:.3f}" if isinstance(v, float) else f"{key} {v}" for key, v in metrics.items()
         ]
         print("  ".join(shown), flush=True)
+        if lost := collapse(self.metrics):
+            note(f"round {metrics['round']}: {', '.join(lost)}: what is imitated grows alike")
+
+
+def collapse(metrics: list[dict]) -> list[str]:
+    """Signs, in words, that the self-edits of the last of these rounds have lost their variety:
+    half of the texts repeat themselves, half of those on one passage are the same, or there are
+    half as many notes as in the first round."""
+    sound, signs = {"repeats": 0.0, "distinct": 1.0, "notes_mean": 0.0}, []
+    first, last = sound | metrics[0], sound | metrics[-1]
+    if last["repeats"] > 0.5:
+        signs.append(f"{100 * last['repeats']:.0f} % of the texts say the same twice")
+    if last["distinct"] < 0.5:
+        signs.append(f"only {100 * last['distinct']:.0f} % of the texts on a passage are unlike")
+    if last["notes_mean"] < first["notes_mean"] / 2:
+        signs.append(f"{last['notes_mean']:.1f} notes, of {first['notes_mean']:.1f} at first")
+    return signs
 
 
 def add_ladder_flags(parser, domain: str, out: str) -> None:

@@ -21,11 +21,13 @@ def rows(shift: float):
 @pytest.fixture
 def results(tmp_path):
     for name, protocol in (
+        ("qa_settings", "steps"),
         ("qa_ladder_best", "steps"),
         ("qa_ladder", "steps"),
         ("qa_ladder_epochs", "epochs"),
     ):
-        settings = {"epochs": 6, "steps": 9, "recipes": None}
+        settings = {"epochs": 6, "steps": 9, "recipes": None, "budget": 77}
+        settings["settings"] = name == "qa_settings"
         value = {"rows": rows(0.05), "protocol": protocol, "n_passages": 48, "settings": settings}
         (tmp_path / f"{name}.json").write_text(json.dumps(value))
     metrics = []
@@ -79,10 +81,11 @@ def test_the_figures_of_arc(arc_results, monkeypatch):
 
 def test_every_figure_is_drawn_the_same_each_time(results, monkeypatch):
     drawn = draw(monkeypatch, results)
-    assert set(drawn) == {"ladder", "directions", "rounds"}
-    ladder = drawn["ladder"]
-    assert all(row["method"] in ladder for row in rows(0)) and "equal epochs" in ladder
-    assert "9 optimiser steps in every row" in ladder
+    assert set(drawn) == {"ladder", "ladder_proxy", "directions", "rounds"}
+    ladder, proxy = drawn["ladder"], drawn["ladder_proxy"]
+    assert all(row["method"] in ladder and row["method"] in proxy for row in rows(0))
+    assert "within 77" in ladder and "equal epochs" in proxy and "within 77" not in proxy
+    assert "9 optimiser steps in every row" in proxy
     assert ">35.0<" in ladder and "reversed" in drawn["directions"]
     assert draw(monkeypatch, results) == drawn
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import ROOT
 
 from lm.files import read_jsonl, write_jsonl
@@ -32,6 +33,56 @@ def test_runs_are_resumed_as_what_they_were(tmp_path):
     ):
         with pytest.raises(SystemExit, match=what):
             open_run(tmp_path / "run", other)
+
+
+def test_only_what_cannot_change_a_result_may_differ(tmp_path):
+    before = {"population": 8, "compile": "off", "device": "auto", "seed": 0}
+    open_run(tmp_path, before)
+    open_run(tmp_path, before | {"population": 3, "compile": "inductor", "device": "cpu"})
+    with pytest.raises(SystemExit, match="seed = 0, now it is 1"):
+        open_run(tmp_path, before | {"seed": 1})
+
+
+def test_other_weights_are_not_resumed_with(tmp_path, model):
+    open_run(tmp_path, {}, model)
+    open_run(tmp_path, {}, model.bfloat16())
+    with torch.no_grad():
+        model.layers[2].mlp.up_proj.weight[0, 5] += 0.1
+    with pytest.raises(SystemExit, match="was started with weights = '.*', now it is '"):
+        open_run(tmp_path, {}, model)
+
+
+def test_other_code_is_said(tmp_path, monkeypatch, capsys):
+    for name in ("model.py", "lm/runs.py", "data/qa.py", "tests/test_runs.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    monkeypatch.setattr("lm.runs.ROOT", tmp_path)
+    for name, changed in (("tests/test_runs.py", False), ("lm/runs.py", True)):
+        open_run(tmp_path / "run", {})
+        (tmp_path / name).write_text("x")
+        open_run(tmp_path / "run", {})
+        told = "run was started with other code than today's: its results may be mixed"
+        assert (told in capsys.readouterr().err) is changed
+
+
+@pytest.mark.parametrize(
+    "last, signs",
+    [
+        ({"repeats": 0.5, "distinct": 0.5, "notes_mean": 6.0}, []),
+        ({"repeats": 0.72, "distinct": 0.9, "notes_mean": 12.0}, ["72 % of the texts say"]),
+        ({"repeats": 0.1, "distinct": 0.25, "notes_mean": 12.0}, ["only 25 % of the texts on"]),
+        ({"repeats": 0.1, "distinct": 0.9, "notes_mean": 5.0}, ["5.0 notes, of 12.0 at first"]),
+        ({"notes_mean": 12.0}, []),  # by an older version
+    ],
+)
+def test_a_collapse_is_said_while_it_runs(last, signs, tmp_path, capsys):
+    rounds = Rounds(tmp_path, 2)
+    for k, metrics in enumerate(({"repeats": 0.2, "distinct": 0.9, "notes_mean": 12.0}, last), 1):
+        for _ in rounds.remaining():
+            rounds.finish({"round": k} | metrics)
+            break
+    said = capsys.readouterr().err
+    assert said.count("note:") == bool(signs) and all(f"round 2: {sign}" in said for sign in signs)
 
 
 def test_a_folder_is_one_processs_own(tmp_path):

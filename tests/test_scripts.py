@@ -128,14 +128,15 @@ def command(tiny_folder, passages_file, out) -> list[str]:
     return [sys.executable, "train_outer.py", "qa", *map(str, flags)]
 
 
-def test_an_interrupted_run_says_how_to_go_on(tiny_folder, passages_file, tmp_path):
+@pytest.mark.parametrize("stop, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_run_says_how_to_go_on(stop, code, tiny_folder, passages_file, tmp_path):
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT}
     run = command(tiny_folder, passages_file, tmp_path / "run")
     with subprocess.Popen(run, **pipes) as process:
         assert process.stdout.readline().startswith("round-1 sample 9/9")
-        process.send_signal(signal.SIGINT)
+        process.send_signal(stop)
         _, error = process.communicate()
-    assert process.returncode == 130
+    assert process.returncode == code
     assert error == "interrupted; the same command goes on where it was\n"
 
 
