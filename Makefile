@@ -11,7 +11,7 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 
-.PHONY: demo demo-arc test bench results results-proxy results-arc studies mutants model data clean
+.PHONY: demo demo-arc test bench results results-proxy results-arc studies mutants torture model data clean
 .DELETE_ON_ERROR:
 
 demo: model
@@ -59,6 +59,9 @@ results-arc: .venv/dev model data checkpoints/smollm2-135m-arc
 
 mutants: .venv/dev model downloads/vocab
 	$(PY) tests/mutants.py
+
+torture: .venv/dev model
+	$(PY) tests/torture.py
 
 studies: .venv/dev model
 	$(PY) train_outer.py qa --out runs/studied --limit 24 --rounds 1 --samples 4

@@ -35,6 +35,7 @@ from lm.packing import (
     ragged_or_even,
     side_by_side,
 )
+from lm.ranks import shared
 from lora import PROJECTIONS, Adapters, LoRAConfig, attached, merged
 from model import Transformer
 
@@ -277,9 +278,9 @@ def train_step(model: Transformer, lora: attached, active: list[int], taken: lis
 
 
 def inner_update(
-    model, adapters: Adapters, examples: list[list], configs: list[SFTConfig], seed: int, tick=None
+    model, adapters: Adapters, examples, configs, seed: int, tick=None, step=train_step
 ) -> list[Outcome]:
-    """Train adapters.flat[i] on examples[i] (of type Example) as configs[i] says, all together.
+    """Train adapters.flat[i] on examples[i] ([Example]) as configs[i], an SFTConfig, says.
 
     The base weights stay as they are. A candidate whose loss or gradient is not finite stops there,
     flagged `diverged`, and the others do not notice. So is one that began better than a guess among
@@ -295,7 +296,7 @@ def inner_update(
             found = model.step.update(lora, rows, plans, configs, lower, tick)
             outcomes = [Outcome(*own) for own in found]
         else:
-            outcomes = train_end_to_end(lora, rows, plans, configs, tick)
+            outcomes = train_end_to_end(lora, rows, plans, configs, tick, step)
     guess = 0.99 * math.log(model.config.vocab_size)
     for outcome, finite in zip(outcomes, adapters.flat.norm(dim=1).isfinite().tolist()):
         ruined = outcome.steps > 0 and outcome.losses[0] < guess <= outcome.loss
@@ -304,7 +305,7 @@ def inner_update(
     return outcomes
 
 
-def train_end_to_end(lora, rows, plans, configs, tick=None) -> list[Outcome]:
+def train_end_to_end(lora, rows, plans, configs, tick=None, one=train_step) -> list[Outcome]:
     """The inner update's steps, all tokens end to end, so that nothing is padded."""
     model, adapters, outcomes = lora.model, lora.adapters, [Outcome() for _ in configs]
     params = [nn.Parameter(row) for row in adapters.flat]  # views: AdamW writes into `flat`
@@ -315,7 +316,7 @@ def train_end_to_end(lora, rows, plans, configs, tick=None) -> list[Outcome]:
         if not active:
             continue
         taken = [list(map(rows[i].__getitem__, step[i])) for i in active]
-        losses, grads = train_step(model, lora, active, taken)
+        losses, grads = one(model, lora, active, taken)
         norms = grads.norm(dim=1)
         clips = torch.tensor([configs[i].clip for i in active], device=norms.device)
         grads *= (clips / (norms + 1e-6)).clamp(max=1)[:, None]
@@ -338,8 +339,8 @@ def train_end_to_end(lora, rows, plans, configs, tick=None) -> list[Outcome]:
 def update_one(
     model, adapter: Adapters, examples: list[Example], config: SFTConfig, seed: int, label: str
 ) -> Outcome:
-    """An inner update of one adapter, in place, with a progress line in steps."""
+    """An inner update of one adapter, in place, by all processes, with a progress line in steps."""
     progress = Progress(label, config.total_steps(len(laid_out(examples, config.row_len))))
     tick = lambda tokens, loss: progress.step(loss=loss)  # noqa: E731
-    [outcome] = inner_update(model, adapter, [examples], [config], seed, tick)
+    [outcome] = inner_update(model, adapter, [examples], [config], seed, tick, shared(train_step))
     return outcome

@@ -28,6 +28,7 @@ from lm.files import chunks, read_jsonl, write_jsonl
 from lm.flags import at_least
 from lm.log import Progress
 from lm.packing import Example
+from lm.ranks import WORLD, gathered, own_file, share
 from lm.tokenizer import Tokenizer
 from sampler import generate
 
@@ -569,10 +570,25 @@ def sample_self_edits(
     `read(id, texts)`, a list of (text, ended), makes the record, a SelfEdit. Ids go in batches of
     about 128 continuations, or 20,000 tokens of prompts if that is less; each finished batch is
     written to `log` (JSON lines) and, found there, not sampled again. Exits with one line if a
-    prompt does not fit the model's context.
+    prompt does not fit the model's context. Of many processes each samples for its share of ids.
     """
     refuse_long_prompts(model, prompts, args.max_new)
     copies = copies if isinstance(copies, dict) else dict.fromkeys(prompts, copies)
+    if WORLD > 1 and log and Path(log).is_file():  # begun by one process, or all there
+        return sample_share(model, tok, prompts, read, copies, args, seed, log, label)
+    places = {i: n for n, i in enumerate(prompts)}
+    own = {i: prompts[i] for i in share(list(prompts))}
+    edits = sample_share(model, tok, own, read, copies, args, seed, own_file(log), label)
+    edits = sorted(gathered(edits), key=lambda e: places[e.passage])
+    if log and WORLD > 1:
+        write_jsonl(log, [e.record() for e in edits])
+    return edits
+
+
+def sample_share(
+    model, tok, prompts: dict, read, copies: dict, args, seed, log, label
+) -> list[SelfEdit]:
+    """What this process samples of sample_self_edits()."""
     edits = read_edits(log, resume=True) if log and Path(log).is_file() else []
     expected = [(i, len(parts)) for i, parts in prompts.items() for _ in range(copies[i])]
     if [(e.passage, len(e.parts)) for e in edits] != expected[: len(edits)]:

@@ -30,6 +30,7 @@ import sys
 import tempfile
 import urllib.request
 import zipfile
+from collections import Counter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run it from anywhere
@@ -273,8 +274,9 @@ def prepare_from_wheels(dest: Path, members: dict) -> None:
 
 
 def split_of_squad(passages: list) -> list[dict]:
-    """Those passages that data/squad_split.json names, as entries of ours with their "split", in
-    its order; [] and a line if some are missing, [] if it names none of them."""
+    """Those passages that data/squad_split.json names, as entries of ours with their "split", the
+    articles of a split by turns, so that the first ones are of all of them; [] and a line if some
+    are missing, [] if it names none of them."""
     with open(ROOT / "data" / "squad_split.json", encoding="utf-8") as file:
         named = json.load(file)
     found, entries = {}, []
@@ -282,10 +284,13 @@ def split_of_squad(passages: list) -> list[dict]:
         plain = " ".join(p.text.split())
         found.setdefault(hashlib.sha256(plain.encode()).hexdigest()[:12], p)
     for split in ("train", "heldout"):
+        turns, own = Counter(), []
         for p in (found[name] for name in named[split] if name in found):
             questions = [{"question": q.question, "answers": list(q.answers)} for q in p.questions]
             entry = {"id": p.id, "split": split, "title": p.title, "passage": p.text}
-            entries.append(entry | {"questions": questions})
+            own.append((turns[p.title], entry | {"questions": questions}))
+            turns[p.title] += 1
+        entries += [entry for _, entry in sorted(own, key=lambda turn: turn[0])]
     expected = len(named["train"]) + len(named["heldout"])
     if entries and len(entries) < expected:
         counted = f"{len(entries)} of the {expected} passages of data/squad_split.json"

@@ -19,6 +19,8 @@ from pathlib import Path
 import numpy as np
 from safetensors import SafetensorError
 
+from lm.ranks import RANK, may_write
+
 LARGEST = 1 << 30  # bytes of a file that is read as a whole
 
 GOES_ON = "; the same command goes on where it was"
@@ -33,6 +35,8 @@ def run_main(main, interrupted: str = "") -> None:
         raise KeyboardInterrupt(number)
 
     signal.signal(signal.SIGTERM, stop)
+    if RANK:
+        sys.stdout = open(os.devnull, "w")  # rank 0 speaks
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")
     if hasattr(sys.stdin, "reconfigure"):
@@ -53,7 +57,8 @@ def run_main(main, interrupted: str = "") -> None:
 
 def note(text: str) -> None:
     """Say on stderr what is left out, or not as it should be, where the work goes on."""
-    print(f"note: {text}", file=sys.stderr, flush=True)
+    if not RANK:
+        print(f"note: {text}", file=sys.stderr, flush=True)
 
 
 def open_file(path):
@@ -131,6 +136,8 @@ def write_atomic(path, write) -> None:
     refuses.
     """
     path = Path(path)
+    if not may_write(path):
+        return
     scratch = path.with_name(f".{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

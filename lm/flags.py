@@ -7,6 +7,7 @@ import sys
 
 import torch
 
+from lm import ranks
 from lm.checkpoint import load_model
 from lm.grid import Step
 from lm.kernels import swap_in
@@ -72,7 +73,7 @@ def add_model_flags(parser: argparse.ArgumentParser, trains: bool = True) -> Non
 def load(args) -> tuple[Transformer, Tokenizer]:
     """The model and its tokenizer, as args say. Exits if one does not fit the other, or --compile
     the model's device."""
-    model = load_model(args.model, args.device, args.dtype)
+    model = load_model(args.model, ranks.start(args.device), args.dtype)
     swap_in(model)
     if args.compile == "cudagraphs" and model.device.type != "cuda":
         raise SystemExit(

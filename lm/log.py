@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from lm.files import fingerprint, read_jsonl, write_jsonl
+from lm.ranks import WORLD, gathered, own_file, share
 
 
 class Progress:
@@ -75,8 +76,9 @@ class Log:
         self.known, self.done = {}, {}
         for file in known:
             self.known |= self.read(file)
-        if self.path.is_file():
-            self.done = self.read(path)
+        for file in {self.path, own_file(self.path)}:
+            if file.is_file():
+                self.done |= self.read(file)
         self.progress = None
 
     def read(self, path) -> dict:
@@ -107,17 +109,27 @@ class Log:
         return result
 
     def remaining(self, groups: list[list], label: str):
-        """The groups of candidates that are not all there yet, one by one, with a progress line."""
+        """The groups of candidates that are not all there yet, one by one, with a progress line; of
+        many processes each has its share of them, and in the end all have all results."""
         names = sorted(c.name for group in groups for c in group)
-        self.progress = Progress(label, len(names))
+        groups = share(groups)
+        self.progress = Progress(label, sum(map(len, groups)))
         for group in groups:
             if not all(c.name in self.done and self[c] for c in group):
                 yield group
                 # Written in one order, whatever was done first, so that a resumed run's file is the
                 # same.
-                write_jsonl(self.path, [self.done[name] for name in names if name in self.done])
+                self.write(own_file(self.path), names)
             shown = float(np.mean([self.score(r) for r in self.done.values()]))
             self.progress.step(len(group), accuracy=shown)
+
+        if WORLD > 1:
+            for done in gathered([self.done]):
+                self.done |= done
+            self.write(self.path, names)
+
+    def write(self, path, names: list) -> None:
+        write_jsonl(path, [self.done[name] for name in names if name in self.done])
 
     def add(self, group: list, results: list[dict]) -> None:
         for c, r in zip(group, results, strict=True):

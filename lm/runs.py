@@ -17,6 +17,7 @@ from lm.files import (
     write_json,
     write_jsonl,
 )
+from lm.ranks import RANK, agree
 
 POLICY = "policy.json"  # of a shipped policy: its base, and how it was trained
 LOCKS = []  # of the run folders that this process works in, held until it ends
@@ -33,10 +34,12 @@ def open_run(folder, settings: dict, model=None) -> Path:
     """
     folder = Path(folder)
     check_output(folder, folder=True)
-    lock(folder)
     settings = json.loads(json.dumps(settings, default=str)) | {"code": code_of(ROOT)}
     if model is not None:
         settings["weights"] = weights_of(model)
+    agree(settings)
+    if not RANK:
+        lock(folder)
     if (folder / "settings.json").is_file():
         before = read_json(folder / "settings.json")
         known, now = before.get("policies"), settings.get("policies")

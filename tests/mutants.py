@@ -532,6 +532,8 @@ MUTANTS = [
         "tests/test_data.py -k failed_fetch"),
     Mutant("data/prepare.py", "if entries and len(entries) < expected:", "if False:",
         "tests/test_data.py -k test_the_split_of_squad"),
+    Mutant("data/prepare.py", "key=lambda turn: turn[0])", "key=lambda turn: 0)",
+        "tests/test_data.py -k test_the_split_of_squad"),
     Mutant("data/prepare.py", 'plain = " ".join(p.text.split())', "plain = p.text",
         "tests/test_data.py -k test_the_split_of_squad"),
     Mutant("data/qa.py", "return passages[:limit] if limit",

@@ -354,20 +354,22 @@ def test_an_interrupted_conversion_leaves_nothing(tmp_path, monkeypatch):
 
 
 def test_the_split_of_squad(tmp_path, monkeypatch, capsys):
-    """Named by the texts, blanks apart; in the list's order; all or none."""
-    texts = [f"Town {n} fell  in\n150{n}." for n in range(4)]
+    """Named by the texts, blanks apart; in the list's order, articles by turns; all or none."""
+    texts = [f"Town {n} fell  in\n150{n}." for n in range(5)]
     qas = [{"question": "When?", "answers": [{"text": "1500"}, {"text": "1501"}]}]
     paragraphs = [{"context": text, "qas": qas} for text in texts]
-    official = {"data": [{"title": "Old_Town", "paragraphs": paragraphs}], "version": "1.1"}
+    articles = [{"title": "Old_Town", "paragraphs": paragraphs[:4]}]
+    articles.append({"title": "New_Town", "paragraphs": paragraphs[4:]})
+    official = {"data": articles, "version": "1.1"}
     (tmp_path / "dev.json").write_text(json.dumps(official))
     names = [hashlib.sha256(" ".join(t.split()).encode()).hexdigest()[:12] for t in texts]
     (tmp_path / "data").mkdir()
     split = tmp_path / "data" / "squad_split.json"
-    split.write_text(json.dumps({"train": [names[2], names[0]], "heldout": [names[3]]}))
+    split.write_text(json.dumps({"train": [*names[2::-2], names[4]], "heldout": [names[3]]}))
     monkeypatch.setattr(prepare, "ROOT", tmp_path)
     prepare.prepare_squad(tmp_path / "a", str(tmp_path / "dev.json"))
     path = tmp_path / "a" / "split.json"
-    assert [p.text for p in load_passages(path, "train")] == [texts[2], texts[0]]
+    assert [p.text for p in load_passages(path, "train")] == [texts[2], texts[4], texts[0]]
     [p] = load_passages(path, "heldout")
     assert (p.text, p.title, p.id) == (texts[3], "Old Town", "Old_Town-3")
     assert p.questions[0].answers == ("1500", "1501")

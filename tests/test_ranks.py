@@ -1,0 +1,166 @@
+"""lm/ranks.py: as many processes as torchrun starts end with what one ends with."""
+
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import ROOT
+from safetensors.torch import load_file
+
+from lm import ranks
+from lm.files import read_jsonl, write_jsonl
+from lm.log import Log
+from lora import Adapters, LoRAConfig
+
+# What a random model writes is taken as it is, or nothing would be imitated. The process that is
+# told to dies, once, as it begins its second population.
+DRIVER = f"""
+import os, sys
+sys.path.insert(0, {str(ROOT)!r})
+from functools import partial
+from pathlib import Path
+import reward, selfedit, train_outer
+from lm.files import run_main
+
+def taken_as_it_is(text, style, ended, about):
+    return [f"Question: {{' '.join(text.split()) or 'x'}}\\nAnswer: {{about}}"], ""
+
+def dies(*args, calls=[]):
+    calls.append(1)
+    if os.environ.get("RANK") == "1" and len(calls) == 2 and Path("dies").is_file():
+        Path("dies").unlink()
+        os.kill(os.getpid(), 9)
+    return update(*args)
+
+selfedit.parse, reward.ask = taken_as_it_is, partial(reward.ask, max_new=4)
+update, train_outer.inner_update = train_outer.inner_update, dies
+run_main(train_outer.main)
+"""
+
+
+def run(folder: Path, tiny_folder, passages_file, processes: int, restarts: int = 0):
+    (folder / "driver.py").write_text(DRIVER)
+    start = [sys.executable]
+    if processes > 1:
+        start += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
+        start += ["--max-restarts", restarts]
+    flags = ["--model", tiny_folder, "--device", "cpu", "--dtype", "float32", "--out", "out"]
+    flags += ["--data", passages_file, "--max-new", 6, "--steps", 2, "--top-layers", 2]
+    flags += ["--rank", 2, "--outer-rank", 2, "--outer-batch", 2, "--outer-row-len", 0]
+    flags += ["--samples", 3, "--rounds", 1, "--select", "best", "--population", 2]
+    flags += ["--temperature", 0.1]  # all words are nearly alike to a random model: no rounding
+    command = [*start, "driver.py", "qa", *flags]
+    options = {"capture_output": True, "text": True, "cwd": folder, "timeout": 200}
+    return subprocess.run(list(map(str, command)), **options)
+
+
+@pytest.fixture(scope="module")
+def alone(tiny_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("alone")
+    entries = []
+    for n in range(4):
+        entry = {"id": f"p{n}", "title": f"Rolm {n}", "passage": f"Rolm {n} was founded by Ada."}
+        entries.append(entry | {"questions": [{"question": "Who?", "answers": ["Ada", "the"]}]})
+    write_jsonl(folder / "passages.json", entries)
+    done = run(folder, tiny_folder, folder / "passages.json", 1)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.mark.parametrize("processes, killed", [(2, True), (3, False)])
+def test_many_end_with_what_one_ends_with(processes, killed, alone, tiny_folder, tmp_path):
+    """Killed in mid-round, too: torchrun starts all again, and what was done is not done again."""
+    if killed:
+        (tmp_path / "dies").write_text("")
+    done = run(tmp_path, tiny_folder, alone / "passages.json", processes, int(killed))
+    assert done.returncode == 0, done.stderr
+    assert not (tmp_path / "dies").exists() and done.stdout.count("round 1  reward") == 1
+    one, many = (folder / "out" / "round-1" for folder in (alone, tmp_path))
+    for name in ("sampled.jsonl", "scored.jsonl", "candidates.jsonl"):
+        assert same(read_jsonl(one / name), read_jsonl(many / name)), name
+    assert len(list(many.glob("scored.*-of-*.jsonl"))) == processes
+    own, theirs = (load_file(f / "policy" / "adapter_model.safetensors") for f in (one, many))
+    assert any(tensor.any() for name, tensor in own.items() if "lora_B" in name)
+    for name in own.keys() | theirs.keys():
+        assert torch.allclose(own[name], theirs[name], atol=1e-5), name
+
+
+def same(a, b) -> bool:
+    """But for rounding."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == pytest.approx(b, rel=1e-3, abs=1e-4) if isinstance(a, float) else a == b
+
+
+# -----------------------------------------------------------------------------
+# as one of two, without another process
+
+
+@pytest.fixture
+def second_of_two(monkeypatch):
+    """The second process; the first one's lists are what this one's are."""
+    for name in ("lm.ranks", "lm.log", "lm.files", "lm.runs", "selfedit"):
+        for constant, value in (("RANK", 1), ("WORLD", 2)):
+            monkeypatch.setattr(f"{name}.{constant}", value, raising=False)
+
+
+def candidate(name: int):
+    return SimpleNamespace(name=name, examples=[name], config=None)
+
+
+def test_results_of_all_are_known_to_all(second_of_two, tmp_path, monkeypatch):
+    theirs = {0: {"n": 0, "score": 1.0}, 2: {"n": 2, "score": 1.0}}
+    monkeypatch.setattr("lm.log.gathered", lambda own: [theirs, *own])
+    log, done = Log(tmp_path / "scored.jsonl", lambda r: r["score"]), []
+    for group in log.remaining([[candidate(n)] for n in range(4)], "study"):
+        done.append(group[0].name)
+        log.add(group, [{"score": 0.0}])
+    assert done == [1, 3] and [log[candidate(n)]["score"] for n in range(4)] == [1, 0, 1, 0]
+    assert [p.name for p in tmp_path.iterdir()] == ["scored.2-of-2.jsonl"]
+    assert [r["n"] for r in read_jsonl(tmp_path / "scored.2-of-2.jsonl")] == [1, 3]
+    again = Log(tmp_path / "scored.jsonl", lambda r: r["score"])
+    assert list(again.remaining([[candidate(n)] for n in range(4)], "study")) == []
+
+
+def test_unlike_settings_are_refused(monkeypatch):
+    monkeypatch.setattr(ranks, "gathered", lambda own: [*own, {"lr": 0.1, "seed": 0}])
+    ranks.agree({"lr": 0.1, "seed": 0})
+    with pytest.raises(SystemExit, match="^error: .* unlike settings: seed = 1 here and 0 there$"):
+        ranks.agree({"lr": 0.1, "seed": 1})
+
+
+def test_one_that_has_ended_is_told_in_one_line(second_of_two, monkeypatch):
+    def ended(*_):
+        raise RuntimeError("Connection closed by peer\nmore of it")
+
+    monkeypatch.setattr(torch.distributed, "all_gather_object", ended)
+    with pytest.raises(SystemExit, match="^error: another process of this run has ended; start"):
+        ranks.gathered([1])
+
+
+def test_rows_are_shared_by_what_they_count(model, second_of_two, monkeypatch):
+    """This one's row counts 3 tokens, the other one's 1."""
+    adapters = Adapters.init(model, LoRAConfig(1, 1.0, ("q_proj",), 3, 4), 1, seed=0)
+    rows = [SimpleNamespace(at=[0]), SimpleNamespace(at=[0, 1, 2])]
+    seen = []
+
+    def step(model, lora, active, taken):
+        seen.append(taken)
+        return torch.tensor([2.0]), torch.full((1, adapters.size), 4.0)
+
+    def all_reduce(found):
+        found += torch.cat((torch.tensor([10.0]), torch.zeros(adapters.size), torch.tensor([1.0])))
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+    lora = SimpleNamespace(adapters=adapters)
+    losses, grads = ranks.shared(step)(model, lora, [0], [rows])
+    assert seen == [[[rows[1]]]] and losses.tolist() == [(3 * 2 + 10) / 4]
+    assert grads.shape == (1, adapters.size) and torch.equal(grads, torch.full_like(grads, 3.0))
+    monkeypatch.setattr(ranks, "share", lambda rows: [])  # fewer rows than processes
+    losses, grads = ranks.shared(step)(model, lora, [0], [rows])
+    assert losses.tolist() == [10.0] and not grads.any() and len(seen) == 1
