@@ -1,11 +1,12 @@
 # Each target sets up what it needs, the virtual environment included, from a bare Python 3.11+.
-#   make demo    the whole loop on a real model, in small: minutes
+#   make demo    what a trained policy is worth, then the whole loop in small: a quarter of an hour
 #   make test    linter and tests
 #   make bench   speed, side by side with transformers + peft: 20 minutes
 #   make results RL by the paper's reward, a study of each self-edit that says how, and its ladder: an hour
 #   make results-proxy  RL by the proxy, two rounds, their ladders, the figures: two and a half hours
 #   make results-arc    the same for ARC: a warm-up, which tasks can be solved, two rounds, the ladder: an hour and a half;
 #   make demo-arc       the loop on a few puzzles: ten minutes
+#   make torture  are the promises of docs/TRUST.md kept? half an hour; make mutants: are the tests?
 #   make studies which reward, which recipe: an hour or two. Killed, both go on where they were
 # The times are for two cores with bfloat16 units; without, four to five times as long.
 PYTHON ?= python3
@@ -14,10 +15,13 @@ PY := .venv/bin/python
 .PHONY: demo demo-arc test bench results results-proxy results-arc studies mutants torture model data clean
 .DELETE_ON_ERROR:
 
+SEAL := --settings --budget 4096
+OUTER := --outer weighted --outer-rank 8 --outer-alpha 16 --outer-row-len 2048
+POLICY := policies/smollm2-135m-instruct
+
 demo: model
-	$(PY) train_outer.py qa --out runs/demo --limit 12 --samples 3 --rounds 1
-	$(PY) eval_qa.py --run runs/demo --limit 12
-	$(PY) experiments/notes.py --limit 12 --work runs/demo/ladder/climb-0 --out runs/demo/notes.json
+	$(PY) eval_qa.py --policy $(POLICY) $(SEAL) --lr 0.008 --limit 8 --out runs/demo/ladder.json --work runs/demo/ladder
+	$(PY) train_outer.py qa $(SEAL) $(OUTER) --limit 4 --samples 4 --rounds 1 --out runs/demo
 	$(PY) report.py runs/demo
 
 ARC_DEMO := --tasks results/arc_tasks.json --samples 3 --top-layers 15 --augmented 24
@@ -33,10 +37,9 @@ test: .venv/dev model downloads/vocab
 bench: .venv/dev model
 	$(PY) bench/speed.py
 
-SEAL := --settings --budget 4096
 results: .venv/dev model
 	$(PY) eval_qa.py --split "" --no-study --out results/passages.json
-	$(PY) train_outer.py qa $(SEAL) --limit 24 --samples 8 --rounds 1 --outer weighted --outer-rank 8 --outer-alpha 16 --outer-row-len 2048 --out runs/seal
+	$(PY) train_outer.py qa $(SEAL) $(OUTER) --limit 24 --samples 8 --rounds 1 --out runs/seal
 	cp runs/seal/metrics.jsonl results/settings_rounds.jsonl
 	$(PY) eval_qa.py --run runs/seal $(SEAL) --lr 0.008 --told --samples 2 --limit 24 --out results/qa_settings.json
 

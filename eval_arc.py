@@ -295,4 +295,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_main(main, GOES_ON)
+    run_main(main, GOES_ON, alone=False)

@@ -278,7 +278,7 @@ def train_step(model: Transformer, lora: attached, active: list[int], taken: lis
 
 
 def inner_update(
-    model, adapters: Adapters, examples, configs, seed: int, tick=None, step=train_step
+    model, adapters: Adapters, examples, configs, seed: int, tick=None, one_step=train_step
 ) -> list[Outcome]:
     """Train adapters.flat[i] on examples[i] ([Example]) as configs[i], an SFTConfig, says.
 
@@ -296,7 +296,7 @@ def inner_update(
             found = model.step.update(lora, rows, plans, configs, lower, tick)
             outcomes = [Outcome(*own) for own in found]
         else:
-            outcomes = train_end_to_end(lora, rows, plans, configs, tick, step)
+            outcomes = train_end_to_end(lora, rows, plans, configs, tick, one_step)
     guess = 0.99 * math.log(model.config.vocab_size)
     for outcome, finite in zip(outcomes, adapters.flat.norm(dim=1).isfinite().tolist()):
         ruined = outcome.steps > 0 and outcome.losses[0] < guess <= outcome.loss
@@ -305,7 +305,7 @@ def inner_update(
     return outcomes
 
 
-def train_end_to_end(lora, rows, plans, configs, tick=None, one=train_step) -> list[Outcome]:
+def train_end_to_end(lora, rows, plans, configs, tick=None, one_step=train_step):
     """The inner update's steps, all tokens end to end, so that nothing is padded."""
     model, adapters, outcomes = lora.model, lora.adapters, [Outcome() for _ in configs]
     params = [nn.Parameter(row) for row in adapters.flat]  # views: AdamW writes into `flat`
@@ -316,7 +316,7 @@ def train_end_to_end(lora, rows, plans, configs, tick=None, one=train_step) -> l
         if not active:
             continue
         taken = [list(map(rows[i].__getitem__, step[i])) for i in active]
-        losses, grads = one(model, lora, active, taken)
+        losses, grads = one_step(model, lora, active, taken)
         norms = grads.norm(dim=1)
         clips = torch.tensor([configs[i].clip for i in active], device=norms.device)
         grads *= (clips / (norms + 1e-6)).clamp(max=1)[:, None]

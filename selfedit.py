@@ -28,7 +28,7 @@ from lm.files import chunks, read_jsonl, write_jsonl
 from lm.flags import at_least
 from lm.log import Progress
 from lm.packing import Example
-from lm.ranks import WORLD, gathered, own_file, share
+from lm.ranks import RANK, WORLD, dealt, gathered, own_file, whole
 from lm.tokenizer import Tokenizer
 from sampler import generate
 
@@ -574,14 +574,14 @@ def sample_self_edits(
     """
     refuse_long_prompts(model, prompts, args.max_new)
     copies = copies if isinstance(copies, dict) else dict.fromkeys(prompts, copies)
-    if WORLD > 1 and log and Path(log).is_file():  # begun by one process, or all there
-        return sample_share(model, tok, prompts, read, copies, args, seed, log, label)
+    how = (read, copies, args, seed)
+    if WORLD > 1 and log and Path(log).is_file():  # all there, or begun by one, which goes on
+        return gathered([] if RANK else sample_share(model, tok, prompts, *how, log, label))
     places = {i: n for n, i in enumerate(prompts)}
-    own = {i: prompts[i] for i in share(list(prompts))}
-    edits = sample_share(model, tok, own, read, copies, args, seed, own_file(log), label)
-    edits = sorted(gathered(edits), key=lambda e: places[e.passage])
-    if log and WORLD > 1:
-        write_jsonl(log, [e.record() for e in edits])
+    own = {i: prompts[i] for i in dealt(list(prompts))}
+    edits = gathered(sample_share(model, tok, own, *how, own_file(log), label))
+    edits = sorted(edits, key=lambda e: places[e.passage])
+    whole(log, lambda path: write_jsonl(path, [e.record() for e in edits]))
     return edits
 
 

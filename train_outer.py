@@ -172,13 +172,13 @@ def outer_config(args) -> SFTConfig:
 def round_metrics(k: int, edits: list[SelfEdit], loss: float | None, args, seconds: float) -> dict:
     """What docs/OUTPUT.md defines."""
     kept, flaws = [e for e in edits if e.kept], Counter()
-    written = [(e.passage, part) for e in edits for part in e.parts if part.text]
+    written = [(e.passage, part.text, part.flaw) for e in edits for part in e.parts if part.text]
+    written = written or [("", "", "")]
     for e in edits:
         of_parts = [part.flaw for part in e.parts]
         flaws.update(of_parts if e.flaw in ("", *of_parts) else [e.flaw])
     studied = args.reward != "proxy"
-    # No measure: it stands for no answer.
-    nothing = reward.NOTHING["logprob"]
+    nothing = reward.NOTHING["logprob"]  # no measure: it stands for no answer
     earned = [e.reward for e in edits if e.flaw != "diverged" and e.reward > nothing]
     return {
         "round": k,
@@ -190,8 +190,8 @@ def round_metrics(k: int, edits: list[SelfEdit], loss: float | None, args, secon
         "kept_parts": sum(part.kept for e in edits for part in e.parts),
         "flaws": {flaw: n for flaw, n in flaws.items() if flaw},
         "notes_mean": float(np.mean([len(e.notes) for e in edits])),
-        "repeats": float(np.mean([part.flaw == "repeats" for _, part in written] or [0.0])),
-        "distinct": len({(id, part.text) for id, part in written}) / max(1, len(written)),
+        "repeats": float(np.mean([flaw == "repeats" for *_, flaw in written])),
+        "distinct": len(set(written)) / len(written),
         "outer_loss": loss,
         "seconds": round(seconds, 1),
     }
@@ -248,4 +248,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_main(main, GOES_ON)
+    run_main(main, GOES_ON, alone=False)

@@ -19,24 +19,27 @@ from pathlib import Path
 import numpy as np
 from safetensors import SafetensorError
 
-from lm.ranks import RANK, may_write
+from lm.ranks import RANK, WORLD, may_write
 
 LARGEST = 1 << 30  # bytes of a file that is read as a whole
 
 GOES_ON = "; the same command goes on where it was"
 
 
-def run_main(main, interrupted: str = "") -> None:
+def run_main(main, interrupted: str = "", alone: bool = True) -> None:
     """A script's last line: main(), of which Ctrl-C or SIGTERM ends in one line, "interrupted" and
     what is said here, and a closed pipe (`| head`) in none. What a terminal cannot show is spelled
-    out."""
+    out. A script that runs `alone` is refused to torchrun."""
 
     def stop(number, frame):
         raise KeyboardInterrupt(number)
 
-    signal.signal(signal.SIGTERM, stop)
+    if WORLD == 1:  # one that waits for others would not hear it
+        signal.signal(signal.SIGTERM, stop)
     if RANK:
         sys.stdout = open(os.devnull, "w")  # rank 0 speaks
+    if WORLD > 1 and alone:
+        raise SystemExit(1 if RANK else f"error: {sys.argv[0]} runs as one process: no torchrun")
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")
     if hasattr(sys.stdin, "reconfigure"):
@@ -48,7 +51,8 @@ def run_main(main, interrupted: str = "") -> None:
             sys.stdout.flush()  # here, not when Python exits, which would complain
     except KeyboardInterrupt as e:
         newline = "\n" * sys.stdout.isatty()  # below the progress line
-        print(f"{newline}interrupted{interrupted}", file=sys.stderr)
+        if not RANK:
+            print(f"{newline}interrupted{interrupted}", file=sys.stderr)
         raise SystemExit(128 + (e.args or (signal.SIGINT,))[0]) from None
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

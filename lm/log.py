@@ -2,12 +2,13 @@
 
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from lm.files import fingerprint, read_jsonl, write_jsonl
-from lm.ranks import WORLD, gathered, own_file, share
+from lm.ranks import dealt, gathered, own_file, parts_of, whole
 
 
 class Progress:
@@ -76,7 +77,7 @@ class Log:
         self.known, self.done = {}, {}
         for file in known:
             self.known |= self.read(file)
-        for file in {self.path, own_file(self.path)}:
+        for file in [self.path, *parts_of(self.path)]:
             if file.is_file():
                 self.done |= self.read(file)
         self.progress = None
@@ -112,7 +113,7 @@ class Log:
         """The groups of candidates that are not all there yet, one by one, with a progress line; of
         many processes each has its share of them, and in the end all have all results."""
         names = sorted(c.name for group in groups for c in group)
-        groups = share(groups)
+        groups = dealt(groups)
         self.progress = Progress(label, sum(map(len, groups)))
         for group in groups:
             if not all(c.name in self.done and self[c] for c in group):
@@ -123,10 +124,9 @@ class Log:
             shown = float(np.mean([self.score(r) for r in self.done.values()]))
             self.progress.step(len(group), accuracy=shown)
 
-        if WORLD > 1:
-            for done in gathered([self.done]):
-                self.done |= done
-            self.write(self.path, names)
+        for done in gathered([self.done]):
+            self.done |= done
+        whole(self.path, partial(self.write, names=names))
 
     def write(self, path, names: list) -> None:
         write_jsonl(path, [self.done[name] for name in names if name in self.done])

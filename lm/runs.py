@@ -22,21 +22,22 @@ from lm.ranks import RANK, agree
 POLICY = "policy.json"  # of a shipped policy: its base, and how it was trained
 LOCKS = []  # of the run folders that this process works in, held until it ends
 ROOT = Path(__file__).resolve().parent.parent
-CODE = ("*.py", "lm/*.py", "data/*.py")
+CODE = ("*.py", "lm/*.py", "data/*.py", "experiments/*.py")
 SPEED = ("population", "compile", "device")  # settings that change how fast a run is
 
 
 def open_run(folder, settings: dict, model=None) -> Path:
-    """Make the run folder, or check that it was made with the same settings, and weights of the
-    model, so that a run is only ever resumed as what it was; SPEED may differ, and a ladder's
+    """Make the run folder, or check that it was made with the same settings, weights and dtype of
+    the model, so that a run is only ever resumed as what it was; SPEED may differ, and a ladder's
     "policies" may come and go, but not change. Exits with one line that names the first setting
-    that differs, or if another process works in the folder. A note says if the code has changed.
+    that differs, or if another process works in the folder. A note says if the code has changed
+    since, or had already before.
     """
     folder = Path(folder)
     check_output(folder, folder=True)
-    settings = json.loads(json.dumps(settings, default=str)) | {"code": code_of(ROOT)}
+    settings = json.loads(json.dumps(settings, default=str)) | {"code": [code_of(ROOT)]}
     if model is not None:
-        settings["weights"] = weights_of(model)
+        settings |= {"dtype": str(model.dtype), "weights": weights_of(model)}
     agree(settings)
     if not RANK:
         lock(folder)
@@ -46,8 +47,9 @@ def open_run(folder, settings: dict, model=None) -> Path:
         if isinstance(known, dict) and isinstance(now, dict):
             if all(known[name] == now[name] for name in known.keys() & now.keys()):
                 before["policies"] = settings["policies"] = known | now
-        if before.get("code") != settings["code"]:
-            note(f"{folder} was started with other code than today's: its results may be mixed")
+        settings["code"] = list(dict.fromkeys(before.get("code", [""]) + settings["code"]))
+        if len(settings["code"]) > 1:
+            note(f"{folder} was not made by today's code alone: its results may be mixed")
         for key in sorted((before.keys() | settings.keys()) - {"code", *SPEED}):
             if before.get(key) != settings.get(key):
                 raise SystemExit(
@@ -145,14 +147,15 @@ class Rounds:
 
 def collapse(metrics: list[dict]) -> list[str]:
     """Signs, in words, that the self-edits of the last of these rounds have lost their variety:
-    half of the texts repeat themselves, half of those on one passage are the same, or there are
-    half as many notes as in the first round."""
-    sound, signs = {"repeats": 0.0, "distinct": 1.0, "notes_mean": 0.0}, []
+    half of the texts repeat themselves, or there are half as many notes, or half as many unlike
+    texts, as in the first round."""
+    sound, signs = {"repeats": 0.0, "distinct": 1.0, "notes_mean": 0.0}, []  # if not counted
     first, last = sound | metrics[0], sound | metrics[-1]
     if last["repeats"] > 0.5:
         signs.append(f"{100 * last['repeats']:.0f} % of the texts say the same twice")
-    if last["distinct"] < 0.5:
-        signs.append(f"only {100 * last['distinct']:.0f} % of the texts on a passage are unlike")
+    if last["distinct"] < first["distinct"] / 2:
+        now, then = (100 * m["distinct"] for m in (last, first))
+        signs.append(f"{now:.0f} % of the texts on a passage are unlike, of {then:.0f} % at first")
     if last["notes_mean"] < first["notes_mean"] / 2:
         signs.append(f"{last['notes_mean']:.1f} notes, of {first['notes_mean']:.1f} at first")
     return signs

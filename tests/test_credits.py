@@ -1,6 +1,5 @@
 """experiments/credits.py: agreements with known answers, gradients, and a whole run."""
 
-
 import numpy as np
 import pytest
 import torch

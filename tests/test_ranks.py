@@ -10,7 +10,7 @@ import torch
 from conftest import ROOT
 from safetensors.torch import load_file
 
-from lm import ranks
+from lm import files, ranks
 from lm.files import read_jsonl, write_jsonl
 from lm.log import Log
 from lora import Adapters, LoRAConfig
@@ -30,6 +30,8 @@ def taken_as_it_is(text, style, ended, about):
 
 def dies(*args, calls=[]):
     calls.append(1)
+    with open("updates", "a") as updates:
+        updates.write("one\\n")
     if os.environ.get("RANK") == "1" and len(calls) == 2 and Path("dies").is_file():
         Path("dies").unlink()
         os.kill(os.getpid(), 9)
@@ -37,7 +39,7 @@ def dies(*args, calls=[]):
 
 selfedit.parse, reward.ask = taken_as_it_is, partial(reward.ask, max_new=4)
 update, train_outer.inner_update = train_outer.inner_update, dies
-run_main(train_outer.main)
+run_main(train_outer.main, alone=False)
 """
 
 
@@ -81,7 +83,10 @@ def test_many_end_with_what_one_ends_with(processes, killed, alone, tiny_folder,
     one, many = (folder / "out" / "round-1" for folder in (alone, tmp_path))
     for name in ("sampled.jsonl", "scored.jsonl", "candidates.jsonl"):
         assert same(read_jsonl(one / name), read_jsonl(many / name)), name
-    assert len(list(many.glob("scored.*-of-*.jsonl"))) == processes
+    assert not list(many.glob("*-of-*"))
+    updates = [(folder / "updates").read_text().count("one") for folder in (alone, tmp_path)]
+    in_flight = updates[1] - updates[0]
+    assert 1 <= in_flight <= processes if killed else in_flight == 0
     own, theirs = (load_file(f / "policy" / "adapter_model.safetensors") for f in (one, many))
     assert any(tensor.any() for name, tensor in own.items() if "lora_B" in name)
     for name in own.keys() | theirs.keys():
@@ -116,21 +121,47 @@ def candidate(name: int):
 def test_results_of_all_are_known_to_all(second_of_two, tmp_path, monkeypatch):
     theirs = {0: {"n": 0, "score": 1.0}, 2: {"n": 2, "score": 1.0}}
     monkeypatch.setattr("lm.log.gathered", lambda own: [theirs, *own])
+    monkeypatch.setattr(ranks, "gathered", lambda own: own)
     log, done = Log(tmp_path / "scored.jsonl", lambda r: r["score"]), []
     for group in log.remaining([[candidate(n)] for n in range(4)], "study"):
         done.append(group[0].name)
         log.add(group, [{"score": 0.0}])
     assert done == [1, 3] and [log[candidate(n)]["score"] for n in range(4)] == [1, 0, 1, 0]
-    assert [p.name for p in tmp_path.iterdir()] == ["scored.2-of-2.jsonl"]
+    assert [p.name for p in tmp_path.iterdir()] == ["scored.2-of-2.jsonl"]  # rank 0 writes the rest
     assert [r["n"] for r in read_jsonl(tmp_path / "scored.2-of-2.jsonl")] == [1, 3]
-    again = Log(tmp_path / "scored.jsonl", lambda r: r["score"])
-    assert list(again.remaining([[candidate(n)] for n in range(4)], "study")) == []
+    for rank in (0, 1):  # whoever goes on, and however many there are
+        monkeypatch.setattr(ranks, "RANK", rank)
+        again = Log(tmp_path / "scored.jsonl", lambda r: r["score"])
+        assert [r["n"] for r in again.done.values()] == [1, 3]
+
+
+def test_the_parts_of_a_file_go_when_it_is_whole(tmp_path, monkeypatch):
+    for name in ("a.1-of-2.jsonl", "a.2-of-3.jsonl", "b.1-of-2.jsonl"):
+        (tmp_path / name).write_text("{}\n")
+    for world, rank, left in ((1, 0, 3), (2, 1, 3), (2, 0, 1)):
+        monkeypatch.setattr(ranks, "RANK", rank)
+        monkeypatch.setattr(ranks, "WORLD", world)
+        monkeypatch.setattr(ranks, "gathered", lambda items: items)
+        written = []
+        ranks.whole(tmp_path / "a.jsonl", written.append)
+        assert len(written) == (world > 1) and len(list(tmp_path.iterdir())) == left
+
+
+def test_what_runs_alone_is_refused_to_torchrun(second_of_two, monkeypatch):
+    with pytest.raises(SystemExit) as e:
+        files.run_main(lambda: None)
+    assert e.value.code == 1  # rank 0 speaks
+    monkeypatch.setattr(files, "RANK", 0)
+    with pytest.raises(SystemExit, match="^error: .* runs as one process: no torchrun$"):
+        files.run_main(lambda: None)
+    files.run_main(lambda: None, alone=False)
 
 
 def test_unlike_settings_are_refused(monkeypatch):
     monkeypatch.setattr(ranks, "gathered", lambda own: [*own, {"lr": 0.1, "seed": 0}])
     ranks.agree({"lr": 0.1, "seed": 0})
-    with pytest.raises(SystemExit, match="^error: .* unlike settings: seed = 1 here and 0 there$"):
+    told = "^error: rank 0 was started with seed = 1, rank 1 with 0$"
+    with pytest.raises(SystemExit, match=told):
         ranks.agree({"lr": 0.1, "seed": 1})
 
 
@@ -139,7 +170,8 @@ def test_one_that_has_ended_is_told_in_one_line(second_of_two, monkeypatch):
         raise RuntimeError("Connection closed by peer\nmore of it")
 
     monkeypatch.setattr(torch.distributed, "all_gather_object", ended)
-    with pytest.raises(SystemExit, match="^error: another process of this run has ended; start"):
+    told = "^error: another process of this run has ended\\? Connection closed by peer$"
+    with pytest.raises(SystemExit, match=told):
         ranks.gathered([1])
 
 
@@ -161,6 +193,9 @@ def test_rows_are_shared_by_what_they_count(model, second_of_two, monkeypatch):
     losses, grads = ranks.shared(step)(model, lora, [0], [rows])
     assert seen == [[[rows[1]]]] and losses.tolist() == [(3 * 2 + 10) / 4]
     assert grads.shape == (1, adapters.size) and torch.equal(grads, torch.full_like(grads, 3.0))
-    monkeypatch.setattr(ranks, "share", lambda rows: [])  # fewer rows than processes
+    monkeypatch.setattr(ranks, "dealt", lambda rows: [])  # fewer rows than processes
     losses, grads = ranks.shared(step)(model, lora, [0], [rows])
     assert losses.tolist() == [10.0] and not grads.any() and len(seen) == 1
+    monkeypatch.setattr(torch.distributed, "broadcast", lambda found, rank: found.fill_(5.0))
+    losses, grads = ranks.shared(step)(model, lora, [0], [rows[:1]])
+    assert losses.tolist() == [5.0] and torch.equal(grads, torch.full_like(grads, 5.0))

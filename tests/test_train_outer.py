@@ -263,6 +263,19 @@ def test_a_random_models_self_edits_never_stop_a_run(
     assert "reward_mean" in capsys.readouterr().out
 
 
+def test_metrics_of_repeats():
+    """Of four texts two say the same twice; on one passage two are the same."""
+    texts = [("a", "X. X.", "repeats"), ("a", "X. X.", "repeats"), ("a", "Y.", ""), ("b", "Y.", "")]
+    edits = []
+    for passage, text, flaw in texts:
+        # The second part was not asked for.
+        parts = [Part(text, [text], text, flaw), Part("")]
+        edits.append(SelfEdit(passage, parts, score={"accuracy": 0.5}))
+    args = SimpleNamespace(reward="accuracy")
+    metrics = train_outer.round_metrics(1, edits, None, args, 2.0)
+    assert (metrics["repeats"], metrics["distinct"], metrics["notes_mean"]) == (0.5, 0.75, 1.0)
+
+
 def test_the_proxy_reward_trains_nothing(tiny_folder, passages_file, tmp_path, monkeypatch):
     """Some notes ask what a quiz question asks: these are imitated."""
     asked = itertools.cycle(["Who founded it?", "Who?", "Why?"])

@@ -117,11 +117,13 @@ def start(job: str, folder: Path, home: Path, more: str = ""):
     return child
 
 
-def finish(job: str, folder: Path, home: Path, more: str = "") -> None:
+def finish(job: str, folder: Path, home: Path, more: str = "") -> str:
+    """Run it to its end: "", or how it ended."""
     child = start(job, folder, home, more)
     child.join(300)
     child.kill()
-    assert child.exitcode == 0, f"{job}: {(folder / 'said').read_text()[-300:]}"
+    said = (folder / "said").read_text()[-300:]
+    return "" if child.exitcode == 0 else f"{job}: ends with {child.exitcode}: {said}"
 
 
 def written(folder: Path) -> dict:
@@ -169,15 +171,15 @@ def kill(home: Path, work: Path, count: int, rng):
         alone, folder = work / f"alone {job}", work / f"kill-{n}"
         if not alone.is_dir():
             began = time.perf_counter()
-            finish(job, alone, home)
+            assert not (wrong := finish(job, alone, home)), wrong
             (alone / "took").write_text(str(time.perf_counter() - began))
         child = start(job, folder, home)
         after = rng.uniform(0, float((alone / "took").read_text()))
         child.join(after)
         child.kill()
         child.join()
-        finish(job, folder, home)
-        yield "" if written(folder) == written(alone) else f"{job}, killed after {after:.2f} s"
+        wrong = finish(job, folder, home) or (written(folder) != written(alone) and "other files")
+        yield wrong and f"{job}, killed after {after:.2f} s: {wrong}"
         shutil.rmtree(folder)
 
 
@@ -189,29 +191,34 @@ def stop(home: Path, work: Path, count: int, rng):
         while child.is_alive() and not any((folder / "run").rglob("*")):
             time.sleep(0.01)
         time.sleep(rng.uniform(0, 0.2))
-        os.kill(child.pid, number)
-        child.join()
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child.pid, number)
+        child.join(60)
+        child.kill()
         said = (folder / "said").read_text().splitlines()
         in_time = child.exitcode == 0  # it had finished
-        told = child.exitcode == 128 + number and said[-1].startswith("interrupted; the same")
-        finish(job, folder, home)
-        yield "" if told or in_time else f"{job}, {number.name}: {child.exitcode}, {said[-1:]}"
+        told = child.exitcode == 128 + number and said[-1:] == [f"interrupted{GOES_ON}"]
+        wrong = finish(job, folder, home)
+        wrong = wrong if told or in_time else f"{child.exitcode}, {said[-1:]}"
+        yield wrong and f"{job}, {number.name}: {wrong}"
         shutil.rmtree(folder)
 
 
 def repeat(home: Path, work: Path, count: int, rng):
     job, found = "outer round, passages", []
     for n in range(count):
-        finish(job, work / f"repeat-{n}", home)
+        wrong = finish(job, work / f"repeat-{n}", home)
         found.append(written(work / f"repeat-{n}"))
-        yield "" if found[n] == found[0] else "the same seed wrote something else"
+        yield wrong or ("" if found[n] == found[0] else "the same seed wrote something else")
     for size in (1, 3, 8):
-        finish(job, work / f"sizes-{size}", home, f"--population {size}")
+        wrong = finish(job, work / f"sizes-{size}", home, f"--population {size}")
         chosen = written(work / f"sizes-{size}")
         for k in (1, 2):
-            name = f"run/round-{k}/candidates.jsonl"
-            same = [e["why"] for e in chosen[name]] == [e["why"] for e in found[0][name]]
-            yield "" if same else f"a population of {size} chooses others in round {k}"
+            own, first = (
+                of.get(f"run/round-{k}/candidates.jsonl", []) for of in (chosen, found[0])
+            )
+            same = [e["why"] for e in own] == [e["why"] for e in first]
+            yield wrong or ("" if same else f"a population of {size} chooses others in round {k}")
 
 
 # -----------------------------------------------------------------------------
@@ -281,10 +288,15 @@ def selfedits(home: Path, work: Path, count: int, rng):
     def read(text, ended):
         OPENED.clear()
         began, found = time.process_time(), []
-        for style in STYLES:
-            found.append(selfedit.read_notes(text, ended, style, "It fell.", "It fell.", 1).flaw)
-        found.append(selfedit.parse_settings(text, ended)[1])
-        found.append(arc.parse_settings(text, ended)[1])
+        try:
+            for style in STYLES:
+                found.append(
+                    selfedit.read_notes(text, ended, style, "It fell.", "It fell.", 1).flaw
+                )
+            found.append(selfedit.parse_settings(text, ended)[1])
+            found.append(arc.parse_settings(text, ended)[1])
+        except Exception as e:
+            found.append(repr(e))
         took = time.process_time() - began
         tried.append(text)
         wrong = [f"flaw {flaw!r}" for flaw in found if flaw not in FLAWS]
@@ -336,8 +348,8 @@ def readers(home: Path, work: Path) -> dict:
     model = load_model(tiny, "cpu", "float32")
     adapters = Adapters.init(model, LoRAConfig(2, 4.0, ("q_proj",), 2, 4), 1, seed=0)
     save_adapter(adapters, work / "adapter", str(tiny))
-    finish("memory", work / "made", home)
-    finish("outer round, passages", work / "made-outer", home)
+    for job, folder in (("memory", "made"), ("outer round, passages", "made-outer")):
+        assert not (wrong := finish(job, work / folder, home)), wrong
     shutil.copytree(home / "tiny", work / "words", ignore=shutil.ignore_patterns("*.safetensors"))
     return {
         "checkpoint": (tiny, lambda path: load_model(path, "cpu", "float32")),
