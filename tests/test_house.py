@@ -22,7 +22,7 @@ FLOORS = [
     "experiments/exercises.py experiments/own_texts.py experiments/noise.py",
     "experiments/tools.py experiments/grid.py experiments/budget.py experiments/ship.py",
     "experiments/credits.py experiments/router.py experiments/stream.py",
-    "experiments/choice.py experiments/many.py experiments/distill.py",
+    "experiments/choice.py experiments/many.py experiments/distill.py experiments/shown.py",
     "bench/baselines.py bench/scaling.py bench/speed.py bench/gpu.py",
 ]
 ORDER = " ".join(FLOORS).split()
