@@ -1,5 +1,5 @@
 # Each target sets up what it needs, the virtual environment included, from a bare Python 3.11+.
-#   make demo    what a trained policy is worth, then the whole loop in small: a quarter of an hour
+#   make demo    what a trained policy is worth, then the whole loop in small: minutes
 #   make test    linter and tests
 #   make bench   speed, side by side with transformers + peft: 20 minutes
 #   make results RL by the paper's reward, a study of each self-edit that says how, and its ladder: an hour
@@ -7,7 +7,8 @@
 #   make results-arc    the same for ARC: a warm-up, which tasks can be solved, two rounds, the ladder: an hour and a half;
 #   make demo-arc       the loop on a few puzzles: ten minutes
 #   make torture  are the promises of docs/TRUST.md kept? half an hour; make mutants: are the tests?
-#   make studies which reward, which recipe: an hour or two. Killed, both go on where they were
+#   make studies what is behind the defaults: hours
+# Killed, a target goes on where it was.
 # The times are for two cores with bfloat16 units; without, four to five times as long.
 PYTHON ?= python3
 PY := .venv/bin/python
@@ -42,6 +43,7 @@ results: .venv/dev model
 	$(PY) train_outer.py qa $(SEAL) $(OUTER) --limit 24 --samples 8 --rounds 1 --out runs/seal
 	cp runs/seal/metrics.jsonl results/settings_rounds.jsonl
 	$(PY) eval_qa.py --run runs/seal $(SEAL) --lr 0.008 --told --samples 2 --limit 24 --out results/qa_settings.json
+	$(PY) experiments/figures.py
 
 results-proxy: .venv/dev model
 	$(PY) train_outer.py qa --out runs/qa --samples 8 --rounds 2 --outer-epochs 1 --reward proxy --select notes

@@ -1,7 +1,7 @@
 """The knowledge ladder: what does the model know about held-out passages after each way of learning
 them?
 
-    python eval_qa.py                               # base, passage, passage+self-edit, in-context
+    python eval_qa.py                               # without a policy
     python eval_qa.py --run runs/qa --match both                             # and seal-1, seal-2
     python eval_qa.py --data my.json --samples 4 --out results/my.json       # your passages
     python eval_qa.py --split "" --no-study --out results/passages.json      # are passages fit?
@@ -25,7 +25,7 @@ Rows:
 
 With --settings, as in train_outer.py, the self-edits of seal-K say what is studied, and how, each
 within --budget trained tokens. The notes of the other rows above are questions, studied as the
-flags (or --recipes) say. These are more:
+flags (or --recipes) say. Two more rows:
     untrained-settings   what the untrained model's own settings ask for, studied as they say
     best-fixed           what the best settings of experiments/grid.py ask for, written by the
                          untrained model, studied as they say (--fixed)

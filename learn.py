@@ -10,20 +10,21 @@
 `study` cuts each document into passages, lets the model write self-edits about them, trains a LoRA
 on the passages, their notes and questions made of the statements' own words, and keeps it in the
 memory, a PEFT adapter for each document (lm/memory.py). It says which notes were left out and why,
-and, asking the notes' own questions again, which statements were not learnt. Before, the model has
-also written a quiz with each passage in view, of which the questions stay that it answers with the
-text and not without, and that no note asks: it says how sure one can be.
+and, asking the notes' own questions again, which statements were not learnt. Before that, the model
+writes a quiz on each passage. Kept are the questions that it answers with the text in view but not
+without, and that no note asks: the score on them says how sure one can be.
 
 `ask` looks for the passage that the question is about, and answers under its document's adapter; no
 text is in the prompt. `check` asks the quizzes of all documents in this way, and, beside it, the
 base model with the passage that is found in the prompt; and questions on anything else, with and
 without what was learnt. `export` writes the whole model with one document learnt, for other
 programs; `consolidate` with all of them, in one set of weights: one adapter learns to expect what
-each document's expects, and on other texts what the base model does. It is only written if no
-document that has a quiz, and nothing else, falls by more than --fall points (and one question).
+each document's expects, and on other texts what the base model does. It is written only if neither
+a document's quiz nor the general questions lose more than --fall points and one question.
 
-The notes are written by the policy that policies/ has for the model, by another one (--policy, a
-round-K/policy folder of a train_outer.py run), or by the untrained model (--policy none).
+The notes are written by the policy in policies/, if there is one for the model, by another one
+(--policy, a round-K/policy folder of a train_outer.py run), or by the untrained model (--policy
+none).
 """
 
 import json

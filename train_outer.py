@@ -1,17 +1,17 @@
 """SEAL's outer loop: reinforcement learning (ReST-EM) teaches the model to write self-edits that
 help it learn.
 
-    python train_outer.py qa --out runs/demo --limit 12 --samples 3 --rounds 1      # minutes
-    python train_outer.py qa --out runs/qa --samples 8 --reward proxy --select notes
-    python train_outer.py qa --settings --samples 8 --outer-row-len 2048 --out runs/seal
-    python train_outer.py arc --tasks results/arc_tasks.json --out runs/arc --samples 5
+    python train_outer.py qa --out runs/first --limit 12 --samples 3 --rounds 1     # minutes
+    python train_outer.py qa --out runs/proxy --samples 8 --reward proxy --select notes
+    python train_outer.py qa --settings --samples 8 --outer-row-len 2048 --out runs/settings
+    python train_outer.py arc --tasks results/arc_tasks.json --out runs/puzzles --samples 5
 
     for each round:
         for each context C, a passage or a puzzle's demonstrations:
                             SE_1 .. SE_M ~ LM_theta( . | C)            sample
-            for each SE_i:  theta_i = SFT(theta_0, SE_i)               inner update, a small LoRA
+            for each SE_i:  theta_i = SFT(theta_0, C + SE_i)           inner update, a small LoRA
                             r_i = score of LM_theta_i on C's quiz      quiz, C is not in the prompt
-        theta <- SFT(theta, {(C, SE_i): r_i is among the best on C})   reinforce
+        theta <- SFT(theta, {(C, SE_i): r_i is the best})              reinforce (--select)
 
 theta is the base model and one adapter, the policy, that all rounds go on training; theta_0 is the
 base model. What earns what, and what is imitated, is in reward.py. docs/PAPER.md says where this

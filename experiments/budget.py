@@ -1,17 +1,19 @@
 """What a trained token is worth: accuracy against the number of tokens that are trained on.
 
-    python experiments/budget.py --run runs/seal --settings --limit 48  # -> results/qa_budget.json
+    python experiments/budget.py --run runs/seal --settings --budget 4096 --limit 48
+                                                                    # -> results/qa_budget.json
 
 Each way of learning a held-out passage, within several --budgets of trained tokens:
     passage     the passage alone
-    untrained   and one self-edit of the untrained model
-    pooled      and the notes of --samples of its self-edits
-    proxy       and one self-edit of the --proxy policy (train_outer.py --reward proxy)
-    seal-K      and one self-edit of the policy after round K of --run, or of --policy
-    told        and notes that ask the quiz's own questions: the ceiling of notes
-All notes are questions, studied with the same learning rate, in as many optimiser steps as surely
-fit: each takes one row of tokens. With --settings seal-K studies instead what its self-edit asks
-for, as it says, in as many of its epochs as fit. What does not fit answers nothing.
+    untrained   it and one self-edit of the untrained model
+    pooled      it and the notes of --samples of its self-edits
+    proxy       it and one self-edit of the --proxy policy (train_outer.py --reward proxy)
+    seal-K      it and one self-edit of the policy after round K of --run, or of --policy
+    told        it and notes that ask the quiz's own questions: the ceiling of notes
+Notes are questions, studied with the same learning rate, in as many optimiser steps as surely fit:
+each takes one row of tokens. But with --settings seal-K studies what its self-edit asks for, as it
+says, in as many of its epochs as fit; --budget is then the one that its run was trained with. What
+does not fit answers nothing.
 
 "at_half" says for each seal-K: with at most half of the trained tokens that the untrained notes
 take to their best accuracy, how much better or worse it is than that best, on the same passages.

@@ -21,7 +21,8 @@ variance, averaged over passages):
 "predicts" is what a reward is good for: the correlation, among the self-edits on one passage, of
 the score on the quiz (mean of the first seeds) with the accuracy on the other wordings under the
 last seed; of whole self-edits, and of the sentences of a passage, as in a part's credit. Intervals
-are over passages. --recipe takes other ways to study than the default (16 steps at 0.004):
+are over passages. Each self-edit is studied in three ways, or in those of --recipe:
+    default     16 steps at 0.004
     epochs      whole epochs, 3 of them: each row is visited equally often
     dose        32 steps at 0.008
 With --settings, as in train_outer.py, there is one way: each self-edit is studied as it says; those

@@ -1,13 +1,14 @@
-"""The control that RL must beat: a policy that is shown what the quizzes ask, without a sample or a
-reward.
+"""A control for RL: a policy that is shown what the quizzes ask, without a sample or a reward.
 
     python experiments/shown.py --limit 24                          # -> runs/shown/
-    python eval_qa.py --policy runs/shown --lr 0.008 --limit 24 --out results/qa_shown.json
+    python eval_qa.py --policy runs/shown --lr 0.008 --samples 2 --limit 24 \
+        --out results/qa_shown.json
 
 The quiz's questions about a sentence of a training passage are the reply to the prompt that asks
-for questions on that sentence, and the policy imitates these as in the outer update. The ladder's
-row seal-1 is then what it writes on held-out passages. RL sees the same quizzes, by what they
-reward alone. A sentence that nothing is asked about is left out.
+for questions on that sentence, and the policy imitates these as in the outer update. RL sees the
+same quizzes by what they reward alone. The ladder's row seal-1 is then what this policy writes on
+held-out passages, beside the untrained notes in passage+self-edit. A sentence that nothing is asked
+about is left out.
 """
 
 import sys

@@ -70,6 +70,7 @@ from selfedit import STYLES, WORKED
 
 FLAWS = {"", "empty", "malformed", "endless", "repeats", "copied", "out of bounds", "over budget"}
 FLAWS |= {"diverged", "too many steps", "too long"}
+WORDS = 300
 ROOM = 1 << 30  # bytes of memory that reading a file may take beyond its size
 fork = multiprocessing.get_context("fork")  # a child begins with torch in memory
 
@@ -145,8 +146,9 @@ def without_time(value):
 
 
 def make_home(home: Path) -> None:
-    """A tiny model, and small files for JOBS."""
+    """A tiny model, one of few words, and small files for JOBS."""
     write_checkpoint(home / "tiny", "smollm2", vocab_size=49152)
+    write_checkpoint(home / "few", "smollm2", vocab_size=WORDS)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(SMOLLM2 / name, home / "tiny")
     entries = []
@@ -237,14 +239,14 @@ def examples(rng, n: int) -> list[list[Example]]:
     for _ in range(n):
         own = []
         for length in rng.integers(4, 60, rng.integers(1, 5)):
-            ids, prompt = rng.integers(3, 49152, length).tolist(), rng.integers(1, length)
+            ids, prompt = rng.integers(3, WORDS, length).tolist(), rng.integers(1, length)
             own.append(Example.reply(ids[:prompt], ids[prompt:]))
         found.append(own)
     return found
 
 
 def order(home: Path, work: Path, count: int, rng):
-    model = swapped(home / "tiny")
+    model = swapped(home / "few")
     lora, texts = LoRAConfig(2, 4.0, ("q_proj", "up_proj"), 2, 4), examples(rng, 6)
     configs = [SFTConfig(lr=0.001 * (k + 1), steps=k + 2, row_len=64) for k in range(6)]
     prompts = [list(own[0].ids) for own in texts]
@@ -343,16 +345,14 @@ def mutated(data: bytes, rng) -> bytes:
 
 def readers(home: Path, work: Path) -> dict:
     """{name: (folder or file that is damaged, how it is read)}."""
-    tiny = work / "small"
-    write_checkpoint(tiny, "smollm2", vocab_size=300)
-    model = load_model(tiny, "cpu", "float32")
+    model = load_model(home / "few", "cpu", "float32")
     adapters = Adapters.init(model, LoRAConfig(2, 4.0, ("q_proj",), 2, 4), 1, seed=0)
-    save_adapter(adapters, work / "adapter", str(tiny))
+    save_adapter(adapters, work / "adapter", "few")
     for job, folder in (("memory", "made"), ("outer round, passages", "made-outer")):
         assert not (wrong := finish(job, work / folder, home)), wrong
     shutil.copytree(home / "tiny", work / "words", ignore=shutil.ignore_patterns("*.safetensors"))
     return {
-        "checkpoint": (tiny, lambda path: load_model(path, "cpu", "float32")),
+        "checkpoint": (home / "few", lambda path: load_model(path, "cpu", "float32")),
         "adapter": (work / "adapter", lambda path: load_adapter(model, path)),
         "tokenizer": (work / "words", lambda path: Tokenizer(path).encode("A fell.")),
         "memory": (work / "made" / "run", Memory),
@@ -439,7 +439,7 @@ def learnt(model, texts: list, rates: list[float]) -> tuple:
 
 
 def numbers(home: Path, work: Path, count: int, rng):
-    model, sane = swapped(home / "tiny"), [1e-3] * 8
+    model, sane = swapped(home / "few"), [1e-3] * 8
     for n in range(count):
         texts, it = examples(rng, 8), n % 8
         exploding = [float(rng.choice([1e3, 1e30])) if k == it else 1e-3 for k in range(8)]
@@ -453,7 +453,7 @@ def numbers(home: Path, work: Path, count: int, rng):
 
 def haul(home: Path, work: Path, count: int, rng):
     """Each tenth of the updates is a try; the first one is what the others are held against."""
-    model, lora = swapped(home / "tiny"), LoRAConfig(2, 4.0, ("q_proj", "down_proj"), 2, 4)
+    model, lora = swapped(home / "few"), LoRAConfig(2, 4.0, ("q_proj", "down_proj"), 2, 4)
     texts, configs = examples(rng, 4), [SFTConfig(lr=1e-3, steps=4, row_len=64)] * 4
 
     def tenth() -> tuple[float, float, str]:
