@@ -2,7 +2,7 @@
 #   make demo    what a trained policy is worth, then the whole loop in small: minutes
 #   make test    linter and tests
 #   make bench   speed, side by side with transformers + peft: 20 minutes
-#   make results RL by the paper's reward, a study of each self-edit that says how, and its ladder: an hour
+#   make results RL by the paper's reward, its ladder and its budget curve: an hour and a half
 #   make results-proxy  RL by the proxy, two rounds, their ladders, the figures: two and a half hours
 #   make results-arc    the same for ARC: a warm-up, which tasks can be solved, two rounds, the ladder: an hour and a half;
 #   make demo-arc       the loop on a few puzzles: ten minutes
@@ -43,6 +43,8 @@ results: .venv/dev model
 	$(PY) train_outer.py qa $(SEAL) $(OUTER) --limit 24 --samples 8 --rounds 1 --out runs/seal
 	cp runs/seal/metrics.jsonl results/settings_rounds.jsonl
 	$(PY) eval_qa.py --run runs/seal $(SEAL) --lr 0.008 --told --samples 2 --limit 24 --out results/qa_settings.json
+	$(PY) experiments/budget.py --run runs/seal $(SEAL) --lr 0.008 --samples 2 --limit 12 --budgets 512 1024 2048 4096
+	$(PY) eval_qa.py --run runs/seal $(SEAL) --lr 0.008 --told --limit 8 --data data/other_hand.json --out results/other_hand.json
 	$(PY) experiments/figures.py
 
 results-proxy: .venv/dev model
@@ -72,6 +74,7 @@ studies: .venv/dev model
 	$(PY) train_outer.py qa --out runs/studied --limit 24 --rounds 1 --samples 4
 	$(PY) experiments/proxy.py --limit 24 --work runs/studied/round-1
 	$(PY) experiments/rewards.py --seeds 2
+	$(PY) experiments/noise.py $(SEAL) --limit 32 --samples 3 --seeds 2
 	$(PY) experiments/recipes.py --limit 16
 	$(PY) experiments/own_texts.py
 	$(PY) experiments/router.py

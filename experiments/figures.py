@@ -84,7 +84,7 @@ def draw_ladder(results: list[dict]):
         draw_rows(axes, result["rows"], "accuracy", lambda r: f"{100 * r['accuracy']:.1f}")
         axes.set_xlim(0, 1.12 * max(100 * r["ci95"][1] for r in result["rows"]) + 4)
         axes.set_xlabel("quiz accuracy without the passage, %")
-        title = fill(protocol_title(result), 60)
+        title = fill(protocol_title(result), 50)
         axes.set_title(f"{title}\n{result['n_passages']} passages", fontsize=11)
     return figure
 
