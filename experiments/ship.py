@@ -4,9 +4,9 @@ trained, and a fingerprint of the base model that it belongs to.
     python experiments/ship.py --run runs/seal      # -> policies/smollm2-135m-instruct/
 
 Of the run's last round, or --round K; at most 6 MB, which train_outer.py --outer-rank 8 makes of
-the 135M model. What the rounding costs is measured on what that round was taught to imitate:
-"logprob" is its mean log-likelihood per token for the untrained model, the policy as the run has
-it, and the policy as it is written.
+the 135M model. What the rounding costs is measured on some of what that round was taught to
+imitate: "logprob" is its mean log-likelihood per token for the untrained model, the policy as the
+run has it, and the policy as it is written.
 """
 
 import argparse
@@ -30,6 +30,7 @@ from sampler import prefill
 from selfedit import note_prompts, read_edits
 
 LARGEST = 6_000_000  # bytes
+SCORED = 24  # texts by which the rounding is judged: each is read with all of its prompt
 NEEDED = "model data data_sha256 split skip limit style shots select keep".split()
 
 
@@ -55,7 +56,7 @@ def round_of(run: str, wanted: int) -> Path:
 def logprob(model, tok, pairs: list[tuple]) -> float:
     """Mean log-likelihood per token of texts, and their ends, as replies to their prompts."""
     found = []
-    for group in chunks(sorted(pairs), 16):
+    for group in chunks(sorted(pairs), 8):
         prompts = [prompt for prompt, *_ in group]
         replies = [[*tok.encode(text), tok.end_ids[0]] for _, text, _ in group]
         with torch.inference_mode():
@@ -99,6 +100,7 @@ def main() -> None:
             f"at most {LARGEST / 1e6:.0f}; train it with a smaller --outer-rank"
         )
     pairs, rounded = imitated(tok, before, folder), policy.pick([0])
+    pairs = pairs[:: max(1, len(pairs) // SCORED)][:SCORED]
     rounded.flat = policy.flat.bfloat16().float()
     scores = {"untrained": logprob(model, tok, pairs)}
     for name, adapter in (("float32", policy), ("bfloat16", rounded)):
