@@ -438,6 +438,7 @@ def test_smollm2_learns_texts_as_people_have_them(tmp_path, monkeypatch, smollm2
     """Minutes, a FAQ and personal notes in one text, with learn.py's own settings; whole ones are
     in results/own_texts.json."""
     (tmp_path / "text.txt").write_text(MIXED)
+    monkeypatch.setattr(learn, "own_quizzes", lambda model, tok, passages, *_: passages)
     about = ["--title", "Rolm", "--memory", tmp_path / "me"]
     run_script(monkeypatch, learn, SMOLLM2, "study", tmp_path / "text.txt", *about)
     questions = tuple(Question(question, (answer,)) for question, answer in QUIZ.items())

@@ -26,7 +26,7 @@ def tries(part: str, home, tmp_path, count: int, seed: int = 0) -> list[str]:
         ("stop", 1, 1),
         ("order", 2, 2),
         ("selfedits", 100, 100),
-        ("files", 14, 14),
+        ("files", 7, 7),
         ("numbers", 2, 2),
     ],
 )

@@ -102,12 +102,10 @@ def test_a_round_leaves_its_records(finished):
 @pytest.mark.parametrize(
     "stage, call",
     [
-        ("reward.write_self_edits", 1),  # nothing yet
         ("train_outer.inner_update", 1),  # sampled
         ("train_outer.inner_update", 2),  # in the middle of a round's three populations
         ("reward.quiz_candidates", 3),  # trained, not asked
         ("train_outer.select", 1),  # everything scored
-        ("train_outer.reinforce", 1),  # before the outer update
         ("train_outer.round_metrics", 1),  # after it: round 1 has its policy, but is not finished
         ("train_outer.save_adapter", 2),  # after it, in round 2
         ("train_outer.inner_update", 4),  # round 2: sampled
