@@ -167,6 +167,12 @@ def tok():
 
 
 @pytest.fixture
+def brief_answers(monkeypatch):
+    """For where it makes no difference that an answer may have 48 tokens."""
+    monkeypatch.setattr("reward.ask", partial(ask, max_new=4))
+
+
+@pytest.fixture
 def brief_general(tmp_path, monkeypatch):
     """Short answers, and data/general.json with one text, three questions and two anchors."""
     about = json.loads((ROOT / "data" / "general.json").read_text())

@@ -491,7 +491,7 @@ MUTANTS = [
     Mutant("lm/runs.py", 'first["notes_mean"] / 2', 'first["notes_mean"] / 8',
         "tests/test_runs.py -k collapse"),
     Mutant("lm/files.py", "signal.signal(signal.SIGTERM, stop)", "pass",
-        "tests/test_scripts.py -k says_how_to_go_on"),
+        "tests/test_torture.py -k stop"),
     Mutant("train_outer.py", "len(set(written)) / len", "len(written) / len",
         "tests/test_train_outer.py -k metrics"),
     Mutant("train_outer.py", '[flaw == "repeats"', '[flaw != "repeats"',

@@ -14,6 +14,8 @@ from lm.files import read_json
 from lora import PROJECTIONS, Adapters, LoRAConfig
 from reward import Pool, notes_about, passage_examples, random_halves
 
+pytestmark = pytest.mark.usefixtures("brief_answers")
+
 TEXT = "Ada Quell cast the bell. Bo Larn rang it in Rolm."
 QUIZ = (Question("Who cast it?", ("Ada Quell",)), Question("Who rang it?", ("Bo Larn",)))
 PASSAGE = Passage("p", "Rolm", TEXT, QUIZ)

@@ -19,6 +19,8 @@ from quiz import ask
 from reward import passage_candidate
 from selfedit import Part, SelfEdit, settings_of
 
+pytestmark = pytest.mark.usefixtures("brief_answers")
+
 # -----------------------------------------------------------------------------
 # numbers
 

@@ -22,6 +22,8 @@ from lora import PROJECTIONS, Adapters, LoRAConfig
 from quiz import ask
 from selfedit import QA_PAIR, STYLES, WORKED, Part, SelfEdit, parse_settings, settings_of
 
+pytestmark = pytest.mark.usefixtures("brief_answers")
+
 # -----------------------------------------------------------------------------
 # statistics
 

@@ -11,6 +11,8 @@ from lm.files import read_jsonl
 from reward import credit_by_halves, note_credits, pools, random_halves, select, to_imitate
 from selfedit import Part, SelfEdit
 
+pytestmark = pytest.mark.usefixtures("brief_answers")
+
 
 @pytest.mark.parametrize("n", [2, 7, 8])
 def test_halves_come_in_complementary_pairs(n):

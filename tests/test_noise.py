@@ -14,6 +14,8 @@ from experiments.noise import PARTS, components, judge
 from lm.files import read_json, read_jsonl
 from selfedit import settings_of
 
+pytestmark = pytest.mark.usefixtures("brief_answers")
+
 SPREAD = {"question": 2.0, "candidate": 1.0, "its questions": 0.7, "study": 0.5, "rest": 0.3}
 
 

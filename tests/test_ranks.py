@@ -73,10 +73,10 @@ def alone(tiny_folder, tmp_path_factory):
 
 
 def test_many_end_with_what_one_ends_with(alone, tiny_folder, tmp_path):
-    """One of three is killed in mid-round: torchrun starts all again, and what was done is not done
+    """One of two is killed in mid-round: torchrun starts all again, and what was done is not done
     again."""
     (tmp_path / "dies").write_text("")
-    done = run(tmp_path, tiny_folder, alone / "passages.json", processes=3, restarts=1)
+    done = run(tmp_path, tiny_folder, alone / "passages.json", processes=2, restarts=1)
     assert done.returncode == 0, done.stderr
     assert not (tmp_path / "dies").exists() and done.stdout.count("round 1  reward") == 1
     one, many = (folder / "out" / "round-1" for folder in (alone, tmp_path))
@@ -85,7 +85,7 @@ def test_many_end_with_what_one_ends_with(alone, tiny_folder, tmp_path):
     assert not list(many.glob("*-of-*"))
     updates = [(folder / "updates").read_text().count("one") for folder in (alone, tmp_path)]
     in_flight = updates[1] - updates[0]
-    assert 1 <= in_flight <= 3
+    assert 1 <= in_flight <= 2
     own, theirs = (load_file(f / "policy" / "adapter_model.safetensors") for f in (one, many))
     assert any(tensor.any() for name, tensor in own.items() if "lora_B" in name)
     for name in own.keys() | theirs.keys():

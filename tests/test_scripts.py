@@ -130,15 +130,15 @@ def command(tiny_folder, passages_file, out) -> list[str]:
     return [sys.executable, "train_outer.py", "qa", *map(str, flags)]
 
 
-@pytest.mark.parametrize("stop, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_an_interrupted_run_says_how_to_go_on(stop, code, tiny_folder, passages_file, tmp_path):
+def test_an_interrupted_run_says_how_to_go_on(tiny_folder, passages_file, tmp_path):
+    """So it does with SIGTERM: tests/torture.py stops runs either way."""
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT}
     run = command(tiny_folder, passages_file, tmp_path / "run")
     with subprocess.Popen(run, **pipes) as process:
         assert process.stdout.readline().startswith("round-1 sample 9/9")
-        process.send_signal(stop)
+        process.send_signal(signal.SIGINT)
         _, error = process.communicate()
-    assert process.returncode == code
+    assert process.returncode == 130
     assert error == "interrupted; the same command goes on where it was\n"
 
 

@@ -33,6 +33,8 @@ from selfedit import (
     settings_prompts,
 )
 
+pytestmark = pytest.mark.usefixtures("brief_answers")
+
 TEXT = "Ada Quell cast the bell. Bo Larn rang it in Rolm."
 PASSAGE = Passage("p", "Rolm", TEXT, ())
 GOOD = settings_of(["passage", "questions"], 2, 1, 3, "answers", 0.004, 8)
