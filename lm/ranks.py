@@ -19,10 +19,10 @@ RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1
 
 def start(device: str) -> str:
     """Find the other processes, if there are any; the device that this one computes on."""
-    import torch  # here: what only reads files goes without it
-
     if WORLD == 1:
         return device
+    import torch  # here: what only reads files goes without it
+
     if device in ("auto", "cuda") and torch.cuda.is_available():
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)

@@ -81,6 +81,11 @@ def load_swapped(folder):
     return model
 
 
+def one_note(text, style, ended, about):
+    """For selfedit.parse: whatever was sampled is one note."""
+    return [f"Question: {' '.join(text.split()) or 'x'}\nAnswer: {about or 'x'}"], ""
+
+
 SUBCOMMANDS = "qa arc study ask list show forget check consolidate export".split()
 
 
@@ -131,13 +136,17 @@ def family_folder(request, tmp_path_factory):
     return write_checkpoint(tmp_path_factory.mktemp(request.param), request.param)
 
 
-@pytest.fixture(scope="session")
-def tiny_folder(tmp_path_factory):
+def write_tiny(folder) -> Path:
     """A tiny Llama with the real SmolLM2 tokenizer: every script runs on it in seconds."""
-    folder = write_checkpoint(tmp_path_factory.mktemp("tiny"), "smollm2", vocab_size=49152)
+    write_checkpoint(folder, "smollm2", vocab_size=49152)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (folder / name).write_bytes((SMOLLM2 / name).read_bytes())
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory):
+    return write_tiny(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture
@@ -184,8 +193,7 @@ def brief_general(tmp_path, monkeypatch):
         monkeypatch.setattr(name, partial(ask, max_new=4))
 
 
-@pytest.fixture
-def passages_file(tmp_path):
+def write_passages(path) -> Path:
     """Three passages to train on and two held out, each with two questions."""
     entries = []
     for n in range(5):
@@ -199,20 +207,27 @@ def passages_file(tmp_path):
             {**reverse, "direction": "reversed"},
         ]
         entries.append(entry)
-    path = tmp_path / "passages.json"
     path.write_text(json.dumps({"passages": entries}))
     return path
 
 
 @pytest.fixture
-def tasks_file(tmp_path):
+def passages_file(tmp_path):
+    return write_passages(tmp_path / "passages.json")
+
+
+def write_tasks(path) -> Path:
     """Two small training tasks, t1 and t2, and one for evaluation: outputs equal their inputs."""
     grids = [[[a, b], [b, a]] for a, b in ((1, 2), (3, 4), (5, 6), (7, 8))]
     task = {
         "train": [{"input": g, "output": g} for g in grids[:3]],
         "test": [{"input": grids[3], "output": grids[3]}],
     }
-    path = tmp_path / "arc.json"
     train = {"t1": task, "t2": {**task, "train": task["train"][::-1]}}
     path.write_text(json.dumps({"train": train, "eval": {"t3": task}}))
     return path
+
+
+@pytest.fixture
+def tasks_file(tmp_path):
+    return write_tasks(tmp_path / "arc.json")

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import dies_at, run_script, watch_weights
+from conftest import dies_at, one_note, run_script, watch_weights
 
 import train_outer
 from inner import learner
@@ -47,11 +47,6 @@ def brief():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("reward.ask", partial(ask, max_new=4))
         yield
-
-
-def one_note(text, style, ended, about):
-    """For selfedit.parse: whatever was sampled is one note."""
-    return [f"Question: {' '.join(text.split()) or 'x'}\nAnswer: {about}"], ""
 
 
 @pytest.fixture(scope="module")

@@ -46,7 +46,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run it from a
 import hypothesis
 import numpy as np
 import torch
-from conftest import SMOLLM2, write_checkpoint
+from conftest import one_note, write_checkpoint, write_passages, write_tasks, write_tiny
 from hypothesis import strategies
 
 import arc
@@ -71,20 +71,21 @@ from selfedit import STYLES, WORKED
 FLAWS = {"", "empty", "malformed", "endless", "repeats", "copied", "out of bounds", "over budget"}
 FLAWS |= {"diverged", "too many steps", "too long"}
 WORDS = 300
+LORA = LoRAConfig(2, 4.0, ("q_proj", "down_proj"), 2, 4)
 ROOM = 1 << 30  # bytes of memory that reading a file may take beyond its size
 fork = multiprocessing.get_context("fork")  # a child begins with torch in memory
 
 # -----------------------------------------------------------------------------
 # runs in child processes
 
-SMALL = "--max-new 6 --top-layers 2 --rank 2 --population 4 --device cpu --dtype float32"
-OUTER = f"--out run --samples 3 --rounds 2 --outer-rank 2 --select best {SMALL}"
-LADDER = "--out run/l.json --work run"
+SMALL = "--max-new 6 --top-layers 2 --rank 2 --device cpu --dtype float32"
+OUTER = f"--out run --samples 3 --rounds 2 --outer-rank 2 --select best --population 4 {SMALL}"
+LADDER = f"--out run/l.json --work run --samples 2 --steps 2 --population 4 {SMALL}"
 JOBS = {
     "outer round, passages": f"train_outer qa --data passages.json --steps 2 {OUTER}",
     "outer round, puzzles": f"train_outer arc --data arc.json {OUTER}",
-    "ladder": f"eval_qa --data passages.json --samples 2 --steps 2 {LADDER} {SMALL}",
-    "memory": f"learn study a.txt b.txt --memory run {SMALL.replace('--population 4', '')}",
+    "ladder": f"eval_qa --data passages.json {LADDER}",
+    "memory": f"learn study a.txt b.txt --memory run {SMALL}",
 }
 
 
@@ -94,7 +95,7 @@ def play(job: str, folder: Path, home: Path, more: str) -> None:
     os.chdir(folder)
     sys.stdout = sys.stderr = open("said", "w")
     name, *flags = [str(home / f) if (home / f).is_file() else f for f in f"{job} {more}".split()]
-    selfedit.parse = taken_as_it_is
+    selfedit.parse = one_note
     arc.parse_settings = lambda text, ended: (WORKED_ON_ARC, "")
     reward.ask = partial(reward.ask, max_new=4)
     script = importlib.import_module(name)
@@ -105,10 +106,6 @@ def play(job: str, folder: Path, home: Path, more: str) -> None:
 
 WORKED_ON_ARC = {"groups": ["use_basic_augmentations"], "every_token": True, "lr": 1e-3}
 WORKED_ON_ARC |= {"epochs": 1}
-
-
-def taken_as_it_is(text, style, ended, about=""):
-    return [f"Question: {' '.join(text.split()) or 'x'}\nAnswer: {about or 'x'}"], ""
 
 
 def start(job: str, folder: Path, home: Path, more: str = ""):
@@ -141,28 +138,16 @@ def written(folder: Path) -> dict:
 
 def without_time(value):
     if isinstance(value, dict):
-        return {k: without_time(v) for k, v in value.items() if k not in ("seconds", "trained")}
+        return {k: without_time(v) for k, v in value.items() if k != "seconds"}
     return [without_time(v) for v in value] if isinstance(value, list) else value
 
 
 def make_home(home: Path) -> None:
     """A tiny model, one of few words, and small files for JOBS."""
-    write_checkpoint(home / "tiny", "smollm2", vocab_size=49152)
+    write_tiny(home / "tiny")
     write_checkpoint(home / "few", "smollm2", vocab_size=WORDS)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(SMOLLM2 / name, home / "tiny")
-    entries = []
-    for n in range(5):
-        questions = [{"question": f"Who founded Town {n}?", "answers": [f"Person {n}"]}]
-        text = f"Town {n} was founded by Person {n}. It sells red bricks."
-        split = "train" if n < 3 else "heldout"
-        entries.append({"title": f"Town {n}", "split": split, "passage": text})
-        entries[-1]["questions"] = questions
-    write_json(home / "passages.json", {"passages": entries})
-    pairs = [{"input": [[a, b]], "output": [[b, a]]} for a, b in ((1, 2), (3, 4), (5, 6), (7, 8))]
-    task = {"train": pairs[:3], "test": pairs[3:]}
-    tasks = {"train": {"t1": task, "t2": {**task, "train": pairs[2::-1]}}, "eval": {"t3": task}}
-    write_json(home / "arc.json", tasks)
+    write_passages(home / "passages.json")
+    write_tasks(home / "arc.json")
     for name in "ab":
         (home / f"{name}.txt").write_text(f"{name.upper()} fell. It was tall.")
 
@@ -246,13 +231,12 @@ def examples(rng, n: int) -> list[list[Example]]:
 
 
 def order(home: Path, work: Path, count: int, rng):
-    model = swapped(home / "few")
-    lora, texts = LoRAConfig(2, 4.0, ("q_proj", "up_proj"), 2, 4), examples(rng, 6)
+    model, texts = swapped(home / "few"), examples(rng, 6)
     configs = [SFTConfig(lr=0.001 * (k + 1), steps=k + 2, row_len=64) for k in range(6)]
     prompts = [list(own[0].ids) for own in texts]
 
-    def learnt(of: list[int]) -> list[float]:
-        adapters = Adapters.init(model, lora, len(of), 0)
+    def losses_of(of: list[int]) -> list[float]:
+        adapters = Adapters.init(model, LORA, len(of), 0)
         own = [texts[i] for i in of], [configs[i] for i in of]
         return [outcome.loss for outcome in inner_update(model, adapters, *own, seed=0)]
 
@@ -260,10 +244,10 @@ def order(home: Path, work: Path, count: int, rng):
         return generate(model, [prompts[i] for i in of], 12, [2], temperature=0.1, seed=5)
 
     everything = list(range(6))
-    losses, samples = learnt(everything), sampled(everything)
+    losses, samples = losses_of(everything), sampled(everything)
     for _ in range(count):
         of = rng.permutation(6)[: rng.integers(1, 7)].tolist()
-        near = np.allclose(learnt(of), [losses[i] for i in of], rtol=1e-4)
+        near = np.allclose(losses_of(of), [losses[i] for i in of], rtol=1e-4)
         alike = sampled(of) == [samples[i] for i in of]
         yield "" if near and alike else f"{of}: learns the same: {near}, writes the same: {alike}"
 
@@ -346,7 +330,7 @@ def mutated(data: bytes, rng) -> bytes:
 def readers(home: Path, work: Path) -> dict:
     """{name: (folder or file that is damaged, how it is read)}."""
     model = load_model(home / "few", "cpu", "float32")
-    adapters = Adapters.init(model, LoRAConfig(2, 4.0, ("q_proj",), 2, 4), 1, seed=0)
+    adapters = Adapters.init(model, LORA, 1, seed=0)
     save_adapter(adapters, work / "adapter", "few")
     for job, folder in (("memory", "made"), ("outer round, passages", "made-outer")):
         assert not (wrong := finish(job, work / folder, home)), wrong
@@ -430,9 +414,7 @@ def files(home: Path, work: Path, count: int, rng):
 
 def learnt(model, texts: list, rates: list[float]) -> tuple:
     """Adapters of candidates with these learning rates, and which of them diverged."""
-    adapters = Adapters.init(
-        model, LoRAConfig(2, 4.0, ("q_proj", "down_proj"), 2, 4), len(texts), 0
-    )
+    adapters = Adapters.init(model, LORA, len(texts), 0)
     configs = [SFTConfig(lr=rate, steps=4, row_len=64) for rate in rates]
     outcomes = inner_update(model, adapters, texts, configs, seed=0)
     return adapters.flat, [outcome.diverged for outcome in outcomes]
@@ -453,14 +435,13 @@ def numbers(home: Path, work: Path, count: int, rng):
 
 def haul(home: Path, work: Path, count: int, rng):
     """Each tenth of the updates is a try; the first one is what the others are held against."""
-    model, lora = swapped(home / "few"), LoRAConfig(2, 4.0, ("q_proj", "down_proj"), 2, 4)
-    texts, configs = examples(rng, 4), [SFTConfig(lr=1e-3, steps=4, row_len=64)] * 4
+    model, texts = swapped(home / "few"), examples(rng, 4)
 
     def tenth() -> tuple[float, float, str]:
         took = []
         for _ in range(count // 10):
             began = time.perf_counter()
-            inner_update(model, Adapters.init(model, lora, 4, 0), texts, configs, 0)
+            learnt(model, texts, [1e-3] * 4)
             took.append(time.perf_counter() - began)
         used = memory("VmRSS")
         weights = hashlib.sha256()
