@@ -273,17 +273,19 @@ class Puzzles:
     """The domain as train_outer.py and eval_arc.py see it: prompts, sampling, candidates, quiz,
     credit."""
 
-    def __init__(self, args, model, tok):
-        self.args, self.tok, self.context = args, tok, model.config.max_seq_len
+    def __init__(self, args, model, tok, student, its_tok):
+        self.args, self.tok, self.its_tok = args, tok, its_tok
+        self.context = min(m.config.max_seq_len for m in (model, student))
         tasks = chosen_tasks(args)
-        if both := tasks.keys() & {*model.config.hf.get(SEEN, [])}:
-            raise SystemExit(
-                f"error: {args.model} was trained on {len(both)} of these tasks; leave them out"
-            )
+        for name, m in ((args.model, model), (args.student, student)):
+            if both := tasks.keys() & {*m.config.hf.get(SEEN, [])}:
+                told = f"error: {name} was trained on {len(both)} of these tasks"
+                raise SystemExit(f"{told}; leave them out")
         prompts = {i: settings_prompt(tok, t, args.shots) for i, t in tasks.items()}
         self.left_out = []
         for i, prompt in prompts.items():
-            needed = max(len(prompt) + args.max_new, answer_room(tok, tasks[i], with_prompt=True))
+            answer = answer_room(its_tok, tasks[i], with_prompt=True)
+            needed = max(len(prompt) + args.max_new, answer)
             self.left_out += [i] if needed > self.context else []
         if self.left_out:
             counts = f"{len(self.left_out)} of {len(prompts)} tasks left out"
@@ -322,7 +324,8 @@ class Puzzles:
         return Log(path, lambda result: result["solved"], known)
 
     def candidate(self, task: Task, settings: dict, seed: int) -> Candidate:
-        return puzzle_candidate(self.tok, task, settings, self.args.augmented, seed, self.context)
+        how = (self.args.augmented, seed, self.context)
+        return puzzle_candidate(self.its_tok, task, settings, *how)
 
     def candidates(self, edits: list[SelfEdit], seed: int) -> list[Candidate | None]:
         """One for each self-edit; None for a flawed one, which is not trained and earns nothing."""

@@ -45,7 +45,15 @@ from data.arc import Task
 from inner import learner, lora_config
 from lm.adapters import load_adapter
 from lm.files import GOES_ON, chunks, run_main, sub_seed, write_json
-from lm.flags import Parser, add_model_flags, at_least, load, refuse_unused, result_head
+from lm.flags import (
+    Parser,
+    add_model_flags,
+    at_least,
+    load,
+    load_student,
+    refuse_unused,
+    result_head,
+)
 from lm.intervals import bootstrap, paired_steps, pairs_of, written_steps
 from lm.log import Log, Progress
 from lm.runs import (
@@ -127,8 +135,9 @@ def show_task(task: Task, predictions: list[str], title: str) -> None:
 class Ladder:
     """Rows of results[task][attempt], and the record of every attempt."""
 
-    def __init__(self, model, tok, puzzles: Puzzles, args, work: Path):
-        self.model, self.tok, self.puzzles, self.args, self.work = model, tok, puzzles, args, work
+    def __init__(self, model, student, its_tok, puzzles: Puzzles, args, work: Path):
+        self.model, self.student, self.its_tok = model, student, its_tok
+        self.puzzles, self.args, self.work = puzzles, args, work
         self.tasks = [puzzles.tasks[i] for i in puzzles.prompts]
         self.solved, self.voted, self.written, self.records = {}, {}, {}, []
 
@@ -159,9 +168,9 @@ class Ladder:
     def train(self, method: str, candidates: list) -> Log:
         """An inner update and a prediction for what no row has trained yet."""
         log = self.puzzles.log(self.work / method / "scored.jsonl")
-        groups, lora = self.puzzles.populations(candidates, log), lora_config(self.args, self.model)
-        seed = sub_seed(self.args.seed, 1)
-        update_and_quiz(self.model, self.tok, groups, lora, seed, log, self.puzzles.quiz, method)
+        groups = self.puzzles.populations(candidates, log)
+        how = (lora_config(self.args, self.student), sub_seed(self.args.seed, 1), log)
+        update_and_quiz(self.student, self.its_tok, groups, *how, self.puzzles.quiz, method)
         return log
 
     def fixed(self, method: str, tasks: list[Task], settings: dict) -> list[dict]:
@@ -188,7 +197,7 @@ class Ladder:
             seed = sub_seed(self.args.seed, 0)
             edits = self.puzzles.sample(self.model, seed, log, f"{method} sample")
         candidates = self.puzzles.candidates(edits, sub_seed(self.args.seed, 1))
-        with learner(self.model, policy, self.args):
+        with learner(self.student, policy, self.args):
             log = self.train(method, candidates)
         results = []
         for e, c in zip(edits, candidates):
@@ -205,7 +214,7 @@ class Ladder:
     def climb(self, policies: dict) -> None:
         progress, icl = Progress("icl", len(self.tasks)), []
         for task in self.tasks:
-            icl.append(predict(self.model, self.tok, [task]))
+            icl.append(predict(self.student, self.its_tok, [task]))
             progress.step()
         self.add("icl", icl, [[None]] * len(icl))
         fixed = self.fixed("ttt-fixed", self.tasks, GRID[0])
@@ -275,14 +284,16 @@ def main() -> None:
     args = parse_arguments()
     policies = find_policies(args, "arc")
     model, tok = load(args)
-    lora_config(args, model)  # complains now rather than after sampling
-    puzzles = Puzzles(args, model, tok)
+    student, its_tok = load_student(args, model, tok)
+    lora_config(args, student)  # complains now rather than after sampling
+    puzzles = Puzzles(args, model, tok, student, its_tok)
     if args.run:
         refuse_training_tasks(puzzles.tasks, args)
     free = ("out", "work", "run", "policy", "oracle", "show")  # may change when resumed
     settings = {k: v for k, v in vars(args).items() if k not in free}
     settings |= puzzles.pinned | {"policies": policy_digests(policies)}
-    ladder = Ladder(model, tok, puzzles, args, open_run(args.work, settings, model))
+    work = open_run(args.work, settings, model, student)
+    ladder = Ladder(model, student, its_tok, puzzles, args, work)
     head = result_head(args, model) | {"n_tasks": len(ladder.tasks), "left_out": puzzles.left_out}
     head["settings"] = settings
     if args.choose:

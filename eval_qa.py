@@ -73,7 +73,7 @@ from lm.files import (
     write_json,
     write_jsonl,
 )
-from lm.flags import Parser, at_least, load, refuse_unused, result_head
+from lm.flags import Parser, at_least, load, load_student, refuse_unused, result_head
 from lm.intervals import (
     bootstrap,
     gap_closed,
@@ -227,8 +227,10 @@ def unstudied(passage) -> dict:
 class Climb:
     """One climb of the ladder: rows after an inner update, under each protocol, from one seed."""
 
-    def __init__(self, model, tok, passages, args, recipes, fixed, seed: int, work: Path):
-        self.model, self.tok, self.passages, self.args = model, tok, passages, args
+    def __init__(self, writer, student, passages, args, recipes, fixed, seed: int, work: Path):
+        self.model, self.tok = writer
+        self.student, self.its_tok = student
+        self.passages, self.args = passages, args
         self.recipes, self.fixed, self.seed, self.work = recipes, fixed, seed, work
         self.tables = {p: {} for p in ("epochs", "steps") if args.match in (p, "both")}
         self.records = []  # what each row learnt from and answered
@@ -243,7 +245,8 @@ class Climb:
             for passage, samples, title in zip(self.passages, notes, titles):
                 for own in samples:
                     n = len(candidates)
-                    candidates.append(passage_candidate(self.tok, n, passage, own, config, title))
+                    how = (n, passage, own, config, title)
+                    candidates.append(passage_candidate(self.its_tok, *how))
             name = f"{method}-{protocol}{config.steps or config.epochs}-{config.lr:g}"
             results = self.study(method, protocol, name, candidates)
             table[method] = self.columns(results, notes)
@@ -256,7 +259,7 @@ class Climb:
         for passage, samples in zip(self.passages, edits):
             for e in samples:
                 how = (passage, e, self.args, sub_seed(self.seed, 1))
-                c, e.flaw = edit_candidate(self.tok, len(candidates), *how)
+                c, e.flaw = edit_candidate(self.its_tok, len(candidates), *how)
                 candidates.append(c)
         log = f"{name or method}-{self.args.budget}"
         results = self.study(method, "steps", log, candidates)
@@ -265,11 +268,11 @@ class Climb:
 
     def study(self, method: str, protocol: str, name: str, candidates: list) -> list[dict | None]:
         """Each candidate's result; None for what is not studied."""
-        lora = lora_config(self.args, self.model)
+        lora = lora_config(self.args, self.student)
         log = Log(self.work / f"{name}.jsonl", accuracy_of)
         groups = populations([c for c in candidates if c], self.args.population)
         how = (lora, sub_seed(self.seed, 1), log, quiz_candidates, f"{method} ({protocol})")
-        update_and_quiz(self.model, self.tok, groups, *how)
+        update_and_quiz(self.student, self.its_tok, groups, *how)
         return [log[c] if c else None for c in candidates]
 
     def columns(self, results: list, learnt: list[list]) -> dict:
@@ -324,7 +327,7 @@ class Climb:
             says_how = self.args.settings and method != "proxy"
             with merged(model, policy):
                 edits = self.write(method, None if says_how else QUESTIONS)
-            with learner(model, policy, self.args):
+            with learner(self.student, policy, self.args):
                 if says_how:
                     self.settings_row(method, edits)
                 else:
@@ -350,10 +353,11 @@ def answer_record(method: str, passage, notes, answers: list[dict]) -> dict:
     return about | {"notes": list(notes), "answers": asked, "sentences": sentence_credits}
 
 
-def ladder(model, tok, passages, policies: dict, args, recipes: dict, fixed: dict, work: Path):
-    """Returns {protocol: {method: scores}}, averaged over seeds, and the first seed's records."""
-    base = without_update(model, tok, passages, False, "base")
-    shown = without_update(model, tok, passages, True, "in-context")
+def ladder(writer, student, passages, policies: dict, args, recipes: dict, fixed: dict, work: Path):
+    """`writer` and `student`: each a model and its tokenizer. Returns {protocol: {method: scores}},
+    averaged over seeds, and the first seed's records."""
+    base = without_update(*student, passages, False, "base")
+    shown = without_update(*student, passages, True, "in-context")
     tables, records = {}, []
     for method, answers in (("base", base), ("in-context", shown)):
         both = zip(passages, answers)
@@ -365,7 +369,7 @@ def ladder(model, tok, passages, policies: dict, args, recipes: dict, fixed: dic
     for n in range(args.seeds):
         seed = sub_seed(args.seed, n)
         how = (recipes, fixed, seed, work / f"climb-{n}")
-        climbs.append(Climb(model, tok, passages, args, *how))
+        climbs.append(Climb(writer, student, passages, args, *how))
         climbs[-1].climb(policies)
     for protocol, first in climbs[0].tables.items():
         tables[protocol] = {"base": base}
@@ -441,13 +445,15 @@ def main() -> None:
     fixed = fixed_settings(args)  # complains now rather than later
     refuse_training_passages(passages, args)
     model, tok = load(args)
-    lora_config(args, model)  # complains now rather than after sampling
+    student = load_student(args, model, tok)
+    lora_config(args, student[0])  # complains now rather than after sampling
     out = Path(args.out)
     free = "out work match steps recipes seeds run policy proxy no_study told fixed".split()
     settings = {k: v for k, v in vars(args).items() if k not in free}  # free: may change on resume
     settings |= {"data_sha256": digest(args.data), "policies": policy_digests(policies)}
-    work = open_run(args.work, settings, model)
-    tables, records = ladder(model, tok, passages, policies, args, recipes, fixed, work)
+    work = open_run(args.work, settings, model, student[0])
+    how = (passages, policies, args, recipes, fixed, work)
+    tables, records = ladder((model, tok), student, *how)
     write_jsonl(work / "answers.jsonl", records)
     head = result_head(args, model) | counts(passages)
     head["settings"] = settings | {k: getattr(args, k) for k in ("steps", "recipes", "seeds")}

@@ -649,8 +649,8 @@ class Passages:
     """What train_outer.py asks of a domain: prompts, sampling, candidates, the quiz,
     credit."""
 
-    def __init__(self, args, model, tok):
-        self.args, self.tok = args, tok
+    def __init__(self, args, model, tok, student, its_tok):
+        self.args, self.tok, self.its_tok = args, tok, its_tok
         passages = load_passages(args.data, args.split, args.skip, args.limit)
         self.passages = {p.id: p for p in passages}
         note_uncredited(passages)
@@ -679,14 +679,14 @@ class Passages:
         if args.halves:
             self.pools = pools(edits, self.passages, args.halves, seed)
             for p, half in ((pool.passage, half) for pool in self.pools for half in pool.halves):
-                found.append(passage_candidate(self.tok, len(found), p, half, config))
+                found.append(passage_candidate(self.its_tok, len(found), p, half, config))
         else:
             for e in edits:
                 how = (self.passages[e.passage], e, args, seed)
-                c, e.flaw = edit_candidate(self.tok, len(found), *how)
+                c, e.flaw = edit_candidate(self.its_tok, len(found), *how)
                 found.append(c)
         for p in self.passages.values() if args.select == "improving" else ():
-            found.append(passage_candidate(self.tok, len(found), p, (), config))
+            found.append(passage_candidate(self.its_tok, len(found), p, (), config))
         first = {}
         for c in filter(None, found):
             first.setdefault((c.subject.id, tuple(c.examples), c.config), c)

@@ -39,7 +39,7 @@ import selfedit
 from inner import SFTConfig, inner_update, learner, lora_config, update_one
 from lm.adapters import load_adapter, save_adapter
 from lm.files import GOES_ON, run_main, sub_seed, write_jsonl
-from lm.flags import Parser, add_model_flags, at_least, load, refuse_unused
+from lm.flags import Parser, add_model_flags, at_least, load, load_student, refuse_unused
 from lm.runs import Rounds, open_run
 from lora import PROJECTIONS, Adapters, LoRAConfig, merged
 from reward import select
@@ -63,10 +63,9 @@ RULES = {
 def parse_arguments(argv=None):
     parser = Parser(description=__doc__)
     domains = parser.add_subparsers(dest="domain", required=True, metavar="qa|arc")
-    sub = {
-        name: domains.add_parser(name, help=text, description=text) for name, text in ABOUT.items()
-    }
-    for name, p in sub.items():
+    sub = {}
+    for name, text in ABOUT.items():
+        sub[name] = p = domains.add_parser(name, help=text, description=text)
         add_model_flags(p)
         (data.qa if name == "qa" else data.arc).add_flags(p, "train")
         selfedit.add_flags(p)
@@ -108,8 +107,7 @@ def add_loop_flags(parser, out: str, rewards: list[str], rules: list[str]) -> No
     add("--outer-epochs", type=at_least(1), default=2, help="passes over what is imitated")
     about = "tokens per packed row; 0: a row per self-edit or part"
     add("--outer-row-len", type=at_least(0), default=1024, help=about)
-    about = "rows per step; the paper: 10 self-edits"
-    add("--outer-batch", type=at_least(1), default=1, help=about)
+    add("--outer-batch", type=at_least(1), default=1, help="rows a step; the paper: 10 self-edits")
 
 
 def refuse_contradictions(parser, args) -> None:
@@ -207,10 +205,11 @@ def first_policy(model, args) -> Adapters:
 def main() -> None:
     args = parse_arguments()
     model, tok = load(args)
-    lora = lora_config(args, model)  # complains now rather than after sampling
-    domain = DOMAINS[args.domain](args, model, tok)
+    student, its_tok = load_student(args, model, tok)
+    lora = lora_config(args, student)  # complains now rather than after sampling
+    domain = DOMAINS[args.domain](args, model, tok, student, its_tok)
     settings = {k: v for k, v in vars(args).items() if k not in ("out", "rounds")}
-    rounds = Rounds(open_run(args.out, settings | domain.pinned, model), args.rounds)
+    rounds = Rounds(open_run(args.out, settings | domain.pinned, model, student), args.rounds)
     policy = first_policy(model, args)
     if rounds.done:
         policy = load_adapter(model, rounds.folder(rounds.done) / "policy")
@@ -226,12 +225,12 @@ def main() -> None:
         # study: theta_i = SFT(theta_0, SE_i), a population at a time; then the quiz, without C
         seed, log = domain.seed(k), domain.log(folder / "scored.jsonl")
         candidates = domain.candidates(edits, seed)
-        with learner(model, policy, args):
+        with learner(student, policy, args):
             for group in log.remaining(domain.populations(candidates, log), f"{name} study"):
-                adapters = Adapters.init(model, lora, len(group), seed)
+                adapters = Adapters.init(student, lora, len(group), seed)
                 examples, configs = [c.examples for c in group], [c.config for c in group]
-                outcomes = inner_update(model, adapters, examples, configs, seed, log.tick)
-                log.add(group, domain.quiz(model, tok, group, adapters, outcomes))
+                outcomes = inner_update(student, adapters, examples, configs, seed, log.tick)
+                log.add(group, domain.quiz(student, its_tok, group, adapters, outcomes))
 
         # credit: r_i, of the whole and of each part; select: what is imitated
         alone = domain.credit(edits, candidates, log)
@@ -239,8 +238,7 @@ def main() -> None:
         write_jsonl(folder / "candidates.jsonl", [e.record() for e in edits])
 
         # reinforce: theta <- SFT(theta, {(C, SE_i): kept}), ReST-EM
-        how = (args.select, args.keep, args.outer)
-        pairs = reward.to_imitate(domain.prompts, edits, *how)
+        pairs = reward.to_imitate(domain.prompts, edits, args.select, args.keep, args.outer)
         seed, label = sub_seed(args.seed, k, 2), f"{name} reinforce"
         loss = reinforce(model, tok, pairs, policy, args, seed, label)
         save_adapter(policy, folder / "policy", args.model)

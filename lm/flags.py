@@ -100,6 +100,16 @@ def command_line() -> str:
     return shlex.join(["python", *sys.argv])
 
 
+def load_student(args, model: Transformer, tok: Tokenizer) -> tuple[Transformer, Tokenizer]:
+    """The model that studies and is quizzed, and its tokenizer: those of --student, or without it
+    the same that write. Exits with one line if it is to learn a policy, too."""
+    if not args.student:
+        return model, tok
+    if args.learner == "policy":
+        raise SystemExit("error: --learner policy: the policy is of --model, and not of --student")
+    return load(argparse.Namespace(**vars(args) | {"model": args.student}))
+
+
 def result_head(args, model: Transformer) -> dict:
     """What every result file starts with."""
     about = {"command": command_line(), "seed": args.seed, "model": args.model}

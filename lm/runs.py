@@ -26,18 +26,20 @@ CODE = ("*.py", "lm/*.py", "data/*.py", "experiments/*.py")
 SPEED = ("population", "compile", "device")  # settings that change how fast a run is
 
 
-def open_run(folder, settings: dict, model=None) -> Path:
-    """Make the run folder, or check that it was made with the same settings, weights and dtype of
-    the model, so that a run is only ever resumed as what it was; SPEED may differ, and a ladder's
-    "policies" may come and go, but not change. Exits with one line that names the first setting
-    that differs, or if another process works in the folder. A note says if the code has changed
-    since, or had already before.
+def open_run(folder, settings: dict, model=None, student=None) -> Path:
+    """Make the run folder, or check that it was made with the same settings, dtype, and weights of
+    the model and of a student that is another one, so that a run is only ever resumed as what it
+    was; SPEED may differ, and a ladder's "policies" may come and go, but not change. Exits with one
+    line that names the first setting that differs, or if another process works in the folder. A
+    note says if the code has changed since, or had already before.
     """
     folder = Path(folder)
     check_output(folder, folder=True)
     settings = json.loads(json.dumps(settings, default=str)) | {"code": [code_of(ROOT)]}
     if model is not None:
         settings |= {"dtype": str(model.dtype), "weights": weights_of(model)}
+    if student not in (None, model):
+        settings["student_weights"] = weights_of(student)
     agree(settings)
     if not RANK:
         lock(folder)
@@ -242,7 +244,7 @@ def say_what_differs(where, before: dict, args) -> None:
     """A note if the run's self-edits were rewarded for another inner update than the ladder's."""
     if before.get("reward") == "proxy":
         return  # for none
-    names = "model rank alpha targets top_layers augmented row_len".split()
+    names = "model student rank alpha targets top_layers augmented row_len".split()
     names += [] if before.get("settings") else ["lr", "steps", "epochs"]
     now = {name: value for name, value in vars(args).items() if name in names}
     other = [f"--{k.replace('_', '-')} {before[k]}" for k in now if before.get(k, now[k]) != now[k]]

@@ -149,6 +149,23 @@ def tiny_folder(tmp_path_factory):
     return write_tiny(tmp_path_factory.mktemp("tiny"))
 
 
+@pytest.fixture(scope="session")
+def student_folder(tiny_folder, tmp_path_factory):
+    """A tiny model of another family, whose tokenizer has other ids for some words."""
+    folder = write_checkpoint(tmp_path_factory.mktemp("student"), "qwen2", vocab_size=49152)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_bytes((tiny_folder / name).read_bytes())
+    data = json.loads((folder / "tokenizer.json").read_text())
+    vocab, merges = data["model"]["vocab"], data["model"]["merges"]
+    place = {"".join(m.split() if isinstance(m, str) else m): i for i, m in enumerate(merges)}
+    for a, b in (("Ġthe", "Ġof"), ("Ġwas", "Ġis")):
+        vocab[a], vocab[b] = vocab[b], vocab[a]
+        i, j = place[a], place[b]
+        merges[i], merges[j] = merges[j], merges[i]
+    (folder / "tokenizer.json").write_text(json.dumps(data))
+    return folder
+
+
 @pytest.fixture
 def tiny(tiny_folder):
     return load_swapped(tiny_folder)

@@ -198,7 +198,8 @@ def domain(tok, **changes) -> Puzzles:
     """Puzzles without tasks of its own, for training on those made up here."""
     puzzles = object.__new__(Puzzles)
     args = {"augmented": 8, "population": 2, "vote": 0, "seed": 0, "learner": "base"}
-    puzzles.args, puzzles.tok, puzzles.context = SimpleNamespace(**args | changes), tok, 2048
+    puzzles.args, puzzles.its_tok = SimpleNamespace(**args | changes), tok
+    puzzles.context = 2048
     return puzzles
 
 
@@ -208,7 +209,7 @@ def trained(model, puzzles: Puzzles, work: list[tuple], path) -> list[dict]:
     puzzles.tasks = {task.id: task for task, _ in work}
     candidates = [puzzles.candidate(task, settings, 0) for task, settings in work]
     groups = puzzles.populations(candidates, log)
-    update_and_quiz(model, puzzles.tok, groups, LORA, 0, log, puzzles.quiz, "test")
+    update_and_quiz(model, puzzles.its_tok, groups, LORA, 0, log, puzzles.quiz, "test")
     return [puzzles.result(t, c, log) for (t, _), c in zip(work, candidates)]
 
 

@@ -1,6 +1,8 @@
 """eval_arc.py, and train_outer.py arc: the scripts on ARC, on tiny models."""
 
 import json
+import sys
+from functools import partial
 
 import pytest
 from conftest import dies_at, run_script, watch_weights, write_checkpoint
@@ -101,6 +103,30 @@ def test_a_policy_writes_and_its_learner_trains(
     rows = {r["method"]: r for r in json.loads((tmp_path / "o.json").read_text())["rows"]}
     # None of a random model's self-edits is sound, but nobody voted on them.
     assert "voted" not in rows["self-edit"]
+
+
+def test_a_student_trains_and_predicts_what_another_writes(
+    tiny_folder, student_folder, tasks_file, tmp_path, monkeypatch
+):
+    seen = []
+
+    def watched(of, who, model, *rest, **options):
+        seen.append((who, model.config.qkv_bias))  # only the student has these
+        return of(model, *rest, **options)
+
+    for who in ("arc.sample_self_edits", "eval_arc.update_and_quiz", "eval_arc.predict"):
+        module, name = who.split(".")
+        of = getattr(sys.modules[module], name)
+        monkeypatch.setattr(who, partial(watched, of, name))
+    monkeypatch.setattr("arc.parse_settings", lambda text, ended: (SETTINGS, ""))
+    args = small(tasks_file, "--limit", 1, "--samples", 1, "--shots", 0)
+    args += ["--student", student_folder, "--out", tmp_path / "o.json", "--work", tmp_path / "work"]
+    run_script(monkeypatch, eval_arc, tiny_folder, *args)
+    assert set(seen) == {
+        ("sample_self_edits", False),
+        ("update_and_quiz", True),
+        ("predict", True),
+    }
 
 
 def test_a_killed_ladder_goes_on(tiny_folder, tasks_file, tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ import pytest
 from conftest import run_script, watch_weights
 
 import eval_qa
+import reward
 from data.qa import load_passages
 from eval_qa import METRICS, per_passage, summarize
 from inner import SFTConfig
@@ -423,3 +424,30 @@ def test_a_policy_writes_and_its_learner_learns(
     *before, writes, learns = seen
     assert not any(changed for _, changed in before) and len(before) == 4
     assert (writes, learns) == (("write_self_edits", True), ("update_and_quiz", who == "policy"))
+
+
+def test_a_student_is_asked_and_learns_what_another_writes(
+    tiny_folder, student_folder, passages_file, tmp_path, monkeypatch
+):
+    """All rows are the student's: its base, what it reads off the prompt, what it has learnt."""
+    asked, wrote = [], []
+    real, write = eval_qa.ask, eval_qa.write_self_edits
+    quiz = reward.ask
+
+    def writes(model, *rest, **options):
+        wrote.append(model)
+        return write(model, *rest, **options)
+
+    def asks(of, model, *rest, **options):
+        asked.append(model)
+        return of(model, *rest, **options)
+
+    monkeypatch.setattr(eval_qa, "write_self_edits", writes)
+    monkeypatch.setattr(eval_qa, "ask", partial(asks, real))
+    monkeypatch.setattr(reward, "ask", partial(asks, quiz))
+    ladder(monkeypatch, tiny_folder, passages_file, tmp_path, "--student", student_folder)
+    assert asked and all(model.config.qkv_bias for model in asked)
+    assert wrote and not any(model.config.qkv_bias for model in wrote)
+    assert result_of(tmp_path / "ladder.json")["settings"]["student"] == str(student_folder)
+    with pytest.raises(SystemExit, match="started with student"):
+        ladder(monkeypatch, tiny_folder, passages_file, tmp_path)

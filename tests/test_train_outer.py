@@ -11,9 +11,13 @@ import pytest
 import torch
 from conftest import dies_at, one_note, run_script, watch_weights
 
+import reward
 import train_outer
 from inner import learner
+from lm.adapters import load_adapter
+from lm.checkpoint import load_model
 from lm.files import read_jsonl, write_jsonl
+from lm.tokenizer import Tokenizer
 from lora import PROJECTIONS, Adapters, LoRAConfig
 from quiz import ask
 from reward import to_imitate
@@ -430,3 +434,53 @@ def test_an_outer_update_that_diverges_is_one_clear_line(
     with pytest.raises(SystemExit, match="error: the outer update diverged at step .*--outer-lr"):
         run(monkeypatch, tiny_folder, passages_file, tmp_path / "out", *extra)
     assert not (tmp_path / "out" / "metrics.jsonl").exists()
+
+
+# -----------------------------------------------------------------------------
+# one writes, another studies
+
+
+def test_what_one_model_writes_another_studies(
+    finished, tiny_folder, student_folder, tmp_path, monkeypatch
+):
+    """The policy is of the writer; adapters, examples and answers are of the student."""
+    data, _ = finished
+    monkeypatch.setattr("selfedit.parse", one_note)
+    its_tok, studied, asked = Tokenizer(student_folder), [], []
+    real, quiz = train_outer.inner_update, reward.ask
+
+    def watched(model, adapters, examples, *rest):
+        studied.append((model, examples))
+        return real(model, adapters, examples, *rest)
+
+    def asks(model, tok, *rest, **options):
+        asked.append((model, tok))
+        return quiz(model, tok, *rest, **options)
+
+    monkeypatch.setattr(train_outer, "inner_update", watched)
+    monkeypatch.setattr("reward.ask", asks)
+    out = tmp_path / "out"
+    run(monkeypatch, tiny_folder, data, out, "--student", student_folder, "--rounds", 1)
+    student = studied[0][0]
+    assert student.config.qkv_bias and student.dtype == torch.float32
+    assert all(model is student for model, _ in studied)
+    assert all(model is student for model, _ in asked) and asked
+    texts = set()
+    for _, examples in studied:
+        for e in (e for own in examples for e in own):
+            texts.add(its_tok.decode(list(e.ids)))
+    assert any("Rolm was founded by Ada Quell." in text for text in texts)
+    policy = load_adapter(load_model(tiny_folder, "cpu", "float32"), out / "round-1" / "policy")
+    assert policy.config.rank == 2
+    # Another student is another run; none is one, too.
+    with pytest.raises(SystemExit, match="student_weights|student = "):
+        run(monkeypatch, tiny_folder, data, out, "--rounds", 1)
+
+
+def test_a_student_has_no_policy(tiny_folder, student_folder, finished, tmp_path, monkeypatch):
+    more = ("--student", student_folder, "--learner", "policy")
+    with pytest.raises(SystemExit, match="^error: --learner policy: the policy is of --model"):
+        run(monkeypatch, tiny_folder, finished[0], tmp_path / "out", *more)
+    with pytest.raises(SystemExit, match="nowhere is not a model folder"):
+        run(monkeypatch, tiny_folder, finished[0], tmp_path / "out", "--student", "nowhere")
+    assert not (tmp_path / "out").exists()
