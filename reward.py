@@ -10,12 +10,14 @@
 quiz asks, closest_question(). (arc.py has what a self-edit on a puzzle earns; selection is the
 same.)
 
-Top to bottom: flags, candidates, quizzing them, the proxy, credit, selection, distillation (of
-what was learnt: learn.py), and Passages, which puts them together for train_outer.py.
+Top to bottom: flags, candidates, quizzing them, the proxy, credit, selection, metrics, distillation
+(of what was learnt: learn.py), and Passages, which puts them together for train_outer.py.
 """
 
+import itertools
 import math
 import re
+from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -553,6 +555,52 @@ def to_imitate(
     earned = [(prompt, part) for prompt, part in pairs if part.credit]
     mean = sum(part.credit for _, part in earned) / max(1, len(earned))
     return [(prompt, part.target, part.credit / mean) for prompt, part in earned]
+
+
+# -----------------------------------------------------------------------------
+# metrics
+
+
+def round_metrics(
+    k: int, written: list[list[SelfEdit]], losses: list, reward: str, seconds: float
+) -> dict:
+    """What docs/OUTPUT.md defines, of what each agent has written, and the last loss of each one's
+    outer update."""
+    edits = list(itertools.chain(*written))
+    kept, flaws, texts = [e for e in edits if e.kept], Counter(), []
+    for e in edits:
+        texts += [(e.passage, part.text, part.flaw) for part in e.parts if part.text]
+        of_parts = [part.flaw for part in e.parts]
+        flaws.update(of_parts if e.flaw in ("", *of_parts) else [e.flaw])
+    texts = texts or [("", "", "")]
+    accuracy = [e.score.get("accuracy") for e in edits]
+    taught = [loss for loss in losses if loss is not None]
+    return {
+        "round": k,
+        "reward_mean": mean_reward(edits),
+        "reward_agents": list(map(mean_reward, written)),
+        "reward_kept": float(np.mean([e.reward for e in kept])) if kept else None,
+        "accuracy_mean": float(np.mean(accuracy)) if reward != "proxy" else None,
+        "kept": len(kept),
+        "total": len(edits),
+        "kept_parts": sum(part.kept for e in edits for part in e.parts),
+        "flaws": {flaw: n for flaw, n in flaws.items() if flaw},
+        "notes_mean": float(np.mean([len(e.notes) for e in edits])),
+        "repeats": float(np.mean([flaw == "repeats" for *_, flaw in texts])),
+        "distinct": len(set(texts)) / len(texts),
+        "outer_loss": float(np.mean(taught)) if taught else None,
+        "seconds": round(seconds, 1),
+    }
+
+
+def mean_reward(edits: list[SelfEdit]) -> float:
+    """Of those that did not diverge, and were answered: else it is no measure."""
+    nothing = NOTHING["logprob"]
+    earned = [e.reward for e in edits if e.flaw != "diverged" and e.reward > nothing]
+    return float(np.mean(earned or [0.0]))
+
+
+# -----------------------------------------------------------------------------
 
 
 def refuse_training_passages(passages, args) -> None:

@@ -14,21 +14,21 @@ help it learn.
         theta <- SFT(theta, {(C, SE_i): r_i is the best})              reinforce (--select)
 
 theta is the base model and one adapter, the policy, that all rounds go on training; theta_0 is the
-base model. What earns what, and what is imitated, is in reward.py. docs/PAPER.md says where this
-departs from the paper (arXiv 2506.10943, section 3), and has the command with its settings.
+base model. With --student another model studies and answers. With --agents several policies on one
+base write, all of it is studied, and each imitates the best of all, whoever wrote it (--exchange).
+What earns what, and what is imitated, is in reward.py. docs/PAPER.md says where this departs from
+the paper (arXiv 2506.10943, section 3), and has the command with its settings.
 
 Each round writes to OUT/round-K/: sampled.jsonl and scored.jsonl (progress), candidates.jsonl (one
 record per self-edit: parts, notes, credits, scores, what is kept and why), policy/ (a PEFT
-adapter); OUT/metrics.jsonl gets one line per round (docs/OUTPUT.md defines them). Kill it at any
-time: the same command goes on where it was, and ends with the same result. It skips finished rounds
-and, of the one it was in, batches that are sampled and populations that are scored; credit,
-selection and the outer update are made again.
+adapter); a second agent's are sampled-2.jsonl and policy-2/. OUT/metrics.jsonl gets one line per
+round (docs/OUTPUT.md defines them). Kill it at any time: the same command goes on where it was, and
+ends with the same result. It skips finished rounds and, of the one it was in, batches that are
+sampled and populations that are scored; credit, selection and the outer update are made again.
 """
 
 import time
-from collections import Counter
-
-import numpy as np
+from dataclasses import replace
 
 import arc
 import data.arc
@@ -38,12 +38,12 @@ import reward
 import selfedit
 from inner import SFTConfig, inner_update, learner, lora_config, update_one
 from lm.adapters import load_adapter, save_adapter
-from lm.files import GOES_ON, run_main, sub_seed, write_jsonl
+from lm.files import GOES_ON, chunks, run_main, sub_seed, write_jsonl
 from lm.flags import Parser, add_model_flags, at_least, load, load_student, refuse_unused
 from lm.runs import Rounds, open_run
 from lora import PROJECTIONS, Adapters, LoRAConfig, merged
 from reward import select
-from selfedit import STYLES, SelfEdit, policy_example, settle
+from selfedit import STYLES, policy_example, settle
 
 # -----------------------------------------------------------------------------
 # settings
@@ -51,6 +51,11 @@ from selfedit import STYLES, SelfEdit, policy_example, settle
 ABOUT = {
     "qa": "SEAL on passages: a self-edit is notes on a passage. (train_outer.py -h: the loop.)",
     "arc": "SEAL on ARC: a self-edit says how to train on a puzzle. (train_outer.py -h: the loop.)",
+}
+EXCHANGE = {
+    "all": "the best of all, whoever wrote it",
+    "own": "the best of its own",
+    "special": "those of the best of all that it wrote itself",
 }
 RULES = {
     "parts": "the best of each part",
@@ -94,6 +99,10 @@ def add_loop_flags(parser, out: str, rewards: list[str], rules: list[str]) -> No
     add("--rounds", type=at_least(1), default=2, help="outer rounds")
     inner.add_learner_flag(parser)
     add("--samples", type=at_least(1), default=4, help="self-edits per context, M; the paper: 5")
+    about = "policies, each of which writes M self-edits; the paper: 1"
+    add("--agents", type=at_least(1), default=1, help=about)
+    about = "what each of --agents imitates. " + "; ".join(f"{k}: {v}" for k, v in EXCHANGE.items())
+    add("--exchange", default="all", choices=EXCHANGE, help=about)
     about = "score of the quiz" + "; proxy: without any study, see reward.py" * ("proxy" in rewards)
     add("--reward", default=rewards[0], choices=rewards, help=about)
     about = "what is imitated. " + "; ".join(f"{rule}: {RULES[rule]}" for rule in rules)
@@ -111,6 +120,10 @@ def add_loop_flags(parser, out: str, rewards: list[str], rules: list[str]) -> No
 
 
 def refuse_contradictions(parser, args) -> None:
+    if args.agents == 1:
+        refuse_unused(parser, args, ["exchange"], "with one of --agents")
+    elif args.learner == "policy":
+        parser.error("--learner policy: which of the --agents?")
     if args.select == "parts" and args.samples < 2:
         parser.error("--select parts compares self-edits: it needs --samples of at least 2")
     if args.outer == "weighted" and (args.reward != "accuracy" or args.select == "notes"):
@@ -167,39 +180,11 @@ def outer_config(args) -> SFTConfig:
     return SFTConfig(lr=args.outer_lr, epochs=args.outer_epochs, **options)
 
 
-def round_metrics(k: int, edits: list[SelfEdit], loss: float | None, args, seconds: float) -> dict:
-    """What docs/OUTPUT.md defines."""
-    kept, flaws = [e for e in edits if e.kept], Counter()
-    written = [(e.passage, part.text, part.flaw) for e in edits for part in e.parts if part.text]
-    written = written or [("", "", "")]
-    for e in edits:
-        of_parts = [part.flaw for part in e.parts]
-        flaws.update(of_parts if e.flaw in ("", *of_parts) else [e.flaw])
-    studied = args.reward != "proxy"
-    nothing = reward.NOTHING["logprob"]  # no measure: it stands for no answer
-    earned = [e.reward for e in edits if e.flaw != "diverged" and e.reward > nothing]
-    return {
-        "round": k,
-        "reward_mean": float(np.mean(earned or [0.0])),
-        "reward_kept": float(np.mean([e.reward for e in kept])) if kept else None,
-        "accuracy_mean": float(np.mean([e.score["accuracy"] for e in edits])) if studied else None,
-        "kept": len(kept),
-        "total": len(edits),
-        "kept_parts": sum(part.kept for e in edits for part in e.parts),
-        "flaws": {flaw: n for flaw, n in flaws.items() if flaw},
-        "notes_mean": float(np.mean([len(e.notes) for e in edits])),
-        "repeats": float(np.mean([flaw == "repeats" for *_, flaw in written])),
-        "distinct": len(set(written)) / len(written),
-        "outer_loss": loss,
-        "seconds": round(seconds, 1),
-    }
-
-
-def first_policy(model, args) -> Adapters:
+def first_policy(model, args, agent: int) -> Adapters:
     """The adapter that makes theta of the base model: on all projections of all layers."""
     rank, alpha, n_layer = args.outer_rank, args.outer_alpha, model.config.n_layer
     config = LoRAConfig(rank, alpha, tuple(PROJECTIONS), 0, n_layer)
-    return Adapters.init(model, config, 1, sub_seed(args.seed, 0))
+    return Adapters.init(model, config, 1, sub_seed(args.seed, 0, agent))
 
 
 def main() -> None:
@@ -210,22 +195,28 @@ def main() -> None:
     domain = DOMAINS[args.domain](args, model, tok, student, its_tok)
     settings = {k: v for k, v in vars(args).items() if k not in ("out", "rounds")}
     rounds = Rounds(open_run(args.out, settings | domain.pinned, model, student), args.rounds)
-    policy = first_policy(model, args)
+    tags = ["", *(f"-{n}" for n in range(2, args.agents + 1))]  # of the agents' files
+    policies = [first_policy(model, args, a) for a in range(args.agents)]
     if rounds.done:
-        policy = load_adapter(model, rounds.folder(rounds.done) / "policy")
+        last = rounds.folder(rounds.done)
+        policies = [load_adapter(model, last / f"policy{tag}") for tag in tags]
 
     for k, folder in rounds.remaining():
         start, name = time.perf_counter(), folder.name
 
         # sample: SE_1 .. SE_M ~ LM_theta( . | C)
-        seed, log = sub_seed(args.seed, k, 0), folder / "sampled.jsonl"
-        with merged(model, policy):
-            edits = domain.sample(model, seed, log, f"{name} sample")
+        edits = []
+        for a, (tag, policy) in enumerate(zip(tags, policies)):
+            seed, log = sub_seed(args.seed, k, 0, a), folder / f"sampled{tag}.jsonl"
+            with merged(model, policy):
+                written = domain.sample(model, seed, log, f"{name} sample{tag}")
+            edits += [replace(e, agent=a) for e in written]
+        own = chunks(edits, len(edits) // args.agents)  # each agent's
 
         # study: theta_i = SFT(theta_0, SE_i), a population at a time; then the quiz, without C
         seed, log = domain.seed(k), domain.log(folder / "scored.jsonl")
         candidates = domain.candidates(edits, seed)
-        with learner(student, policy, args):
+        with learner(student, policies[0], args):
             for group in log.remaining(domain.populations(candidates, log), f"{name} study"):
                 adapters = Adapters.init(student, lora, len(group), seed)
                 examples, configs = [c.examples for c in group], [c.config for c in group]
@@ -234,15 +225,20 @@ def main() -> None:
 
         # credit: r_i, of the whole and of each part; select: what is imitated
         alone = domain.credit(edits, candidates, log)
-        select(edits, alone, args.select, args.keep)
+        for group in own if args.exchange == "own" else [edits]:
+            select(group, alone, args.select, args.keep)
         write_jsonl(folder / "candidates.jsonl", [e.record() for e in edits])
 
         # reinforce: theta <- SFT(theta, {(C, SE_i): kept}), ReST-EM
-        pairs = reward.to_imitate(domain.prompts, edits, args.select, args.keep, args.outer)
-        seed, label = sub_seed(args.seed, k, 2), f"{name} reinforce"
-        loss = reinforce(model, tok, pairs, policy, args, seed, label)
-        save_adapter(policy, folder / "policy", args.model)
-        rounds.finish(round_metrics(k, edits, loss, args, time.perf_counter() - start))
+        losses, how = [], (args.select, args.keep, args.outer)
+        for a, (tag, policy) in enumerate(zip(tags, policies)):
+            taught_by = edits if args.exchange == "all" else own[a]
+            pairs = reward.to_imitate(domain.prompts, taught_by, *how)
+            seed, label = sub_seed(args.seed, k, 2, a), f"{name} reinforce{tag}"
+            losses.append(reinforce(model, tok, pairs, policy, args, seed, label))
+            save_adapter(policy, folder / f"policy{tag}", args.model)
+        seconds = time.perf_counter() - start
+        rounds.finish(reward.round_metrics(k, own, losses, args.reward, seconds))
 
 
 if __name__ == "__main__":

@@ -105,7 +105,7 @@ def test_a_round_leaves_its_records(finished):
         ("train_outer.inner_update", 2),  # in the middle of a round's three populations
         ("reward.quiz_candidates", 3),  # trained, not asked
         ("train_outer.select", 1),  # everything scored
-        ("train_outer.round_metrics", 1),  # after it: round 1 has its policy, but is not finished
+        ("reward.round_metrics", 1),  # after it: round 1 has its policy, but is not finished
         ("train_outer.save_adapter", 2),  # after it, in round 2
         ("train_outer.inner_update", 4),  # round 2: sampled
     ],
@@ -268,9 +268,12 @@ def test_metrics_of_repeats():
         # The second part was not asked for.
         parts = [Part(text, [text], text, flaw), Part("")]
         edits.append(SelfEdit(passage, parts, score={"accuracy": 0.5}))
-    args = SimpleNamespace(reward="accuracy")
-    metrics = train_outer.round_metrics(1, edits, None, args, 2.0)
+    for e, earned in zip(edits, (0.2, 0.4, 0.6, -100.0)):
+        e.reward = earned
+    metrics = reward.round_metrics(1, [edits[:2], edits[2:]], [None, 0.5], "accuracy", 2.0)
     assert (metrics["repeats"], metrics["distinct"], metrics["notes_mean"]) == (0.5, 0.75, 1.0)
+    assert metrics["outer_loss"] == 0.5 and metrics["reward_mean"] == pytest.approx(0.4)
+    assert metrics["reward_agents"] == pytest.approx([0.3, 0.6])  # -100 stands for no answer
 
 
 def test_the_proxy_reward_trains_nothing(tiny_folder, passages_file, tmp_path, monkeypatch):
@@ -484,3 +487,107 @@ def test_a_student_has_no_policy(tiny_folder, student_folder, finished, tmp_path
     with pytest.raises(SystemExit, match="nowhere is not a model folder"):
         run(monkeypatch, tiny_folder, finished[0], tmp_path / "out", "--student", "nowhere")
     assert not (tmp_path / "out").exists()
+
+
+# -----------------------------------------------------------------------------
+# several agents
+
+
+def records_of(out):
+    return [SelfEdit.from_record(r) for r in read_jsonl(out / "round-1" / "candidates.jsonl")]
+
+
+TWO = ("--agents", 2, "--select", "best", "--temperature", 1, "--rounds", 1)
+
+
+def first_is_better_once(e, passage, result, metric, of=reward.credit):
+    """A self-edit earns by its passage's and its writer's number: on one passage the first agent is
+    the better one, on two the second."""
+    of(e, passage, result, metric)
+    better = (e.agent == 0) == (passage.title == "Rolm 0")
+    e.reward = e.parts[0].credit = 0.5 + 0.25 * better
+
+
+@pytest.fixture(scope="module")
+def of_two(finished, tiny_folder, tmp_path_factory):
+    """{exchange: folder} of runs of two agents, with what was imitated in taught.json."""
+    home, folders = tmp_path_factory.mktemp("agents"), {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("selfedit.parse", one_note)
+        patch.setattr("reward.credit", first_is_better_once)
+        for exchange in train_outer.EXCHANGE:
+            folders[exchange], taught = home / exchange, []
+            patch.setattr(train_outer, "reinforce", partial(noted, taught))
+            run(patch, tiny_folder, finished[0], folders[exchange], *TWO, "--exchange", exchange)
+            (home / f"{exchange}.json").write_text(json.dumps(taught))
+    return folders
+
+
+def noted(taught: list, model, tok, pairs, *rest, of=train_outer.reinforce):
+    taught.append([text for _, text, _ in pairs])
+    return of(model, tok, pairs, *rest)
+
+
+def policy_bytes(out, k: int) -> list[bytes]:
+    found = sorted((out / f"round-{k}").glob("policy*/adapter_model.safetensors"))
+    return [path.read_bytes() for path in found]
+
+
+def test_every_agent_writes_and_all_is_studied(of_two):
+    for out in of_two.values():
+        [metrics] = read_jsonl(out / "metrics.jsonl")
+        edits, folder, texts = records_of(out), out / "round-1", []
+        assert [e.agent for e in edits] == [0] * 9 + [1] * 9 and metrics["total"] == 18
+        assert len(read_jsonl(folder / "scored.jsonl")) == 18
+        for name in ("sampled.jsonl", "sampled-2.jsonl"):
+            own = [SelfEdit.from_record(r) for r in read_jsonl(folder / name)]
+            texts.append([e.parts[0].text for e in own])
+        assert texts[0] + texts[1] == [e.parts[0].text for e in edits]
+        assert texts[0] != texts[1]  # the same policy at first, but another seed
+        assert metrics["reward_agents"] == pytest.approx([0.5 + 0.25 / 3, 0.5 + 0.5 / 3])
+        policies = sorted(folder.glob("policy*/adapter_model.safetensors"))
+        assert len({path.read_bytes() for path in policies}) == 2
+
+
+def test_who_learns_from_whom(of_two):
+    for exchange, kept_by, taught in (
+        ("all", [1, 2], [3, 3]),
+        ("own", [3, 3], [3, 3]),
+        ("special", [1, 2], [1, 2]),
+    ):
+        edits = records_of(of_two[exchange])
+        assert [sum(e.kept and e.agent == a for e in edits) for a in (0, 1)] == kept_by
+        imitated = json.loads(of_two[exchange].with_suffix(".json").read_text())
+        assert list(map(len, imitated)) == taught
+        for a, own in enumerate(imitated):
+            of = [e for e in edits if e.kept and (exchange == "all" or e.agent == a)]
+            assert sorted(own) == sorted(e.parts[0].target for e in of)
+
+
+def test_agents_that_are_killed_go_on(of_two, finished, tiny_folder, tmp_path, monkeypatch):
+    """After the first agent's policy is written, and before the second's."""
+    monkeypatch.setattr("selfedit.parse", one_note)
+    monkeypatch.setattr("reward.credit", first_is_better_once)
+    how = (tiny_folder, finished[0], tmp_path / "out", *TWO, "--exchange", "special")
+    with monkeypatch.context() as patch:
+        dies_at(patch, "train_outer.save_adapter", 2)
+        with pytest.raises(KeyboardInterrupt):
+            run(patch, *how)
+    assert (tmp_path / "out" / "round-1" / "policy").exists()
+    assert not (tmp_path / "out" / "round-1" / "policy-2").exists()
+    run(monkeypatch, *how)
+    assert files(tmp_path / "out") == files(of_two["special"])
+
+
+@pytest.mark.parametrize(
+    "flags, told",
+    [
+        (["--agents", 0], "--agents: 0 is not a number from 1 up"),
+        (["--exchange", "own"], "--exchange has no effect with one of --agents"),
+        (["--agents", 2, "--learner", "policy"], "--learner policy: which of the --agents"),
+    ],
+)
+def test_agents_that_cannot_be(flags, told, finished, tiny_folder, tmp_path, monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        run(monkeypatch, tiny_folder, finished[0], tmp_path / "out", *flags)
+    assert told in capsys.readouterr().err and not (tmp_path / "out").exists()
