@@ -29,7 +29,8 @@ number for each row that trains, "voted": two attempts by majority over N views 
 --choose tries the settings of GRID in turn, on the smallest tasks first, until one solves the task,
 and writes the solved ones by turns to "train" and "heldout". A task with a prompt longer than the
 context is left out and counted. The same settings of the same task are trained once for all rows
-(unless the policy trains).
+(unless the policy trains). With --student that model predicts and trains in all rows, and --model
+writes.
 """
 
 from pathlib import Path

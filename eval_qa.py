@@ -30,6 +30,8 @@ flags (or --recipes) say. Two more rows:
     best-fixed           what the best settings of experiments/grid.py ask for, written by the
                          untrained model, studied as they say (--fixed)
 
+With --student that model learns and answers in all rows, and --model writes.
+
 --match epochs is the paper's protocol: every row takes the same number of epochs, so more text
 means more optimiser steps. With --match steps every row takes exactly --steps steps, of up to
 --row-len tokens of passage or notes each; with --recipes (experiments/recipes.py) each row takes

@@ -126,7 +126,7 @@ def sft_config(args) -> SFTConfig:
 def add_learner_flag(parser) -> None:
     about = "whose weights are updated with what a policy wrote; the paper: policy"
     parser.add_argument("--learner", default="base", choices=["base", "policy"], help=about)
-    about = "another Hugging Face folder: what --model writes, this one studies, and is quizzed"
+    about = "another Hugging Face folder, to study what --model writes, and to be quizzed"
     parser.add_argument("--student", default="", metavar="FOLDER", help=about)
 
 

@@ -575,10 +575,9 @@ def round_metrics(
     texts = texts or [("", "", "")]
     accuracy = [e.score.get("accuracy") for e in edits]
     taught = [loss for loss in losses if loss is not None]
-    return {
+    metrics = {
         "round": k,
         "reward_mean": mean_reward(edits),
-        "reward_agents": list(map(mean_reward, written)),
         "reward_kept": float(np.mean([e.reward for e in kept])) if kept else None,
         "accuracy_mean": float(np.mean(accuracy)) if reward != "proxy" else None,
         "kept": len(kept),
@@ -591,6 +590,8 @@ def round_metrics(
         "outer_loss": float(np.mean(taught)) if taught else None,
         "seconds": round(seconds, 1),
     }
+    several = {"reward_agents": list(map(mean_reward, written))} if len(written) > 1 else {}
+    return metrics | several
 
 
 def mean_reward(edits: list[SelfEdit]) -> float:

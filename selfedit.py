@@ -69,7 +69,7 @@ class SelfEdit:
     reward: float = 0.0
     why: str = ""  # it is imitated, or not
     settings: dict = field(default_factory=dict)  # how it is to be studied, if it says so
-    agent: int = 0  # which one wrote it
+    agent: int = 1  # which of --agents wrote it; only in candidates.jsonl
 
     @property
     def notes(self) -> list[str]:

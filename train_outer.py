@@ -124,7 +124,9 @@ def refuse_contradictions(parser, args) -> None:
         refuse_unused(parser, args, ["exchange"], "with one of --agents")
     elif args.learner == "policy":
         parser.error("--learner policy: which of the --agents?")
-    if args.select == "parts" and args.samples < 2:
+    elif args.halves or (args.select == "notes" and args.exchange == "special"):
+        parser.error("--agents: notes that are pooled have no one agent (--halves, --select notes)")
+    if args.select == "parts" and args.samples * args.agents < 2:
         parser.error("--select parts compares self-edits: it needs --samples of at least 2")
     if args.outer == "weighted" and (args.reward != "accuracy" or args.select == "notes"):
         told = "what is earned is the weight, and must not be negative"
@@ -135,6 +137,8 @@ def refuse_contradictions(parser, args) -> None:
             told = "nothing says what doing nothing earns"
             parser.error(f"--reward logprob needs --select best: {told}")
         return
+    if args.reward == "proxy":
+        refuse_unused(parser, args, ["student"], "with --reward proxy, which studies nothing")
     if args.reward == "proxy" and (args.select == "improving" or not STYLES[args.style].quotes):
         parser.error("--reward proxy is for --style questions, and not for --select improving")
     if args.select == "notes" and args.reward != "proxy" and not args.halves:
@@ -206,8 +210,8 @@ def main() -> None:
 
         # sample: SE_1 .. SE_M ~ LM_theta( . | C)
         edits = []
-        for a, (tag, policy) in enumerate(zip(tags, policies)):
-            seed, log = sub_seed(args.seed, k, 0, a), folder / f"sampled{tag}.jsonl"
+        for a, (tag, policy) in enumerate(zip(tags, policies), 1):
+            seed, log = sub_seed(args.seed, k, 0, a - 1), folder / f"sampled{tag}.jsonl"
             with merged(model, policy):
                 written = domain.sample(model, seed, log, f"{name} sample{tag}")
             edits += [replace(e, agent=a) for e in written]
@@ -232,8 +236,8 @@ def main() -> None:
         # reinforce: theta <- SFT(theta, {(C, SE_i): kept}), ReST-EM
         losses, how = [], (args.select, args.keep, args.outer)
         for a, (tag, policy) in enumerate(zip(tags, policies)):
-            taught_by = edits if args.exchange == "all" else own[a]
-            pairs = reward.to_imitate(domain.prompts, taught_by, *how)
+            models = edits if args.exchange == "all" else own[a]
+            pairs = reward.to_imitate(domain.prompts, models, *how)
             seed, label = sub_seed(args.seed, k, 2, a), f"{name} reinforce{tag}"
             losses.append(reinforce(model, tok, pairs, policy, args, seed, label))
             save_adapter(policy, folder / f"policy{tag}", args.model)

@@ -75,6 +75,8 @@ def imitated(tok, before: dict, folder: Path) -> list[tuple]:
     passages = load_passages(before["data"], before["split"], before["skip"], before["limit"])
     prompts = note_prompts(tok, passages, argparse.Namespace(**before))
     edits = read_edits(folder / "candidates.jsonl")
+    if before.get("exchange", "all") != "all":  # folder/policy is the first agent's
+        edits = [e for e in edits if e.agent == 1]
     how = (before["select"], before["keep"], before.get("outer", "restem"))
     pairs = to_imitate(prompts, edits, *how)
     if not pairs:

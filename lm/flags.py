@@ -96,10 +96,6 @@ def load(args) -> tuple[Transformer, Tokenizer]:
     return model, tok
 
 
-def command_line() -> str:
-    return shlex.join(["python", *sys.argv])
-
-
 def load_student(args, model: Transformer, tok: Tokenizer) -> tuple[Transformer, Tokenizer]:
     """The model that studies and is quizzed, and its tokenizer: those of --student, or without it
     the same that write. Exits with one line if it is to learn a policy, too."""
@@ -108,6 +104,10 @@ def load_student(args, model: Transformer, tok: Tokenizer) -> tuple[Transformer,
     if args.learner == "policy":
         raise SystemExit("error: --learner policy: the policy is of --model, and not of --student")
     return load(argparse.Namespace(**vars(args) | {"model": args.student}))
+
+
+def command_line() -> str:
+    return shlex.join(["python", *sys.argv])
 
 
 def result_head(args, model: Transformer) -> dict:

@@ -26,6 +26,8 @@ def start(device: str) -> str:
     if device in ("auto", "cuda") and torch.cuda.is_available():
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
+    if torch.distributed.is_initialized():  # a second model is loaded
+        return device
     patience = timedelta(weeks=1)  # shares are dealt once, and some take longer than others
     store, _, _ = next(torch.distributed.rendezvous("env://", timeout=patience))
     # torchrun that starts all again has the addresses of those that are gone in its store.

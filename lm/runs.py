@@ -24,6 +24,7 @@ LOCKS = []  # of the run folders that this process works in, held until it ends
 ROOT = Path(__file__).resolve().parent.parent
 CODE = ("*.py", "lm/*.py", "data/*.py", "experiments/*.py")
 SPEED = ("population", "compile", "device")  # settings that change how fast a run is
+LATER = {"student": "", "agents": 1, "exchange": "all"}  # not in older runs, which were like this
 
 
 def open_run(folder, settings: dict, model=None, student=None) -> Path:
@@ -45,6 +46,7 @@ def open_run(folder, settings: dict, model=None, student=None) -> Path:
         lock(folder)
     if (folder / "settings.json").is_file():
         before = read_json(folder / "settings.json")
+        before = {key: LATER[key] for key in LATER if key in settings} | before
         known, now = before.get("policies"), settings.get("policies")
         if isinstance(known, dict) and isinstance(now, dict):
             if all(known[name] == now[name] for name in known.keys() & now.keys()):
@@ -196,6 +198,9 @@ def find_policies(args, domain: str) -> dict:
             k = file.parent.parent.name.removeprefix("round-")
             if re.fullmatch("[1-9][0-9]*", k):
                 found[int(k)] = file.parent
+                if others := sorted(file.parent.parent.glob("policy-*")):
+                    told = f"seal-{k} is the first agent's policy"
+                    note(f"{told}; for others there is --policy {others[0]}")
             else:
                 note(f"{file.parent} is left out: round-{k} is not the name of a round")
         if not found:
@@ -247,7 +252,10 @@ def say_what_differs(where, before: dict, args) -> None:
     names = "model student rank alpha targets top_layers augmented row_len".split()
     names += [] if before.get("settings") else ["lr", "steps", "epochs"]
     now = {name: value for name, value in vars(args).items() if name in names}
-    other = [f"--{k.replace('_', '-')} {before[k]}" for k in now if before.get(k, now[k]) != now[k]]
+    before, other = LATER | before, []
+    for k in now:
+        if before.get(k, now[k]) != now[k]:
+            other.append(f"--{k.replace('_', '-')} {before[k] or 'none'}")
     if other:
         note(f"{where} was trained with {', '.join(other)}, other than this ladder")
 

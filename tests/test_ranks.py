@@ -53,6 +53,7 @@ def run(folder: Path, tiny_folder, passages_file, processes: int, restarts: int 
     flags += ["--data", passages_file, "--max-new", 6, "--steps", 2, "--top-layers", 2]
     flags += ["--rank", 2, "--outer-rank", 2, "--outer-batch", 2, "--outer-row-len", 0]
     flags += ["--samples", 3, "--rounds", 1, "--select", "best", "--population", 2]
+    flags += ["--student", tiny_folder]  # loaded once more
     flags += ["--temperature", 0.1]  # all words are nearly alike to a random model: no rounding
     command = [*start, "driver.py", "qa", *flags]
     options = {"capture_output": True, "text": True, "cwd": folder, "timeout": 200}

@@ -1,5 +1,6 @@
 """lm/runs.py: settings, rounds, and what a ladder finds in a run's folder."""
 
+import copy
 import json
 import shutil
 import subprocess
@@ -36,6 +37,18 @@ def test_runs_are_resumed_as_what_they_were(tmp_path):
             open_run(tmp_path / "run", other)
 
 
+def test_what_came_later_was_not_there_before(tmp_path):
+    """A run that was begun without --student and --agents is resumed without them only."""
+    now = {"lr": 0.1, "student": "", "agents": 1, "exchange": "all"}
+    open_run(tmp_path, {"lr": 0.1})
+    open_run(tmp_path, now)
+    for key, value in (("student", "x"), ("agents", 2)):
+        (tmp_path / "settings.json").unlink()
+        open_run(tmp_path, {"lr": 0.1})
+        with pytest.raises(SystemExit, match=f"was started with {key} = "):
+            open_run(tmp_path, now | {key: value})
+
+
 def test_only_what_cannot_change_a_result_may_differ(tmp_path):
     before = {"population": 8, "compile": "off", "device": "auto", "seed": 0}
     open_run(tmp_path, before)
@@ -55,6 +68,13 @@ def test_other_weights_are_not_resumed_with(tmp_path, model):
         model.layers[2].mlp.up_proj.weight[0, 5] += 0.1
     with pytest.raises(SystemExit, match="was started with weights = '.*', now it is '"):
         open_run(tmp_path, {}, model)
+
+
+def test_a_student_that_is_the_writer_is_no_other(tmp_path, model):
+    open_run(tmp_path, {}, model, model)
+    open_run(tmp_path, {}, model)
+    with pytest.raises(SystemExit, match="was started with student_weights = None, now it is '"):
+        open_run(tmp_path, {}, model, copy.deepcopy(model))
 
 
 def test_other_code_is_said(tmp_path, monkeypatch, capsys):
@@ -220,6 +240,14 @@ def test_a_copy_of_a_round_is_left_out(a_run, capsys):
     assert len(lines) == 3 and all("is not the name of a round" in line for line in lines)
 
 
+def test_other_agents_are_named(a_run, capsys):
+    shutil.copytree(a_run / "round-2" / "policy", a_run / "round-2" / "policy-2")
+    assert find_policies(arguments(a_run), "qa")["seal-2"] == a_run / "round-2" / "policy"
+    other = a_run / "round-2" / "policy-2"
+    told = f"seal-2 is the first agent's policy; for others there is --policy {other}"
+    assert told in capsys.readouterr().err
+
+
 def test_a_ladders_policies_come_and_go(tmp_path):
     """As rows do: but one that was used before must be the same."""
     for policies in ({"seal-1": "a"}, {"seal-1": "a", "seal-2": "b"}, {"proxy": "c"}, {}):
@@ -270,10 +298,11 @@ def test_settings_that_a_ladder_needs(a_run):
         ({"lr": 4e-3, "rank": 16}, ""),
         ({"lr": 1e-3, "top_layers": 5}, "was trained with --top-layers 5, --lr 0.001, other than"),
         ({"lr": 1e-3, "reward": "proxy"}, ""),
+        ({"student": "another"}, "was trained with --student another, other than this ladder"),
     ],
 )
 def test_another_inner_update_than_the_runs_is_said(before, said, a_run, capsys):
     settings = json.loads((a_run / "settings.json").read_text())
     (a_run / "settings.json").write_text(json.dumps(settings | before))
-    find_policies(arguments(a_run, rank=16, top_layers=10, lr=4e-3), "qa")
+    find_policies(arguments(a_run, rank=16, top_layers=10, lr=4e-3, student=""), "qa")
     assert said in capsys.readouterr().err if said else capsys.readouterr().err == ""

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import dies_at, one_note, run_script, watch_weights
+from safetensors.torch import load_file, save_file
 
 import reward
 import train_outer
@@ -468,6 +469,7 @@ def test_what_one_model_writes_another_studies(
     assert student.config.qkv_bias and student.dtype == torch.float32
     assert all(model is student for model, _ in studied)
     assert all(model is student for model, _ in asked) and asked
+    assert all(tok.encode(" the") == its_tok.encode(" the") for _, tok in asked)
     texts = set()
     for _, examples in studied:
         for e in (e for own in examples for e in own):
@@ -475,9 +477,15 @@ def test_what_one_model_writes_another_studies(
     assert any("Rolm was founded by Ada Quell." in text for text in texts)
     policy = load_adapter(load_model(tiny_folder, "cpu", "float32"), out / "round-1" / "policy")
     assert policy.config.rank == 2
-    # Another student is another run; none is one, too.
-    with pytest.raises(SystemExit, match="student_weights|student = "):
-        run(monkeypatch, tiny_folder, data, out, "--rounds", 1)
+    # Another student is another run, also in the same folder.
+    tensors = load_file(student_folder / "model.safetensors")
+    other = tmp_path / "other"
+    shutil.copytree(student_folder, other)
+    save_file({name: t + 0.1 for name, t in tensors.items()}, other / "model.safetensors")
+    settings = json.loads((out / "settings.json").read_text())
+    (out / "settings.json").write_text(json.dumps(settings | {"student": str(other)}))
+    with pytest.raises(SystemExit, match="was started with student_weights = "):
+        run(monkeypatch, tiny_folder, data, out, "--student", other, "--rounds", 1)
 
 
 def test_a_student_has_no_policy(tiny_folder, student_folder, finished, tmp_path, monkeypatch):
@@ -504,7 +512,7 @@ def first_is_better_once(e, passage, result, metric, of=reward.credit):
     """A self-edit earns by its passage's and its writer's number: on one passage the first agent is
     the better one, on two the second."""
     of(e, passage, result, metric)
-    better = (e.agent == 0) == (passage.title == "Rolm 0")
+    better = (e.agent == 1) == (passage.title == "Rolm 0")
     e.reward = e.parts[0].credit = 0.5 + 0.25 * better
 
 
@@ -537,7 +545,7 @@ def test_every_agent_writes_and_all_is_studied(of_two):
     for out in of_two.values():
         [metrics] = read_jsonl(out / "metrics.jsonl")
         edits, folder, texts = records_of(out), out / "round-1", []
-        assert [e.agent for e in edits] == [0] * 9 + [1] * 9 and metrics["total"] == 18
+        assert [e.agent for e in edits] == [1] * 9 + [2] * 9 and metrics["total"] == 18
         assert len(read_jsonl(folder / "scored.jsonl")) == 18
         for name in ("sampled.jsonl", "sampled-2.jsonl"):
             own = [SelfEdit.from_record(r) for r in read_jsonl(folder / name)]
@@ -556,12 +564,40 @@ def test_who_learns_from_whom(of_two):
         ("special", [1, 2], [1, 2]),
     ):
         edits = records_of(of_two[exchange])
-        assert [sum(e.kept and e.agent == a for e in edits) for a in (0, 1)] == kept_by
+        assert [sum(e.kept and e.agent == a for e in edits) for a in (1, 2)] == kept_by
         imitated = json.loads(of_two[exchange].with_suffix(".json").read_text())
         assert list(map(len, imitated)) == taught
-        for a, own in enumerate(imitated):
+        for a, own in enumerate(imitated, 1):
             of = [e for e in edits if e.kept and (exchange == "all" or e.agent == a)]
             assert sorted(own) == sorted(e.parts[0].target for e in of)
+
+
+def test_each_agent_goes_on_with_its_own_policy(
+    of_two, finished, tiny_folder, tmp_path, monkeypatch
+):
+    out, loaded = tmp_path / "out", []
+    shutil.copytree(of_two["special"], out)
+    load = train_outer.load_adapter
+
+    def loads(model, folder):
+        loaded.append(str(folder.relative_to(out)))
+        return load(model, folder)
+
+    monkeypatch.setattr(train_outer, "load_adapter", loads)
+    merged = train_outer.merged
+    seen = []
+
+    def merges(model, policy):
+        seen.append(policy.flat.clone())
+        return merged(model, policy)
+
+    monkeypatch.setattr(train_outer, "merged", merges)
+    monkeypatch.setattr("selfedit.parse", one_note)
+    how = (*TWO, "--exchange", "special", "--rounds", 2)
+    run(monkeypatch, tiny_folder, finished[0], out, *how)
+    assert loaded == ["round-1/policy", "round-1/policy-2"]
+    assert len(seen) == 2 and not torch.equal(*seen)
+    assert len(read_jsonl(out / "metrics.jsonl")) == 2
 
 
 def test_agents_that_are_killed_go_on(of_two, finished, tiny_folder, tmp_path, monkeypatch):
@@ -582,6 +618,11 @@ def test_agents_that_are_killed_go_on(of_two, finished, tiny_folder, tmp_path, m
 @pytest.mark.parametrize(
     "flags, told",
     [
+        (
+            ["--agents", 2, "--select", "notes", "--reward", "proxy", "--exchange", "special"],
+            "pooled",
+        ),
+        (["--reward", "proxy", "--student", "x"], "--student has no effect with --reward proxy"),
         (["--agents", 0], "--agents: 0 is not a number from 1 up"),
         (["--exchange", "own"], "--exchange has no effect with one of --agents"),
         (["--agents", 2, "--learner", "policy"], "--learner policy: which of the --agents"),
