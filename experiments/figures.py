@@ -10,6 +10,8 @@ Each figure is written beside its JSON:
     directions.svg    qa_ladder_best.json: questions along the passage's sentences, and against them
     budget.svg        qa_budget.json (experiments/budget.py): accuracy against trained tokens, with
                       95 % intervals
+    settings.svg      settings_chosen.json (experiments/chosen.py): learning rates that self-edits
+                      ask for, round by round, and what they earn
     rounds.svg        qa_rounds.jsonl (metrics.jsonl of train_outer.py): reward of all and of the
                       reinforced self-edits
     arc_ladder.svg    arc_ladder.json (eval_arc.py): share of tasks that each row solves, 95 %
@@ -36,6 +38,7 @@ from matplotlib.colors import ListedColormap
 
 from arc import read_grid
 from data.arc import GROUPS, load_tasks
+from experiments.chosen import BINS
 from lm.files import read_json, read_jsonl, run_main, write_atomic
 from lm.flags import Parser
 from lm.intervals import protocol_title
@@ -254,6 +257,30 @@ def draw_arc_settings(result: dict):
     return figure
 
 
+def draw_chosen(result: dict):
+    """For each round: which learning rates the self-edits ask for, and what they earn."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6))
+    edges = [f"from {low:g}" for low in BINS["learning_rate"]]
+    for n, r in enumerate(result["rounds"]):
+        own, paint = r["learning_rate"], plt.cm.Oranges(0.35 + 0.6 * n / len(result["rounds"]))
+        at = np.arange(len(edges)) + 0.8 * (n + 0.5) / len(result["rounds"]) - 0.4
+        shares = [100 * own.get(edge, {"n": 0})["n"] / r["all"]["n"] for edge in edges]
+        label = f"round {r['round']}"
+        left.bar(at, shares, 0.75 / len(result["rounds"]), color=paint, label=label)
+        seen = [(x, own[edge]) for x, edge in zip(at, edges) if edge in own]
+        for x, earned in seen:
+            right.plot([x, x], [100 * v for v in earned["ci95"]], color=paint)
+        values = [100 * earned["value"] for _, earned in seen]
+        right.plot([x for x, _ in seen], values, "o", color=paint)
+    for axes in (left, right):
+        axes.set_xticks(range(len(edges)), edges, fontsize=9)
+        axes.set_xlabel("learning rate that is asked for")
+    left.set_ylabel("self-edits, %")
+    left.legend(frameon=False)
+    right.set_ylabel("what they earn: accuracy, %")
+    return figure
+
+
 def parse_arguments():
     parser = Parser(description=__doc__)
     parser.add_argument(
@@ -273,6 +300,10 @@ def main() -> None:
         "directions": (proxy[:1], lambda path: draw_directions(read_json(path))),
         "budget": ([folder / "qa_budget.json"], lambda path: draw_budget(read_json(path))),
         "rounds": ([folder / "qa_rounds.jsonl"], lambda path: draw_rounds(read_jsonl(path))),
+        "settings": (
+            [folder / "settings_chosen.json"],
+            lambda path: draw_chosen(read_json(path)),
+        ),
         "arc_ladder": (arc, lambda path: draw_arc_ladder(read_json(path))),
         "arc_tasks": (arc, lambda path: draw_arc_tasks(read_json(path))),
         "arc_settings": (arc, lambda path: draw_arc_settings(read_json(path))),

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 from conftest import ROOT
+from mutants import check_list
 
 # From the ground up. A file imports files that stand before it, and none behind it.
 FLOORS = [
@@ -18,12 +19,12 @@ FLOORS = [
     "inner.py sampler.py selfedit.py quiz.py reward.py arc.py",
     "train_outer.py eval_qa.py eval_arc.py learn.py report.py",
     "experiments/rewards.py experiments/proxy.py experiments/recipes.py experiments/notes.py",
-    "experiments/warm.py experiments/figures.py experiments/walkthrough.py",
+    "experiments/warm.py experiments/chosen.py experiments/figures.py experiments/walkthrough.py",
     "experiments/exercises.py experiments/own_texts.py experiments/noise.py",
     "experiments/tools.py experiments/grid.py experiments/budget.py experiments/ship.py",
     "experiments/credits.py experiments/router.py experiments/stream.py",
     "experiments/choice.py experiments/many.py experiments/distill.py experiments/shown.py",
-    "bench/baselines.py bench/scaling.py bench/speed.py bench/gpu.py",
+    "bench/baselines.py bench/scaling.py bench/speed.py bench/gpu.py bench/cost.py",
 ]
 ORDER = " ".join(FLOORS).split()
 SCRIPTS = {"train_outer", "eval_qa", "eval_arc", "learn", "report", "seal"}
@@ -94,7 +95,7 @@ def test_the_model_is_a_textbooks():
     assert "autograd.Function" not in source and "mkldnn" not in source
     kernels = [p for p in sources() if "swap_in" in (ROOT / p).read_text()]
     # One call; the others measure what it is worth, or show the code as it runs.
-    beside = ["bench/scaling.py", "experiments/walkthrough.py"]
+    beside = ["bench/cost.py", "bench/scaling.py", "experiments/walkthrough.py"]
     assert sorted(kernels) == sorted([*beside, "lm/flags.py", "lm/kernels.py"])
 
 
@@ -107,6 +108,10 @@ def test_no_comprehension_in_a_comprehension(path):
         if isinstance(node, COMPREHENSIONS):
             inside = [n for n in ast.walk(node) if isinstance(n, COMPREHENSIONS) and n is not node]
             assert not inside, f"{path}:{node.lineno}"
+
+
+def test_every_fault_can_be_put_into_its_file():
+    check_list()
 
 
 def lines_of(*paths) -> int:

@@ -14,14 +14,16 @@ import learn
 import report
 import seal
 import train_outer
-from bench import gpu, scaling, speed
+from bench import cost, gpu, scaling, speed
 from data import prepare
 from experiments import (
     budget,
     choice,
+    chosen,
     distill,
     exercises,
     figures,
+    grid,
     many,
     noise,
     notes,
@@ -40,7 +42,7 @@ SCRIPTS = {f"{s.__name__.replace('.', '/')}.py": s for s in (eval_arc, eval_qa, 
 SCRIPTS |= {"train_outer.py": train_outer, "bench/speed.py": speed, "seal.py": seal}
 for script in (exercises, figures, notes, proxy, recipes, rewards, walkthrough, warm):
     SCRIPTS[f"{script.__name__.replace('.', '/')}.py"] = script
-for script in (budget, choice, distill, gpu, many, noise, ship, shown, stream):
+for script in (budget, choice, chosen, cost, distill, gpu, grid, many, noise, ship, shown, stream):
     SCRIPTS[f"{script.__name__.replace('.', '/')}.py"] = script
 DOCS = ["README.md", *(f"docs/{p.name}" for p in sorted((ROOT / "docs").glob("*.md")))]
 SOURCES = [*DOCS, "data/README.md", "Makefile", *SCRIPTS, "bench/scaling.py", "data/prepare.py"]

@@ -11,7 +11,7 @@ import eval_arc
 import eval_qa
 import learn
 import train_outer
-from bench import gpu, speed
+from bench import cost, gpu, speed
 from experiments import (
     budget,
     choice,
@@ -64,6 +64,7 @@ SCRIPTS = [  # script, its first arguments, what it writes
     (distill, ["--top-layers", 2], FILES | {"--work": "README.md"}),
     (many, ["--top-layers", 2, "--counts", 2], FILES | {"--work": "README.md"}),
     (gpu, [], FILES),
+    (cost, [], FILES),
     (warm, [], {"--out": "README.md/x", "--work": "README.md"}),
     (speed, [], FILES),
 ]
