@@ -2,7 +2,7 @@
 #   make demo    what a trained policy is worth, then the whole loop in small: minutes
 #   make test    linter and tests
 #   make bench   speed, side by side with transformers + peft: 20 minutes
-#   make results RL by the paper's reward, its ladder and its budget curve: an hour and a half
+#   make results RL by the paper's reward, its ladder and its budget curve: three hours
 #   make results-proxy  RL by the proxy, two rounds, their ladders, the figures: two and a half hours
 #   make results-arc    the same for ARC: a warm-up, which tasks can be solved, two rounds, the ladder: an hour and a half;
 #   make demo-arc       the loop on a few puzzles: ten minutes
@@ -38,16 +38,18 @@ test: .venv/dev model downloads/vocab
 bench: .venv/dev model
 	$(PY) bench/speed.py
 
-results: .venv/dev model
+results: .venv/dev model data
 	$(PY) eval_qa.py --split "" --no-study --out results/passages.json
-	$(PY) train_outer.py qa $(SEAL) $(OUTER) --limit 24 --samples 8 --rounds 1 --out runs/seal
+	$(PY) train_outer.py qa $(SEAL) $(OUTER) --limit 24 --samples 8 --rounds 3 --out runs/seal
 	cp runs/seal/metrics.jsonl results/settings_rounds.jsonl
-	$(PY) eval_qa.py --run runs/seal $(SEAL) --lr 0.008 --told --samples 2 --limit 24 --out results/qa_settings.json
+	$(PY) experiments/chosen.py --run runs/seal
+	$(PY) experiments/grid.py $(SEAL) --limit 8 --count 12
+	$(PY) eval_qa.py --run runs/seal $(SEAL) --lr 0.008 --told --samples 2 --limit 24 --fixed results/grid.json --out results/qa_settings.json
 	$(PY) experiments/budget.py --run runs/seal $(SEAL) --lr 0.008 --samples 2 --limit 12 --budgets 512 1024 2048 4096
 	$(PY) eval_qa.py --run runs/seal $(SEAL) --lr 0.008 --told --limit 8 --data data/other_hand.json --out results/other_hand.json
 	$(PY) experiments/figures.py
 
-results-proxy: .venv/dev model
+results-proxy: .venv/dev model data
 	$(PY) train_outer.py qa --out runs/qa --samples 8 --rounds 2 --outer-epochs 1 --reward proxy --select notes
 	cp runs/qa/metrics.jsonl results/qa_rounds.jsonl
 	$(PY) eval_qa.py --run runs/qa --limit 48 --samples 2 --seeds 2 --out results/qa_ladder.json

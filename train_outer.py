@@ -236,8 +236,8 @@ def main() -> None:
         # reinforce: theta <- SFT(theta, {(C, SE_i): kept}), ReST-EM
         losses, how = [], (args.select, args.keep, args.outer)
         for a, (tag, policy) in enumerate(zip(tags, policies)):
-            models = edits if args.exchange == "all" else own[a]
-            pairs = reward.to_imitate(domain.prompts, models, *how)
+            shown = edits if args.exchange == "all" else own[a]
+            pairs = reward.to_imitate(domain.prompts, shown, *how)
             seed, label = sub_seed(args.seed, k, 2, a), f"{name} reinforce{tag}"
             losses.append(reinforce(model, tok, pairs, policy, args, seed, label))
             save_adapter(policy, folder / f"policy{tag}", args.model)
