@@ -141,9 +141,11 @@ class Rounds:
     def finish(self, metrics: dict) -> None:
         self.metrics.append(metrics)
         write_jsonl(self.path / "metrics.jsonl", self.metrics)
-        shown = [
-            f"{key} {v:.3f}" if isinstance(v, float) else f"{key} {v}" for key, v in metrics.items()
-        ]
+        shown = []
+        for key, v in metrics.items():
+            each = v if isinstance(v, list) else [v]
+            values = [f"{x:.3f}" if isinstance(x, float) else str(x) for x in each]
+            shown.append(f"{key} {' '.join(values)}")
         print("  ".join(shown), flush=True)
         if lost := collapse(self.metrics):
             note(f"round {metrics['round']}: {', '.join(lost)}: what is imitated grows alike")

@@ -142,7 +142,7 @@ def work(folder, total, dies_at=None) -> list[int]:
         if k == dies_at:
             raise KeyboardInterrupt
         done.append(k)
-        rounds.finish({"round": k, "reward_mean": k / 2})
+        rounds.finish({"round": k, "reward_mean": k / 2, "reward_agents": [k / 3, 1.0]})
     return done
 
 
@@ -153,7 +153,7 @@ def test_finished_rounds_are_skipped(tmp_path, capsys):
     assert Rounds(tmp_path, 3).done == 2 and work(tmp_path, 3) == [3]
     assert work(tmp_path, 3) == [] and work(tmp_path, 4) == [4]  # one more round goes on
     assert [m["round"] for m in read_jsonl(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
-    assert "round 4  reward_mean 2.000" in capsys.readouterr().out
+    assert "round 4  reward_mean 2.000  reward_agents 1.333 1.000\n" in capsys.readouterr().out
 
 
 def test_a_round_without_metrics_is_not_finished(tmp_path):
