@@ -1,7 +1,7 @@
 """What does a candidate cost, in seconds and bytes, and what would it cost for a larger model, and
 on more devices?
 
-    python bench/cost.py                            # -> results/cost.json: ten minutes
+    python bench/cost.py                            # -> results/cost.json: four minutes
 
 Inner updates of random models of several widths and depths are timed, each in a process of its own.
 A model of the cost is fitted to them, by least squares of relative errors:

@@ -52,6 +52,7 @@ from hypothesis import strategies
 import arc
 import reward
 import selfedit
+from bench.cost import memory
 from data.arc import load_tasks
 from data.qa import load_passages
 from inner import SFTConfig, inner_update
@@ -374,12 +375,6 @@ def read_damaged(path: Path, read, told) -> None:
     after = {p: p.read_bytes() for p in path.parent.rglob("*") if p.is_file()}
     changed = [p for p in after if after[p] != before.get(p) and p.name != "report.html"]
     told.send(wrong or (f"wrote {changed[0]}" if changed else ""))
-
-
-def memory(name: str) -> int:
-    """Bytes that this process has under `name` in /proc: VmRSS now, VmHWM at most."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
 
 
 def files(home: Path, work: Path, count: int, rng):
