@@ -305,8 +305,8 @@ class Puzzles:
         part = Part(text, target="" if flaw else settings_text(settings), flaw=flaw)
         return SelfEdit(id, [part], "settings", flaw, config=settings)
 
-    def sample(self, model, seed: int, log: Path, label: str) -> list[SelfEdit]:
-        """SE_1 .. SE_M for each task, by the model as it is now."""
+    def sample(self, model, k: int, seed: int, log: Path, label: str) -> list[SelfEdit]:
+        """SE_1 .. SE_M for each task, by the model as it is now, in any round k."""
         how = (self.args.samples, self.args, seed, log, label)
         return sample_self_edits(model, self.tok, self.prompts, self.read, *how)
 

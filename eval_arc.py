@@ -196,7 +196,7 @@ class Ladder:
         n, log = self.args.samples, self.work / method / "sampled.jsonl"
         with merged(self.model, policy):
             seed = sub_seed(self.args.seed, 0)
-            edits = self.puzzles.sample(self.model, seed, log, f"{method} sample")
+            edits = self.puzzles.sample(self.model, 0, seed, log, f"{method} sample")
         candidates = self.puzzles.candidates(edits, sub_seed(self.args.seed, 1))
         with learner(self.student, policy, self.args):
             log = self.train(method, candidates)

@@ -706,10 +706,14 @@ class Passages:
         self.prompts = note_prompts(tok, passages, args)
         self.pinned = {"data_sha256": digest(args.data)}  # what a resumed run must find unchanged
 
-    def sample(self, model, seed: int, log: Path, label: str) -> list[SelfEdit]:
-        """SE_1 .. SE_M on each passage, by the model as it is now."""
-        passages, copies = list(self.passages.values()), self.args.samples
-        return write_self_edits(model, self.tok, passages, copies, self.args, seed, log, label)
+    def sample(self, model, k: int, seed: int, log: Path, label: str) -> list[SelfEdit]:
+        """SE_1 .. SE_M on each passage, by the model as it is in round k. The first one explores:
+        later ones go on with what earned something."""
+        passages, args = list(self.passages.values()), self.args
+        how = {"explore": args.explore if k == 1 else 0.0}
+        return write_self_edits(
+            model, self.tok, passages, args.samples, args, seed, log, label, **how
+        )
 
     def seed(self, k: int) -> int:
         """Of round k's inner updates."""

@@ -18,13 +18,13 @@ import re
 from argparse import Namespace
 from collections import Counter
 from copy import copy
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
 from data.text import question_and_answer, sentences
-from lm.files import chunks, read_jsonl, write_jsonl
+from lm.files import chunks, read_jsonl, sub_seed, write_jsonl
 from lm.flags import at_least
 from lm.log import Progress
 from lm.packing import Example
@@ -452,6 +452,20 @@ def settings_prompts(tok: Tokenizer, title: str, passage: str, shots: int = 1) -
     return [tok.chat([*worked, request(title, passage)])]
 
 
+def explored(e: SelfEdit, chance: float, rng) -> SelfEdit:
+    """The same, but with this chance each of its settings is one worked example's, so that what a
+    model would hardly ever ask for is tried as well. Not if they are flawed, or would then be.
+    """
+    drawn = {key: WORKED[rng.integers(len(WORKED))][2][key] for key in KEYS}
+    changed = [key for key in KEYS if rng.random() < chance]
+    text = json.dumps(e.settings | {key: drawn[key] for key in changed})
+    settings, flaw = parse_settings(text, True)
+    if e.flaw or flaw:
+        return e
+    [part] = e.parts
+    return replace(e, settings=settings, parts=[replace(part, target=json.dumps(settings))])
+
+
 def first_object(text: str, ended: bool) -> tuple[dict, str]:
     """The first JSON object in a sampled text -> (object, flaw): {} and "empty", "endless" or
     "malformed" if there is none. Text around it is ignored; a key that stands twice is malformed,
@@ -531,6 +545,12 @@ def add_settings_flags(parser) -> None:
     add("--settings", action="store_true", help=about)
     about = "with --settings: most tokens that a self-edit is trained on, all epochs together"
     add("--budget", type=at_least(1), default=8192, help=about)
+
+
+def add_explore_flag(parser) -> None:
+    about = "with --settings: chance that a setting of round 1 is instead one of the prompt's worked "
+    about += "examples', at random; the paper: 0"
+    parser.add_argument("--explore", type=at_least(0.0), default=0.0, help=about)
 
 
 def settle(args):
@@ -693,11 +713,21 @@ def read_notes(text, ended, style: str, sentence: str, passage: str, shots: int)
 
 
 def write_self_edits(
-    model, tok, passages, copies: int, args, seed: int, log=None, label="sample", given=None
+    model,
+    tok,
+    passages,
+    copies: int,
+    args,
+    seed: int,
+    log=None,
+    label="sample",
+    given=None,
+    explore=0.0,
 ) -> list[SelfEdit]:
     """Self-edits on each passage, `copies` times. With --settings the model first says how it
     studies, unless that is `given`, and then writes only the notes that its settings ask for: the
-    other parts stay empty, and `log` becomes one for each style."""
+    other parts stay empty, and `log` becomes one for each style. With the chance `explore` each
+    setting is another one, explored()."""
     prompts = {}
     for style in styles_of(args):  # complains now rather than when one is asked for
         prompts[style] = {p.id: style_prompts(tok, p, style, args.shots) for p in passages}
@@ -722,7 +752,8 @@ def write_self_edits(
             for _ in range(copies):
                 edits.append(SelfEdit(p.id, [Part("", style="settings")], settings=given))
     else:
-        edits = write("settings", all_alike)
+        edits, rng = write("settings", all_alike), np.random.default_rng(sub_seed(seed, 0))
+        edits = [explored(e, explore, rng) for e in edits] if explore else edits
     for style in STYLE_OF.values():
         written = iter(write(style, Counter(e.passage for e in edits if e.asks_for(style))))
         for e in edits:

@@ -77,6 +77,7 @@ def parse_arguments(argv=None):
         inner.add_lora_flags(p)
     selfedit.add_style_flag(sub["qa"])
     selfedit.add_settings_flags(sub["qa"])
+    selfedit.add_explore_flag(sub["qa"])
     inner.add_sft_flags(sub["qa"])
     arc.add_flags(sub["arc"])
     add_loop_flags(sub["qa"], "runs/qa", ["accuracy", "logprob", "proxy"], list(RULES))
@@ -153,7 +154,7 @@ def refuse_contradictions(parser, args) -> None:
     if args.settings and args.style != "questions":
         parser.error("--settings asks for notes in all styles: leave out --style")
     if not args.settings:
-        refuse_unused(parser, args, ["budget"], "without --settings")
+        refuse_unused(parser, args, ["budget", "explore"], "without --settings")
     elif args.select != "improving":  # which studies the passages alone
         refuse_unused(parser, args, ["lr", "steps", "epochs"], "with --settings")
     if args.select != "notes":
@@ -213,7 +214,7 @@ def main() -> None:
         for a, (tag, policy) in enumerate(zip(tags, policies), 1):
             seed, log = sub_seed(args.seed, k, 0, a - 1), folder / f"sampled{tag}.jsonl"
             with merged(model, policy):
-                written = domain.sample(model, seed, log, f"{name} sample{tag}")
+                written = domain.sample(model, k, seed, log, f"{name} sample{tag}")
             edits += [replace(e, agent=a) for e in written]
         own = chunks(edits, len(edits) // args.agents)  # each agent's
 

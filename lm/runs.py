@@ -24,7 +24,8 @@ LOCKS = []  # of the run folders that this process works in, held until it ends
 ROOT = Path(__file__).resolve().parent.parent
 CODE = ("*.py", "lm/*.py", "data/*.py", "experiments/*.py")
 SPEED = ("population", "compile", "device")  # settings that change how fast a run is
-LATER = {"student": "", "agents": 1, "exchange": "all"}  # not in older runs, which were like this
+# Not in older runs, which were like this.
+LATER = {"student": "", "agents": 1, "exchange": "all", "explore": 0.0}
 
 
 def open_run(folder, settings: dict, model=None, student=None) -> Path:
