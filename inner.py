@@ -227,15 +227,15 @@ def backward_through_head(model: Transformer, x, target, share, weight, chunk: i
     grad, nll = torch.empty_like(normed), torch.empty(len(x), device=x.device)
     parts = (m.split(chunk) for m in (normed.detach(), target, share, grad, nll))
     for h, t, s, g, loss in zip(*parts):
-        h.requires_grad_()
-        logits = model.lm_head(h)
+        logits = model.lm_head(h.requires_grad_())
         p = logits.detach()
         torch.softmax(p, -1, out=p)  # in place, in float32 inside
         # At most 87.5 and not infinite: a token held for impossible is no divergence.
         loss.copy_(-(s * p.gather(1, t).float().clamp(min=1e-38).log()).sum(1))
-        p.scatter_add_(1, t[:, 1:], -s[:, 1:].to(p.dtype))
-        p.scatter_(1, t[:, :1], 0)  # p - q sums to 0: so the first is known without rounding a p
-        p.scatter_(1, t[:, :1], -p.sum(1, keepdim=True))  # that is close to 1
+        at = torch.arange(len(t), device=t.device)[:, None]  # scatter is slow in bfloat16
+        p.index_put_((at, t[:, 1:]), -s[:, 1:].to(p.dtype), accumulate=True)
+        p[at, t[:, :1]] = 0  # p - q sums to 0: so the first is known without rounding a p
+        p[at, t[:, :1]] = -p.sum(1, keepdim=True)  # that is close to 1
         logits.backward(p)
         g.copy_(h.grad)
     grad *= weight[:, None].to(x.dtype)

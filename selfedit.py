@@ -539,18 +539,17 @@ def add_style_flag(parser) -> None:
     add("--max-new", type=at_least(0), default=0, help=about)
 
 
-def add_settings_flags(parser) -> None:
+def add_settings_flags(parser, explore: bool = False) -> None:
     add = parser.add_argument
     about = "a self-edit says, too, which data and tools to study with, how fast and how long"
     add("--settings", action="store_true", help=about)
     about = "with --settings: most tokens that a self-edit is trained on, all epochs together"
     add("--budget", type=at_least(1), default=8192, help=about)
-
-
-def add_explore_flag(parser) -> None:
-    about = "with --settings: chance that a setting of round 1 is instead one of the prompt's worked "
-    about += "examples', at random; the paper: 0"
-    parser.add_argument("--explore", type=at_least(0.0), default=0.0, help=about)
+    if not explore:
+        return
+    about = "with --settings: chance that a setting of round 1 is instead that of one of the "
+    about += "prompt's worked examples, at random; the paper: 0"
+    add("--explore", type=at_least(0.0), default=0.0, help=about)
 
 
 def settle(args):
