@@ -83,6 +83,7 @@ studies: .venv/dev model
 	$(PY) experiments/stream.py
 	$(PY) experiments/choice.py
 	$(PY) experiments/distill.py
+	$(PY) experiments/ranks.py --limit 24
 
 model: checkpoints/smollm2-135m-instruct
 data: downloads/arc

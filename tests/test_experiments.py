@@ -4,17 +4,20 @@ a tiny model."""
 import json
 import shutil
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from conftest import run_script
 
 import eval_qa
 import reward
 from data.qa import Passage, Question, load_passages
-from experiments import budget, grid, notes, proxy, recipes, rewards, tools
+from experiments import budget, grid, notes, proxy, ranks, recipes, rewards, tools
 from experiments.notes import measure
 from experiments.rewards import correlation, judge_reward
+from inner import lora_config
 from lm.adapters import save_adapter
 from lm.files import read_jsonl, write_jsonl
 from lm.packing import arrange, row_tokens
@@ -280,6 +283,39 @@ def test_tools(tiny_folder, passages_file, tmp_path, monkeypatch):
     for name in ("orders", "x"):
         with pytest.raises(SystemExit):
             run(monkeypatch, tools, tiny_folder, passages_file, tmp_path, "--tools", name)
+
+
+def test_ranks(tiny_folder, passages_file, tmp_path, monkeypatch):
+    """The same examples under each rank, with as much alpha for it."""
+    small = ["--max-new", 12, "--top-layers", 2, "--epochs", 1, "--limit", 3]
+    seen, update = [], reward.inner_update
+
+    def spy(model, adapters, examples, configs, *more):
+        config = adapters.config
+        seen.append((config.rank, config.alpha, [len(own) for own in examples], configs[0].lr))
+        return update(model, adapters, examples, configs, *more)
+
+    monkeypatch.setattr("reward.inner_update", spy)
+    note = lambda p, n: SelfEdit(p.id, [Part("x", [f"Rolm fell {n} times."])])  # noqa: E731
+    two = lambda m, t, ps, *_: [note(p, n) for p in ps for n in (2, 3)]  # noqa: E731
+    monkeypatch.setattr(ranks, "write_self_edits", two)
+    how = (*small, "--ranks", 4, 2, 4, "--alpha", 12)
+    result = run(monkeypatch, ranks, tiny_folder, passages_file, tmp_path, *how)
+    # A text, two notes and six questions of its two sentences' words.
+    assert seen == [(4, 12.0, [9] * 3, 8e-3), (2, 6.0, [9] * 3, 8e-3)]
+    assert [r["row"] for r in result["rows"]] == ["rank-4", "rank-2"]
+    assert result["rows"][0]["bytes"] == 2 * result["rows"][1]["bytes"]
+    assert [(s["from"], s["to"]) for s in result["steps"]] == [("rank-4", "rank-2")]
+    with pytest.raises(SystemExit):
+        run(monkeypatch, ranks, tiny_folder, passages_file, tmp_path, "--rank", 4)
+
+
+def test_an_adapter_has_the_size_that_is_told(tiny, tmp_path):
+    args = SimpleNamespace(rank=4, alpha=8.0, targets=["q_proj", "down_proj"], top_layers=2)
+    adapters = Adapters.init(tiny, lora_config(args, tiny), 1, 0)
+    save_adapter(adapters, tmp_path / "a", "base", dtype=torch.bfloat16)
+    written = (tmp_path / "a" / "adapter_model.safetensors").stat().st_size
+    assert 0 <= written - ranks.n_bytes(tiny, args) < 2000  # its header
 
 
 def test_the_settings_to_try():
