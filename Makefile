@@ -40,7 +40,7 @@ bench: .venv/dev model
 
 results: .venv/dev model data
 	$(PY) eval_qa.py --split "" --no-study --out results/passages.json
-	$(PY) train_outer.py qa $(SEAL) $(OUTER) --explore 0.5 --limit 24 --samples 8 --rounds 3 --out runs/seal
+	$(PY) train_outer.py qa $(SEAL) $(OUTER) --limit 24 --samples 8 --rounds 3 --out runs/seal
 	cp runs/seal/metrics.jsonl results/settings_rounds.jsonl
 	$(PY) experiments/chosen.py --run runs/seal
 	$(PY) experiments/grid.py $(SEAL) --limit 8 --count 12
@@ -77,6 +77,8 @@ studies: .venv/dev model
 	$(PY) experiments/proxy.py --limit 24 --work runs/studied/round-1
 	$(PY) experiments/rewards.py --seeds 2
 	$(PY) experiments/noise.py $(SEAL) --limit 32 --samples 3 --seeds 2
+	$(PY) train_outer.py qa $(SEAL) $(OUTER) --explore 0.5 --limit 24 --samples 8 --rounds 2 --out runs/explored
+	$(PY) experiments/chosen.py --run runs/explored --out results/settings_explored.json
 	$(PY) experiments/recipes.py --limit 16
 	$(PY) experiments/own_texts.py
 	$(PY) experiments/router.py

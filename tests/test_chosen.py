@@ -3,6 +3,7 @@
 import json
 import sys
 
+import numpy as np
 import pytest
 
 from experiments import chosen, figures
@@ -61,6 +62,38 @@ def test_what_was_asked_for_and_earned(a_run, tmp_path, monkeypatch):
     assert heights == [0, 25, 25, 0, 25, 0, 0, 0, 100, 0]
     marks = [line.get_ydata() for line in right.lines if line.get_linestyle() == "None"]
     assert [list(m) for m in marks] == [[50, 25, 75], [100]]
+
+
+def test_what_each_setting_is_worth():
+    """Passages differ, and settings go together; what they are worth is found all the same."""
+    rng, edits = np.random.default_rng(0), []
+    for p in range(12):
+        for _ in range(20):
+            fast = rng.random() < 0.5
+            data = ["questions"] * (rng.random() < (0.8 if fast else 0.3)) + ["passage"]
+            rate, epochs = (0.01 if fast else 0.001), int(rng.choice([1, 5]))
+            earned = p / 20 + 0.3 * fast - 0.1 * ("questions" in data) + 0.2 * (epochs > 1)
+            e = edit(f"p{p}", earned + rng.normal(0, 0.05), data, "all", rate, epochs)
+            edits.append(SelfEdit.from_record(e))
+    edits.append(SelfEdit.from_record(edit("p0", 0.0)))  # without settings, and
+    edits.append(SelfEdit.from_record(edit("p0", 9.0, ["facts"], "answers", 0.02, 50)))
+    edits[-1].flaw = "diverged"
+    found = chosen.worth(edits, 0)
+    true = {"questions": -0.1, "learning_rate from 0.009": 0.3, "epochs from 4": 0.2}
+    for name, own in found.items():
+        low, high = own["ci95"]
+        assert own["value"] == pytest.approx(true.get(name, 0.0), abs=0.02)
+        assert name not in true or low < own["value"] < high < low + 0.08
+    assert found["questions"]["n"] == sum("questions" in e.settings.get("data", "") for e in edits)
+    assert found["passage"] == {"n": 240, "value": 0.0, "ci95": [0.0, 0.0]}  # all have it
+    assert found["answers only"]["n"] == 0 and chosen.worth(edits[-1:], 0) == {}
+
+
+def test_features_of_settings():
+    found = chosen.features(settings_of(["facts"], 0, 2, 0, "answers", 0.006, 3))
+    names = ["facts", "masked", "answers only", "learning_rate from 0.006", "epochs from 2"]
+    assert [name for name, so in found.items() if so] == names
+    assert not any(chosen.features(settings_of([], 0, 0, 0, "all", 0.001, 1)).values())
 
 
 def test_a_run_that_does_not_say_how(a_run, tmp_path, monkeypatch):
