@@ -76,6 +76,7 @@ studies: .venv/dev model
 	$(PY) train_outer.py qa --out runs/studied --limit 24 --rounds 1 --samples 4
 	$(PY) experiments/proxy.py --limit 24 --work runs/studied/round-1
 	$(PY) experiments/rewards.py --seeds 2
+	$(PY) experiments/credits.py --limit 8 --lr 0.008
 	$(PY) experiments/noise.py $(SEAL) --limit 32 --samples 3 --seeds 2
 	$(PY) train_outer.py qa $(SEAL) $(OUTER) --explore 0.5 --limit 24 --samples 8 --rounds 2 --out runs/explored
 	$(PY) experiments/chosen.py --run runs/explored --out results/settings_explored.json
