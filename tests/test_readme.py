@@ -20,6 +20,7 @@ from experiments import (
     budget,
     choice,
     chosen,
+    credits,
     distill,
     exercises,
     figures,
@@ -41,7 +42,9 @@ from lm.files import digest, read_json
 
 SCRIPTS = {f"{s.__name__.replace('.', '/')}.py": s for s in (eval_arc, eval_qa, learn, report)}
 SCRIPTS |= {"train_outer.py": train_outer, "bench/speed.py": speed, "seal.py": seal}
-for script in (exercises, figures, notes, proxy, ranks, recipes, rewards, walkthrough, warm):
+for script in (exercises, figures, notes, proxy, recipes, rewards, walkthrough, warm):
+    SCRIPTS[f"{script.__name__.replace('.', '/')}.py"] = script
+for script in (credits, ranks):
     SCRIPTS[f"{script.__name__.replace('.', '/')}.py"] = script
 for script in (budget, choice, chosen, cost, distill, gpu, grid, many, noise, ship, shown, stream):
     SCRIPTS[f"{script.__name__.replace('.', '/')}.py"] = script
