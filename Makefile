@@ -86,7 +86,7 @@ studies: .venv/dev model
 	$(PY) experiments/stream.py
 	$(PY) experiments/choice.py
 	$(PY) experiments/distill.py
-	$(PY) experiments/ranks.py --limit 24
+	$(PY) experiments/ranks.py --limit 12 --ranks 16 8
 
 model: checkpoints/smollm2-135m-instruct
 data: downloads/arc

@@ -1,6 +1,6 @@
 """How small may a document's adapter be?
 
-    python experiments/ranks.py --limit 24          # -> results/ranks.json
+    python experiments/ranks.py --limit 12 --ranks 16 8    # -> results/ranks.json
 
 On training passages, each learnt the way learn.py learns a document (the text, notes by the
 untrained model, questions of the text's words, five epochs), with adapters of several ranks.
