@@ -43,8 +43,12 @@ def kind(e: SelfEdit, key: str) -> str:
     if key not in BINS:
         value = e.settings[key]
         return ", ".join(value) or "none of these" if key == "data" else str(value)
-    low = max(edge for edge in BINS[key] if edge <= e.settings[key])
-    return f"from {low:g}"
+    return f"from {low_edge(e.settings, key):g}"
+
+
+def low_edge(settings: dict, key: str) -> float:
+    """The lower edge of the bin that it falls into."""
+    return max(edge for edge in BINS[key] if edge <= settings[key])
 
 
 def mean_of(sums: np.ndarray) -> np.ndarray:
@@ -81,7 +85,7 @@ def features(settings: dict) -> dict:
     found |= {tool: settings[tool] > 0 for tool in TOOLS}
     found["answers only"] = settings["loss"] == "answers"
     for key, edges in BINS.items():
-        low = max(edge for edge in edges if edge <= settings[key])
+        low = low_edge(settings, key)
         found |= {f"{key} from {edge:g}": edge == low for edge in edges[1:]}
     return found
 

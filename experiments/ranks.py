@@ -44,12 +44,13 @@ def parse_arguments():
     args = settle(parser.parse_args())
     refuse_unused(parser, args, ["rank"], "here: give --ranks")
     args.ranks = list(dict.fromkeys(args.ranks))
+    args.rank = args.ranks[0]
     return args
 
 
 def with_rank(args, rank: int) -> Namespace:
     """The same settings, with another rank and the alpha that goes with it."""
-    return Namespace(**vars(args) | {"rank": rank, "alpha": args.alpha * rank / args.ranks[0]})
+    return Namespace(**vars(args) | {"rank": rank, "alpha": args.alpha * rank / args.rank})
 
 
 def n_bytes(model, args) -> int:
@@ -87,8 +88,7 @@ def main() -> None:
     passages = load_passages(args.data, args.split, args.skip, args.limit)
     model, tok = load(args)
     lora_config(args, model)  # complains now rather than after sampling
-    settings = {k: v for k, v in vars(args).items() if k not in ("work", "out", "ranks", "rank")}
-    settings["rank"] = args.ranks[0]
+    settings = {k: v for k, v in vars(args).items() if k not in ("work", "out", "ranks")}
     work = open_run(args.work, settings | {"data_sha256": digest(args.data)}, model)
     result = measure(model, tok, passages, args, work)
     head = result_head(args, model) | counts(passages) | {"settings": vars(args)}
