@@ -14,6 +14,8 @@ Each figure is written beside its JSON:
                       ask for, round by round, and what they earn
     rounds.svg        qa_rounds.jsonl (metrics.jsonl of train_outer.py): reward of all and of the
                       reinforced self-edits
+    stream.svg        stream.json (experiments/stream.py): what is known of each passage after each
+                      update
     arc_ladder.svg    arc_ladder.json (eval_arc.py): share of tasks that each row solves, 95 %
                       intervals
     arc_tasks.svg     the same: first tasks that the last seal-K row solves, and that it does not,
@@ -152,6 +154,28 @@ def draw_rounds(metrics: list[dict]):
     axes.set_xlabel("outer round")
     axes.set_ylabel("mean reward")
     axes.legend(frameon=False, title="self-edits")
+    return figure
+
+
+def draw_stream(result: dict):
+    """A panel for each way of learning: after each passage (down) the accuracy on each (across)."""
+    rows = [r for r in result["rows"] if r["method"] != "base"]
+    width = min(4, len(rows))
+    size = (2.6 * width + 1.2, 2.8 * -(-len(rows) // width))
+    figure, panels = plt.subplots(-(-len(rows) // width), width, figsize=size, squeeze=False)
+    for axes, r in zip(panels.flat, rows):
+        n = len(r["matrix"])
+        picture = axes.imshow(100 * np.array(r["matrix"]), cmap="viridis", vmin=0, vmax=100)
+        axes.set_xticks(range(0, n, -(-n // 8)), range(1, n + 1, -(-n // 8)))
+        axes.set_yticks(range(0, n, -(-n // 8)), range(1, n + 1, -(-n // 8)))
+        axes.set_title(f"{r['method']}: {100 * r['retained']:.0f} % at the end", fontsize=11)
+    for axes in panels.flat[len(rows) :]:
+        axes.set_visible(False)
+    for axes in panels[:, 0]:
+        axes.set_ylabel("passages learnt")
+    for axes in panels[-1]:
+        axes.set_xlabel("asked about passage")
+    figure.colorbar(picture, ax=panels, label="quiz accuracy, %", shrink=0.7)
     return figure
 
 
@@ -299,6 +323,7 @@ def main() -> None:
         "ladder_proxy": (proxy, lambda *paths: draw_ladder([read_json(p) for p in paths])),
         "directions": (proxy[:1], lambda path: draw_directions(read_json(path))),
         "budget": ([folder / "qa_budget.json"], lambda path: draw_budget(read_json(path))),
+        "stream": ([folder / "stream.json"], lambda path: draw_stream(read_json(path))),
         "rounds": ([folder / "qa_rounds.jsonl"], lambda path: draw_rounds(read_jsonl(path))),
         "settings": (
             [folder / "settings_chosen.json"],

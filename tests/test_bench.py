@@ -9,7 +9,7 @@ import torch
 from conftest import ROOT, run_script, write_checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench import cost, gpu, scaling, speed
+from bench import cost, gpu, memory, scaling, speed
 from bench.baselines import Baseline
 from data.qa import load_passages
 from data.text import sentences
@@ -307,3 +307,31 @@ def test_the_tables_of_the_cost_are_the_committed_results():
     result, text = read_json(ROOT / "results" / "cost.json"), (ROOT / "docs/SCALE.md").read_text()
     for line in cost.tables(result):
         assert line in text, line
+
+
+# -----------------------------------------------------------------------------
+# bench/memory.py
+
+
+def test_a_memory_is_filled_and_asked(tiny_folder, passages_file, tmp_path, monkeypatch, capfd):
+    out = tmp_path / "memory.json"
+    small = ["--study", "max-new=8", "rank=2", "alpha=4", "top-layers=2", "samples=1"]
+    flags = ["--documents", 3, "--repeats", 2, "--data", passages_file, "--out", out, *small]
+    run_script(monkeypatch, memory, tiny_folder, *flags)
+    found = read_json(out)
+    assert found["documents"] == 3 and found["bytes"] > 3 * 2 * 1000
+    for way in ("chat", "command"):
+        seconds, median = found[way]["seconds"], found[way]["median"]
+        assert len(seconds) == 2 and median == pytest.approx(np.mean(seconds), abs=2e-3)
+    assert 0 < found["chat"]["median"] < found["command"]["median"]  # which loads torch
+    assert "3 documents" in capfd.readouterr().out
+
+
+def test_a_memory_that_cannot_be_filled(tiny_folder, passages_file, tmp_path, monkeypatch, capfd):
+    out = tmp_path / "memory.json"
+    flags = ["--documents", 2, "--data", passages_file, "--out", out, "--study", "rank=none"]
+    with pytest.raises(SystemExit, match="learn.py study failed"):
+        run_script(monkeypatch, memory, tiny_folder, *flags)
+    with pytest.raises(SystemExit, match="--documents 9999: .* has "):
+        run_script(monkeypatch, memory, tiny_folder, "--documents", 9999, "--out", out)
+    assert not out.exists()

@@ -134,6 +134,20 @@ def test_a_line_is_that_of_its_name():
     assert drawn == {"reinforced": [[1, 0.5]], "all": [[1, 0.3], [2, 0.4]]}
 
 
+def test_a_matrix_is_that_of_its_way_of_learning():
+    """Downwards what was learnt, across what is asked."""
+    found = [{"method": "base", "matrix": [[0.0, 0.0]] * 2, "retained": 0.0}]
+    found += [{"method": "seal", "matrix": [[0.5, 0.0], [0.1, 0.6]], "retained": 0.35}]
+    found += [{"method": "separate", "matrix": [[0.5, 0.0], [0.5, 0.8]], "retained": 0.65}]
+    figure = figures.draw_stream({"rows": found})
+    titles = ["seal: 35 % at the end", "separate: 65 % at the end"]
+    assert [axes.get_title() for axes in figure.axes[:2]] == titles
+    for axes, row in zip(figure.axes, found[1:]):
+        drawn = np.array(axes.images[0].get_array())
+        assert drawn == pytest.approx(100 * np.array(row["matrix"]))
+        assert [t.get_text() for t in axes.get_xticklabels()] == ["1", "2"]
+
+
 def test_settings_before_and_after():
     """Three self-edits before, one of them no use; and one after."""
     one = {"groups": ["use_size_augmentations"], "every_token": True, "lr": 1e-3, "epochs": 30}

@@ -25,6 +25,7 @@ FLOORS = [
     "experiments/credits.py experiments/ranks.py experiments/router.py experiments/stream.py",
     "experiments/choice.py experiments/many.py experiments/distill.py experiments/shown.py",
     "bench/baselines.py bench/scaling.py bench/speed.py bench/gpu.py bench/cost.py",
+    "bench/memory.py",
 ]
 ORDER = " ".join(FLOORS).split()
 SCRIPTS = {"train_outer", "eval_qa", "eval_arc", "learn", "report", "seal"}

@@ -3,6 +3,7 @@
 import io
 import shutil
 import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from data.documents import Text, passages_of
 from data.qa import Passage, Question
 from data.text import sentences
 from experiments import own_texts
-from inner import Outcome
+from inner import Outcome, lora_config
 from lm.adapters import base_of, load_adapter, save_adapter
 from lm.checkpoint import load_model
 from lm.files import read_json, sub_seed, write_json
@@ -573,3 +574,11 @@ def test_all_documents_in_one_set_of_weights(two_documents, tiny, tiny_folder, m
         (me.parent / "none").mkdir()
         (me.parent / "none/memory.json").write_text('{"format": 2, "base": "any"}')
         run(monkeypatch, None, "check", memory=me.parent / "none")
+
+
+def test_fifty_documents_take_less_than_a_hundred_megabytes(smollm2, monkeypatch):
+    """Adapters are kept in bfloat16; what else is kept of a document is text."""
+    monkeypatch.setattr(sys, "argv", ["learn.py", "study", "text.txt"])
+    lora = lora_config(learn.parse_arguments(), smollm2)
+    assert lora.alpha / lora.rank == 2  # as everywhere else
+    assert 50 * 2 * Adapters.init(smollm2, lora, 1, seed=0).size < 90e6

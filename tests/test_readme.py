@@ -14,7 +14,7 @@ import learn
 import report
 import seal
 import train_outer
-from bench import cost, gpu, scaling, speed
+from bench import cost, gpu, memory, scaling, speed
 from data import prepare
 from experiments import (
     budget,
@@ -44,7 +44,7 @@ SCRIPTS = {f"{s.__name__.replace('.', '/')}.py": s for s in (eval_arc, eval_qa, 
 SCRIPTS |= {"train_outer.py": train_outer, "bench/speed.py": speed, "seal.py": seal}
 for script in (exercises, figures, notes, proxy, recipes, rewards, walkthrough, warm):
     SCRIPTS[f"{script.__name__.replace('.', '/')}.py"] = script
-for script in (credits, ranks):
+for script in (credits, memory, ranks):
     SCRIPTS[f"{script.__name__.replace('.', '/')}.py"] = script
 for script in (budget, choice, chosen, cost, distill, gpu, grid, many, noise, ship, shown, stream):
     SCRIPTS[f"{script.__name__.replace('.', '/')}.py"] = script

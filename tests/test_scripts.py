@@ -11,7 +11,7 @@ import eval_arc
 import eval_qa
 import learn
 import train_outer
-from bench import cost, gpu, speed
+from bench import cost, gpu, memory, speed
 from experiments import (
     budget,
     choice,
@@ -67,6 +67,7 @@ SCRIPTS = [  # script, its first arguments, what it writes
     (many, ["--top-layers", 2, "--counts", 2], FILES | {"--work": "README.md"}),
     (gpu, [], FILES),
     (cost, [], FILES),
+    (memory, [], FILES),
     (warm, [], {"--out": "README.md/x", "--work": "README.md"}),
     (speed, [], FILES),
 ]
