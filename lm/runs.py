@@ -173,7 +173,7 @@ def add_ladder_flags(parser, domain: str, out: str) -> None:
     add = parser.add_argument_group("policies and files").add_argument
     about = f"folder of a train_outer.py {domain} run: adds a row for each round's policy"
     add("--run", help=about)
-    about = "adapter folders to use as seal-1, seal-2, ..."
+    about = "adapter folders: seal-1, seal-2, ..., or seal-K for one that was shipped after round K"
     add("--policy", nargs="+", default=[], metavar="FOLDER", help=about)
     add("--out", help=f"result file; without it RUN/ladder.json, or {out}")
     about = "folder for progress, to resume a killed run; without it RUN/ladder or runs/eval-NAME"
@@ -193,8 +193,9 @@ def set_outputs(args, out: str):
 
 
 def find_policies(args, domain: str) -> dict:
-    """{"seal-K": adapter folder} of --run and --policy, after "proxy" if there is a --proxy. Exits
-    if --run has no finished round, or was of another domain or to write otherwise."""
+    """{"seal-K": adapter folder} of --run and --policy, after "proxy" if there is a --proxy. A
+    shipped policy is named after its round, others in their order. Exits if --run has no finished
+    round, or was of another domain or to write otherwise."""
     found, proxy = {}, getattr(args, "proxy", None)
     if args.run:
         for file in sorted(Path(args.run).glob("round-*/policy/adapter_config.json")):
@@ -220,9 +221,18 @@ def find_policies(args, domain: str) -> dict:
         refuse_other_settings(where, before, args)
         say_what_differs(where, before, args)
     policies = {"proxy": Path(proxy)} if proxy else {}
-    policies |= {f"seal-{k}": found[k] for k in sorted(found)}
-    start = max(found, default=0) + 1
-    return policies | {f"seal-{k}": Path(folder) for k, folder in enumerate(args.policy, start)}
+    for folder in args.policy:
+        k = round_of(folder)
+        found[max(found, default=0) + 1 if k is None or k in found else k] = Path(folder)
+    return policies | {f"seal-{k}": found[k] for k in sorted(found)}
+
+
+def round_of(folder) -> int | None:
+    """The round that a shipped policy is from; None for an adapter that does not say."""
+    file = Path(folder) / POLICY
+    named = str(read_json(file).get("round")) if file.is_file() else ""
+    round_k = re.fullmatch("round-([1-9][0-9]*)", named)
+    return int(round_k[1]) if round_k else None
 
 
 def trained_as(args, *fields) -> list[tuple]:

@@ -537,6 +537,8 @@ MUTANTS = [
     Mutant("lm/runs.py", "known[name] == now[name] for name in", "True for name in",
         "tests/test_runs.py -k come_and_go"),
     Mutant("lm/runs.py", "= known | now", "= now", "tests/test_runs.py -k come_and_go"),
+    Mutant("lm/runs.py", "k is None or k in found", "k is None",
+        "tests/test_runs.py -k named_after"),
     Mutant("lm/runs.py", 'metrics.get("round") != k', 'metrics.get("round") == 0',
         "tests/test_runs.py -k metrics_of_other_rounds"),
     Mutant("lm/runs.py", "max(found, default=0) + 1", "max(found, default=1)",

@@ -286,6 +286,24 @@ def test_a_shipped_policy_says_how_it_was_trained(changes, told, tmp_path):
         trained_as(arguments(None, policy=[sound]), "data")
 
 
+def test_a_shipped_policy_is_named_after_its_round(a_run, tmp_path):
+    """Others count on; so does a second one of the same round."""
+    shipped, broken = ship(tmp_path / "shipped"), ship(tmp_path / "broken")
+    settings = json.loads((shipped / "policy.json").read_text())
+    (shipped / "policy.json").write_text(json.dumps(settings | {"round": "round-3"}))
+    (broken / "policy.json").write_text(json.dumps(settings | {"round": "round-0"}))
+    assert find_policies(arguments(None, policy=[shipped]), "qa") == {"seal-3": shipped}
+    found = find_policies(arguments(None, policy=[broken, shipped, "other", shipped]), "qa")
+    assert list(found) == ["seal-1", "seal-3", "seal-4", "seal-5"]
+    assert list(found.values()) == [broken, shipped, Path("other"), shipped]
+    rounds = find_policies(arguments(a_run), "qa")
+    taken = int(list(rounds)[-1].removeprefix("seal-"))
+    (shipped / "policy.json").write_text(json.dumps(settings | {"round": f"round-{taken}"}))
+    assert find_policies(arguments(a_run, policy=[shipped]), "qa") == rounds | {
+        f"seal-{taken + 1}": shipped
+    }
+
+
 def test_settings_that_a_ladder_needs(a_run):
     assert read_settings(a_run, "style")["shots"] == 1
     with pytest.raises(SystemExit, match="settings.json: field 'ids' is missing"):
