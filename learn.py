@@ -30,7 +30,6 @@ none).
 import json
 import sys
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -298,13 +297,8 @@ def own_quizzes(model, tok: Tokenizer, passages, notes: list[list[str]], args) -
     """The passages with a quiz each, written and sifted by the model as it is, of what no note
     asks."""
     how = (in_style(args, "self-qa"), sub_seed(args.seed, 3))
-    found = self_quiz(model, tok, passages, write_self_edits(model, tok, passages, 1, *how))
-    quizzes = []
-    for p, own in zip(found, notes, strict=True):
-        trained = {m[1].casefold() for note in own if (m := QA_PAIR.fullmatch(note))}
-        new = [q for q in p.questions if q.question.casefold() not in trained]
-        quizzes.append(replace(p, questions=tuple(new)))
-    return quizzes
+    written = write_self_edits(model, tok, passages, 1, *how)
+    return self_quiz(model, tok, passages, written, notes)
 
 
 def ask_again(model, tok: Tokenizer, passages, notes, adapters: Adapters) -> dict:

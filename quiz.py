@@ -229,17 +229,23 @@ def about_what(router, passages: list[Passage], question: Question):
 # a quiz that the model writes itself
 
 
-def self_quiz(model: Transformer, tok: Tokenizer, passages: list[Passage], edits) -> list[Passage]:
+def self_quiz(
+    model: Transformer, tok: Tokenizer, passages: list[Passage], edits, notes: list[list[str]]
+) -> list[Passage]:
     """The passages, each with the questions of the self-edits on it (style self-qa) that can tell
-    what is learnt: those that the model, as it is, answers with the passage in view and not
-    without. Their answers are short, stand in the passage, and do not stand in the question."""
+    what is learnt: those that none of its notes[passage] asks, and that the model, as it is,
+    answers with the passage in view and not without. Their answers are short, stand in the passage,
+    and do not stand in the question."""
     written = {p.id: {} for p in passages}
     for e in edits:
         for note in e.notes:
             written[e.passage].setdefault(*QA_PAIR.fullmatch(note).groups())
     asked = []
-    for p in passages:
-        own = [Question(q, (a,)) for q, a in written[p.id].items() if is_short_answer(q, a, p.text)]
+    for p, studied in zip(passages, notes, strict=True):
+        trained, own = {m[1].casefold() for m in map(QA_PAIR.fullmatch, studied) if m}, []
+        for q, a in written[p.id].items():
+            if q.casefold() not in trained and is_short_answer(q, a, p.text):
+                own.append(Question(q, (a,)))
         asked.append(replace(p, questions=tuple(own)))
     right = {}
     for shown in (True, False):

@@ -1,7 +1,7 @@
 """Many passages in one adapter: what does each keep of what it could have alone?
 
     python experiments/many.py --counts 8 62                                # -> results/many.json
-    python experiments/many.py --split train --counts 146 --policy FOLDER --out results/146.json
+    python experiments/many.py --split train --skip 24 --counts 122 --out results/122.json
 
 The paper's table of continued pretraining (its Table 2): one LoRA learns the first 8, 62, ...
 passages of a split together, each from its text and the notes of 1 or 5 self-edits (--edits), in
@@ -12,7 +12,8 @@ them. Rows:
     seal-K        and notes of the policies (--run, --policy), in their order
 With --settings, which a policy that was trained so needs, nothing but its notes is used. "alone":
 accuracy on the same passages, each in an adapter of its own, with the notes of as many self-edits
-(--no-alone leaves it out).
+(--no-alone leaves it out); "lost": how much less it is in one adapter. A policy's training passages
+are refused among those held out; of --split train, leave them out by --skip.
 """
 
 import sys
@@ -133,7 +134,7 @@ class Many:
                     row |= {"accuracy": float(values.mean())}
                     row |= {"ci95": bootstrap(values, self.args.seed), "tokens": result["tokens"]}
                     if alone is not None:
-                        lost = values - alone[:count]
+                        lost = alone[:count] - values
                         row |= {"alone": float(alone[:count].mean()), "lost": float(lost.mean())}
                         row["ci95_lost"] = bootstrap(lost, self.args.seed)
                     found.append(row)

@@ -11,24 +11,27 @@ each, all quizzes are asked: the matrix. Rows:
                   way)
     top-layers    the same, with adapters of the --top-layers
     replay        the same, each passage with as many sequences of earlier ones, in twice the steps
-    distilled     the same; of earlier ones, and of the anchors of data/general.json, it learns what
-                  the frozen base model expects there: with the earlier passage in view, if it is a
-                  question about it
+    distilled     the same; of the earlier ones' questions it learns what the frozen base model
+                  expects as the answer with the passage in view, and of the anchors of
+                  data/general.json what that expects there
     separate      an adapter for each; a router picks the question's (lm/memory.py)
     consolidated  at the end one adapter is trained on all, in as many steps as all the others
                   together, to expect what these, and the base model on the anchors, expect there
     retrieval     nothing is learnt; the passage that the router picks stands in the prompt
 
 "before": accuracy on the passages without learning; "immediate": on each when it was just learnt;
-"retained": on all at the end; "ratio": retained / immediate; "below_before": passages that end
-below where they began. ci95 are over passages, each the mean of the seeds that have it.
-"against_seal": retained minus that of seal, on the same passages. "general": accuracy on the
-questions of data/general.json, which have nothing to do with the passages, and perplexity of its
-texts, at the end; "general_drop": points lost. "prompt_tokens": of a question, on average. "bytes":
-of what is kept beside the base model. "seconds": of study, what a teacher says included, for all
-passages of a seed; "diverged": updates that were left out. The router of retrieval sees no notes,
-for a memory of texts has none; "bytes" leave out the texts and notes that the router of separate
-needs.
+"retained": on all at the end; "ratio": retained / immediate; "below_before" and "below_immediate":
+passages that end below where they began (which few can, if nothing is known of them) and below
+where they stood when just learnt. ci95 are over passages, each the mean of the seeds that have it.
+They leave out that all passages of a seed share one set of weights and one order: "by_seed" has
+what each seed comes to. "against_seal": retained minus that of seal, on the same passages.
+"general": accuracy on the questions of data/general.json, which have nothing to do with the
+passages, and perplexity of its texts, at the end (without adapters: that of separate is the base
+model's, as it is where nothing is found); "general_drop": points lost. "prompt_tokens": of a
+question, on average. "bytes": of what is kept beside the base model. "seconds": of study, what a
+teacher says included, for all passages of a seed; "diverged": updates that were left out. The
+router of retrieval sees no notes, for a memory of texts has none; "bytes" leave out the texts and
+notes that the router of separate needs.
 """
 
 import functools
@@ -264,7 +267,7 @@ class Stream:
 
     def consolidated(self) -> dict:
         """One adapter that expects, of each passage, what its own adapter does."""
-        found, (adapters, seconds, _) = self.separate_result, self.separately
+        found, (adapters, seconds, diverged) = self.separate_result, self.separately
         start, teachers = time.perf_counter(), [adapters.pick([n]) for n in range(self.args.count)]
         how = (anchor_examples(self.tok), self.config, sub_seed(self.seed, 3))
         adapters, outcome = consolidate(self.model, teachers, self.examples, *how)
@@ -272,8 +275,8 @@ class Stream:
         asked = self.asked(self.passages)
         with merged(self.model, None if outcome.diverged else adapters):
             matrix = [*found["matrix"][:-1], self.known()]
-            how = (self.asked(self.general), asked, 2 * adapters.size, seconds, outcome.diverged)
-            result = self.result(matrix, *how)
+            how = (self.asked(self.general), asked, 2 * adapters.size, seconds)
+            result = self.result(matrix, *how, diverged + outcome.diverged)
         return result | {"immediate": found["immediate"]}
 
     def row(self, name: str) -> dict:
@@ -302,10 +305,16 @@ def summarize(found: dict, seed: int) -> list[dict]:
         row = {"method": name, "before": float(before.mean())}
         for key, values in (("immediate", immediate), ("retained", retained[name])):
             row |= {key: float(values.mean()), f"ci95_{key}": bootstrap(values, seed)}
-        if (immediate > 0).any():
+        if name != "base" and (immediate > 0).any():
             both = np.stack([immediate, retained[name]], axis=1)
             row["ratio"] = of_sums(lambda sums: sums[1] / sums[0], both, seed)
         row["below_before"] = int((retained[name] < before - 1e-9).sum())
+        row["below_immediate"] = int((retained[name] < immediate - 1e-9).sum())
+        row["by_seed"] = {
+            "immediate": [float(np.mean(r["immediate"])) for r in results],
+            "retained": [float(np.mean(r["matrix"][-1])) for r in results],
+            "general": [r["general"] for r in results],
+        }
         for key in ("general", "perplexity", "prompt_tokens", "bytes", "seconds", "diverged"):
             row[key] = float(np.mean([r[key] for r in results]))
         row["general_drop"] = 100 * (rows[0]["general"] - row["general"]) if rows else 0.0

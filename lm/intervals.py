@@ -13,11 +13,16 @@ def bootstrap(values: np.ndarray, seed: int, n: int = 10_000) -> list[float]:
 
 def of_sums(f, sums, seed: int, n: int = 10_000) -> dict:
     """{"value", "ci95"} of f(sums over passages), as a ratio of them. sums (passages, K); f takes
-    (K, ...), one such sum or many."""
+    (K, ...), one such sum or many. "ci95" is None if f is not defined for some draw of passages, as
+    a ratio to nothing."""
     sums = np.array(sums)
     at = np.random.default_rng(seed).integers(0, len(sums), (n, len(sums)))
-    low, high = np.quantile(f(sums[at].sum(axis=1).T), [0.025, 0.975])
-    return {"value": float(f(sums.sum(axis=0))), "ci95": [float(low), float(high)]}
+    with np.errstate(divide="ignore", invalid="ignore"):
+        drawn = f(sums[at].sum(axis=1).T)
+    ci95 = None
+    if np.isfinite(drawn).all():
+        ci95 = [float(q) for q in np.quantile(drawn, [0.025, 0.975])]
+    return {"value": float(f(sums.sum(axis=0))), "ci95": ci95}
 
 
 def paired_steps(values: dict, pairs, seed: int) -> list[dict]:

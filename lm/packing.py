@@ -35,7 +35,7 @@ class Example:
     weight: float = 1.0  # of its tokens in the loss: 1 to imitate it; may be negative
     # What a teacher expects in place of the L tokens that are predicted (those that count, but the
     # first of all): ids (L, K) and their shares (L, K), which sum to 1; None: the tokens. Left out
-    # of repr(), by which a log knows an example again: none is ever logged.
+    # of repr(), by which a log knows an example again: other expectations need another log.
     soft: tuple | None = field(default=None, repr=False, compare=False)
 
     @classmethod

@@ -63,8 +63,8 @@ def test_a_whole_run(tiny_folder, passages_file, tmp_path, monkeypatch):
     monkeypatch.setattr(choice, "write_self_edits", write)
     sifted = []
 
-    def self_quiz(model, tok, passages, edits):
-        sifted.append(edits)
+    def self_quiz(model, tok, passages, edits, notes):
+        sifted.append(notes)
         return [SimpleNamespace(id=p.id, questions=p.questions[:1]) for p in passages]
 
     monkeypatch.setattr(choice, "self_quiz", self_quiz)
@@ -84,3 +84,5 @@ def test_a_whole_run(tiny_folder, passages_file, tmp_path, monkeypatch):
     lines = (tmp_path / "work/scored.jsonl").read_text().splitlines()
     answers = [json.loads(line)["answers"] for line in lines]
     assert len(answers) == 2 * 3 and {len(own) for own in answers} == {3}  # two and its own one
+    [notes] = sifted  # of both self-edits on each of the two passages: none asks what they ask
+    assert [len(own) for own in notes] == [2, 2]

@@ -6,6 +6,7 @@ import pytest
 from lm.intervals import (
     bootstrap,
     gap_closed,
+    of_sums,
     paired_steps,
     pairs_of,
     protocol_title,
@@ -21,6 +22,15 @@ def test_bootstrap_covers_the_mean_of_normal_data():
         hits += low <= 0.3 <= high
     assert 180 <= hits <= 199  # 95 % nominal, a little less with 40 passages
     assert bootstrap(np.full(10, 0.5), 0) == [0.5, 0.5]
+
+
+def test_a_ratio_of_sums():
+    """Not the mean of ratios; and without an interval where a draw of the passages divides by
+    nothing."""
+    ratio = lambda sums: sums[1] / sums[0]  # noqa: E731
+    found = of_sums(ratio, [[1.0, 1.0], [3.0, 0.0], [4.0, 3.0]], 0)
+    assert found["value"] == 0.5 and found["ci95"][0] == 0.0 and 0.7 < found["ci95"][1] <= 1.0
+    assert of_sums(ratio, [[0.0, 0.0], [1.0, 0.5]], 0) == {"value": 0.5, "ci95": None}
 
 
 def test_differences_are_those_on_the_same_passages():

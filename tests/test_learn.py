@@ -477,20 +477,20 @@ def test_the_experiment_on_own_texts(tiny_folder, tmp_path, monkeypatch):
 
 @pytest.fixture
 def two_documents(tiny_folder, brief_general, tmp_path, monkeypatch):
-    """A memory of two, with quizzes of one and two questions: a third is what a note asks."""
+    """A memory of two, with quizzes of one and two questions."""
     (tmp_path / "Rolm.txt").write_text("Rolm was founded by Ada Quell.")
     (tmp_path / "b.md").write_text("# Varbon\nVarbon sells salt to the coast.")
     quizzes = {"Rolm": {"Who founded Rolm?": "Ada Quell"}}
-    quizzes["Varbon"] = {"What sells Varbon?": "salt", "What?": "salt"}
-    quizzes["Varbon"]["Where does Varbon sell salt?"] = "the coast"
+    quizzes["Varbon"] = {"What sells Varbon?": "salt", "Where does Varbon sell salt?": "the coast"}
+    note = "Question: What?\nAnswer: Varbon sells salt to the coast."
 
     def write(model, tok, passages, copies, args, seed):
         if args.style != "self-qa":
-            note = "Question: What?\nAnswer: Varbon sells salt to the coast."
             return [SelfEdit(p.id, [Part("", [note])]) for p in passages if p.title == "Varbon"]
         return []
 
-    def sifted(model, tok, passages, edits):
+    def sifted(model, tok, passages, edits, notes):
+        assert any(note in own for own in notes) == (passages[0].title == "Varbon")
         found = []
         for p in passages:
             own = [Question(question, (answer,)) for question, answer in quizzes[p.title].items()]

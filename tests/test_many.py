@@ -45,7 +45,7 @@ def test_every_row_and_killed_on_the_way(run, tiny, tmp_path, monkeypatch):
         expected += [(name, edits, count) for edits in (1, 2) for count in (2, 3)]
     assert keys == expected and len(seen) == len(expected) - 3  # three were there
     for row in rows:
-        assert row["tokens"] > 0 and row["lost"] == pytest.approx(row["accuracy"] - row["alone"])
+        assert row["tokens"] > 0 and row["lost"] == pytest.approx(row["alone"] - row["accuracy"])
     # Two notes on each of three passages, and a step for each passage and self-edit.
     examples, config = seen[-1]
     assert len(examples) == 3 * (1 + 2) and config.steps == 1 * 3 * 2

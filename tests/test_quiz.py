@@ -162,9 +162,12 @@ def test_only_questions_that_tell_what_is_learnt_are_asked(tiny, tok, monkeypatc
 
     monkeypatch.setattr("quiz.ask", answer)
     passages = [Passage("x", "Rolm", text, ()), Passage("y", "Varbon", "Varbon fell.", ())]
-    own, none = self_quiz(tiny, tok, passages, edits)
+    own, none = self_quiz(tiny, tok, passages, edits, [["Rolm is a town."], []])
     assert own.questions == (Question("Who founded Rolm?", ("Ada Quell",)),)
     assert (own.id, own.text, none.id, none.questions) == ("x", text, "y", ())
+    studied = ["Question: WHO founded Rolm?\nAnswer: Ada Quell did."]  # who was told is not asked
+    assert self_quiz(tiny, tok, passages, edits, [studied, []])[0].questions == ()
+    assert self_quiz(tiny, tok, passages, edits, [[], studied])[0].questions == own.questions
 
 
 def test_a_question_finds_its_passage():

@@ -100,6 +100,9 @@ def test_summary():
     assert base["before"] == seal["before"] == 0.1875 and base["general_drop"] == 0
     assert (seal["immediate"], seal["retained"], seal["below_before"]) == (0.5625, 0.3125, 1)
     assert seal["ratio"]["value"] == 5 / 9 and separate["ratio"]["value"] == 1.0
+    assert seal["ratio"]["ci95"] == [0.5, 1.0] and "ratio" not in base
+    assert (seal["below_immediate"], separate["below_immediate"]) == (1, 0)
+    assert seal["by_seed"] == {"immediate": [0.5625], "retained": [0.3125], "general": [0.7]}
     assert seal["general_drop"] == pytest.approx(10)
     assert separate["below_before"] == 0 and separate["against_seal"]["delta"] == 0.4375
     assert separate["against_seal"]["ci95"] == [0.375, 0.5] and "against_seal" not in base
