@@ -369,102 +369,6 @@ def credit(e: SelfEdit, passage: Passage, result: dict | None, reward: str) -> N
 
 
 # -----------------------------------------------------------------------------
-# credit of single notes, by studies of random halves (the estimator of Data Banzhaf, 2205.15466)
-
-
-@dataclass(frozen=True)
-class Pool:
-    """The notes of all self-edits on one passage, and the halves of them that are studied."""
-
-    passage: Passage
-    edits: list[SelfEdit]
-    notes: tuple
-    halves: list[tuple]
-
-
-def pools(edits: list[SelfEdit], passages: dict, count: int, seed: int) -> list[Pool]:
-    """One for each of passages {id: passage}; fewer than two notes have no halves."""
-    found = []
-    for n, (id, passage) in enumerate(passages.items()):
-        own = [e for e in edits if e.passage == id]
-        notes = pooled([e.notes for e in own])
-        halves = random_halves(notes, count, sub_seed(seed, n)) if len(notes) > 1 else []
-        found.append(Pool(passage, own, notes, halves))
-    return found
-
-
-def random_halves(notes: tuple, count: int, seed: int) -> list[tuple]:
-    """`count` random halves of notes, in complementary pairs: [half, the rest, half, the rest,
-    ...]. Of an odd number the one or the other has one more."""
-    rng, halves = np.random.default_rng(seed), []
-    for _ in range(count // 2):
-        chosen = set(rng.permutation(len(notes))[: (len(notes) + rng.integers(2)) // 2].tolist())
-        halves.append(tuple(note for i, note in enumerate(notes) if i in chosen))
-        halves.append(tuple(note for i, note in enumerate(notes) if i not in chosen))
-    return halves
-
-
-def note_credits(halves: list[tuple], scores, notes) -> dict:
-    """{note: (what it brings, standard error)}. scores (count) of the halves; NaN where a study
-    diverged: that pair says nothing.
-
-    A note is in one half of each pair, so its credit is the mean over pairs of the score with it
-    minus the score without it. With fewer than two pairs the error is infinite.
-    """
-    pairs = np.array(scores, float).reshape(-1, 2)
-    sound = np.isfinite(pairs).all(axis=1)
-    difference, found = (pairs[:, 0] - pairs[:, 1])[sound], {}
-    for note in notes:
-        sign = np.array([1.0 if note in half else -1.0 for half in halves[0::2]])[sound]
-        brought = sign * difference
-        error = brought.std(ddof=1) / math.sqrt(len(brought)) if len(brought) > 1 else math.inf
-        found[note] = (float(brought.mean()) if len(brought) else 0.0, float(error))
-    return found
-
-
-def credit_by_halves(pools: list[Pool], results: list[dict], metric: str, config) -> None:
-    """Fill in what the studies of all pools' halves say of the self-edits: scores and reward, the
-    means over the passage's halves; the credit of each note, by the questions about its sentence,
-    or 0 unless its 95 % interval is clear of zero; and the credit of each part, the mean of its
-    notes'."""
-    left = iter(results)
-    for pool in pools:
-        own = [next(left) for _ in pool.halves]
-        answers = [a for r in own if not r["diverged"] for a in r["answers"]]
-        for e in pool.edits:
-            e.config = asdict(config)
-            e.score = mean_scores(answers or [NOTHING])
-            e.reward = e.score[metric]
-        credit_sentences(pool, own, metric)
-
-
-def notes_about(pool: Pool) -> list[list[str]]:
-    """The notes of a pool that are answered by each sentence of its passage."""
-    pairs, found = {note: QA_PAIR.fullmatch(note) for note in pool.notes}, []
-    for statement in sentences(pool.passage.text):
-        _, answer = question_and_answer(statement)
-        found.append([note for note, m in pairs.items() if m and m[2] == answer])
-    return found
-
-
-def credit_sentences(pool: Pool, results: list[dict], metric: str) -> None:
-    scores = []  # of each half: by sentence
-    for r in results:
-        values = by_sentence(pool.passage, [a[metric] for a in r["answers"]])
-        scores.append([math.nan if r["diverged"] and v is not None else v for v in values])
-    for k, about in enumerate(notes_about(pool) if results else ()):
-        if scores[0][k] is None:
-            continue  # nothing is asked about this sentence
-        found, worth = note_credits(pool.halves, [of[k] for of in scores], about), {}
-        for note, (value, error) in found.items():
-            worth[note] = value if abs(value) > 1.96 * error else 0.0
-        for part in (e.parts[k] for e in pool.edits):
-            own = [note for note in part.notes if note in worth]
-            part.note_credits = {QA_PAIR.fullmatch(note)[1]: [worth[note]] for note in own}
-            part.credit = float(np.mean([worth[note] for note in own])) if own else None
-
-
-# -----------------------------------------------------------------------------
 # selection: what is imitated
 
 WHY = {  # kept? -> why
@@ -723,21 +627,16 @@ class Passages:
         return Log(path, accuracy_of)
 
     def candidates(self, edits: list[SelfEdit], seed: int) -> list[Candidate | None]:
-        """One for each self-edit, or half of a pool; then, if --select compares with them, for the
-        passages alone. The same one for the same contents, so that they earn the same (in bfloat16
-        a row of a batch is not rounded like the next); None for what is not studied."""
+        """One for each self-edit; then, if --select compares with them, for the passages alone. The
+        same one for the same contents, so that they earn the same (in bfloat16 a row of a batch is
+        not rounded like the next); None for what is not studied."""
         args, config, found = self.args, sft_config(self.args), []
         if args.reward == "proxy":
             return []
-        if args.halves:
-            self.pools = pools(edits, self.passages, args.halves, seed)
-            for p, half in ((pool.passage, half) for pool in self.pools for half in pool.halves):
-                found.append(passage_candidate(self.its_tok, len(found), p, half, config))
-        else:
-            for e in edits:
-                how = (self.passages[e.passage], e, args, seed)
-                c, e.flaw = edit_candidate(self.its_tok, len(found), *how)
-                found.append(c)
+        for e in edits:
+            how = (self.passages[e.passage], e, args, seed)
+            c, e.flaw = edit_candidate(self.its_tok, len(found), *how)
+            found.append(c)
         for p in self.passages.values() if args.select == "improving" else ():
             found.append(passage_candidate(self.its_tok, len(found), p, (), config))
         first = {}
@@ -755,10 +654,6 @@ class Passages:
         """Fill in rewards and credits; returns {passage id: reward of the passage alone}."""
         if self.args.reward == "proxy":
             score_by_proxy(edits, self.passages)
-            return {}
-        if self.args.halves:
-            how = (self.args.reward, sft_config(self.args))
-            credit_by_halves(self.pools, [log[c] for c in candidates], *how)
             return {}
         for e, c in zip(edits, candidates):
             e.config = asdict(c.config) if c else {}

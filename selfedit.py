@@ -45,8 +45,7 @@ class Part:
     target: str = ""  # what of it may be imitated: the text of its notes, or ""
     flaw: str = ""  # "", "empty", "malformed", "endless", "repeats", "copied", "out of bounds"
     credit: float | None = None  # its own reward; None where no question is about it
-    # {question of a note: its closeness to each of the quiz's (--reward proxy), or what the note
-    # brings (--halves)}
+    # {question of a note: its closeness to each of the quiz's}, with --reward proxy
     note_credits: dict = field(default_factory=dict)
     kept: bool = False  # is it imitated?
     style: str = ""  # of its prompt; "settings" says how the notes are to be studied

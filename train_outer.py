@@ -82,10 +82,8 @@ def parse_arguments(argv=None):
     add_loop_flags(sub["qa"], "runs/qa", ["accuracy", "logprob", "proxy"], list(RULES))
     about = "--select notes: most notes imitated about each sentence"
     sub["qa"].add_argument("--keep", type=at_least(1), default=6, help=about)
-    about = "study N random halves of a passage's pooled notes, in pairs; 0: each self-edit"
-    sub["qa"].add_argument("--halves", type=at_least(0), default=0, help=about)
     add_loop_flags(sub["arc"], "runs/arc", ["accuracy", "logprob"], ["improving", "best", "parts"])
-    sub["arc"].set_defaults(**arc.DEFAULTS, outer_row_len=0, outer_batch=2, keep=0, halves=0)
+    sub["arc"].set_defaults(**arc.DEFAULTS, outer_row_len=0, outer_batch=2, keep=0)
     args = parser.parse_args(argv)
     if args.domain == "qa":
         settle(args)
@@ -124,13 +122,13 @@ def refuse_contradictions(parser, args) -> None:
         refuse_unused(parser, args, ["exchange"], "with one of --agents")
     elif args.learner == "policy":
         parser.error("--learner policy: which of the --agents?")
-    elif args.halves or (args.select == "notes" and args.exchange == "special"):
-        parser.error("--agents: notes that are pooled have no one agent (--halves, --select notes)")
+    elif args.select == "notes" and args.exchange == "special":
+        parser.error("--exchange special: notes that are pooled have no one agent (--select notes)")
     if args.select == "parts" and args.samples * args.agents < 2:
         parser.error("--select parts compares self-edits: it needs --samples of at least 2")
-    if args.outer == "weighted" and (args.reward != "accuracy" or args.select == "notes"):
+    if args.outer == "weighted" and args.reward != "accuracy":
         told = "what is earned is the weight, and must not be negative"
-        parser.error(f"--outer weighted needs --reward accuracy, and no --select notes: {told}")
+        parser.error(f"--outer weighted needs --reward accuracy: {told}")
     if args.domain == "arc":
         data.arc.refuse_other_source(parser, args)
         if args.reward == "logprob" and args.select == "improving":
@@ -141,15 +139,10 @@ def refuse_contradictions(parser, args) -> None:
         refuse_unused(parser, args, ["student"], "with --reward proxy, which studies nothing")
     if args.reward == "proxy" and (args.select == "improving" or not STYLES[args.style].quotes):
         parser.error("--reward proxy is for --style questions, and not for --select improving")
-    if args.select == "notes" and args.reward != "proxy" and not args.halves:
-        parser.error("--select notes needs --reward proxy or --halves, which judge single notes")
-    if args.halves and (args.halves < 4 or args.halves % 2):
-        parser.error(f"--halves {args.halves}: studies come in pairs, and two at least: 4, 6, ...")
-    by_study = args.select == "notes" and args.reward != "proxy" and STYLES[args.style].quotes
-    if args.halves and not by_study:
-        parser.error("--halves needs --select notes, --style questions, and a reward by study")
-    if args.settings and (args.reward == "proxy" or args.halves):
-        parser.error("--settings needs a study of each self-edit: no --reward proxy, no --halves")
+    if args.select == "notes" and args.reward != "proxy":
+        parser.error("--select notes needs --reward proxy, which judges single notes")
+    if args.settings and args.reward == "proxy":
+        parser.error("--settings needs a study of each self-edit: no --reward proxy")
     if args.settings and args.style != "questions":
         parser.error("--settings asks for notes in all styles: leave out --style")
     if not args.settings:

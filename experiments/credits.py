@@ -3,7 +3,7 @@
     python experiments/credits.py --limit 8             # -> results/note_credits.json
 
 The notes of --samples self-edits on a training passage are pooled, and --halves random halves of
-the pool are studied, as by train_outer.py --halves, in two lots with other halves and seeds. In
+the pool are studied, in complementary pairs, in two lots with other halves and seeds. In
 each a note's credit is what the questions about its sentence score with it minus without
 (reward.note_credits()). The first lot is asked the quiz, the second two more wordings of every
 question by another hand (data/wordings.json): its credits by accuracy are to be predicted by
@@ -30,7 +30,7 @@ import numpy as np
 
 import data.qa
 import reward
-from data.qa import counts, load_passages
+from data.qa import Passage, counts, load_passages
 from data.text import question_and_answer, sentences
 from experiments.noise import SCORES, ask_all, correlation_of, products, with_wordings
 from inner import laid_out, lora_config, sft_config, train_step
@@ -43,17 +43,15 @@ from lora import Adapters, LoRAConfig, attached
 from reward import (
     accuracy_of,
     by_sentence,
-    note_credits,
-    notes_about,
     passage_candidate,
     passage_examples,
-    pools,
+    pooled,
     populations,
     proxy_scores,
     sentence_about,
     update_and_quiz,
 )
-from selfedit import settle, write_self_edits
+from selfedit import QA_PAIR, SelfEdit, settle, write_self_edits
 
 WITHOUT_STUDY = ("influence", "alignment", "proxy")
 
@@ -77,7 +75,62 @@ def parse_arguments():
 
 
 # -----------------------------------------------------------------------------
-# credits by study
+# credits by study (the estimator of Data Banzhaf, arXiv 2205.15466)
+
+
+@dataclass(frozen=True)
+class Pool:
+    """The notes of all self-edits on one passage, and the halves of them that are studied."""
+
+    passage: Passage
+    notes: tuple
+    halves: list[tuple]
+
+
+def pools(edits: list[SelfEdit], passages: list[Passage], count: int, seed: int) -> list[Pool]:
+    """One for each passage; fewer than two notes have no halves."""
+    found = []
+    for n, passage in enumerate(passages):
+        notes = pooled([e.notes for e in edits if e.passage == passage.id])
+        halves = random_halves(notes, count, sub_seed(seed, n)) if len(notes) > 1 else []
+        found.append(Pool(passage, notes, halves))
+    return found
+
+
+def random_halves(notes: tuple, count: int, seed: int) -> list[tuple]:
+    """`count` random halves of notes, in complementary pairs: [half, the rest, half, the rest,
+    ...]. Of an odd number the one or the other has one more."""
+    rng, halves = np.random.default_rng(seed), []
+    for _ in range(count // 2):
+        chosen = set(rng.permutation(len(notes))[: (len(notes) + rng.integers(2)) // 2].tolist())
+        halves.append(tuple(note for i, note in enumerate(notes) if i in chosen))
+        halves.append(tuple(note for i, note in enumerate(notes) if i not in chosen))
+    return halves
+
+
+def note_credits(halves: list[tuple], scores, notes) -> dict:
+    """{note: what it brings}. scores (count) of the halves; NaN where a study diverged: that pair
+    says nothing.
+
+    A note is in one half of each pair, so its credit is the mean over pairs of the score with it
+    minus the score without it.
+    """
+    pairs = np.array(scores, float).reshape(-1, 2)
+    sound = np.isfinite(pairs).all(axis=1)
+    difference, found = (pairs[:, 0] - pairs[:, 1])[sound], {}
+    for note in notes:
+        sign = np.array([1.0 if note in half else -1.0 for half in halves[0::2]])[sound]
+        found[note] = float((sign * difference).mean()) if len(difference) else 0.0
+    return found
+
+
+def notes_about(pool: Pool) -> list[list[str]]:
+    """The notes of a pool that are answered by each sentence of its passage."""
+    pairs, found = {note: QA_PAIR.fullmatch(note) for note in pool.notes}, []
+    for statement in sentences(pool.passage.text):
+        _, answer = question_and_answer(statement)
+        found.append([note for note, m in pairs.items() if m and m[2] == answer])
+    return found
 
 
 @dataclass
@@ -90,7 +143,7 @@ class Lot:
 
 def study(model, tok, edits, passages, longer, args, lot: int, work: Path) -> Lot:
     seed = sub_seed(args.seed, 1, lot)
-    found = pools(edits, {p.id: p for p in passages}, args.halves, seed)
+    found = pools(edits, passages, args.halves, seed)
     candidates, config = [], sft_config(args)
     for pool, p in zip(found, longer):
         for half in pool.halves:
@@ -120,8 +173,7 @@ def credits_of(lot: Lot, n: int, key: str, others: bool) -> list[dict]:
     found = []
     for k, about in enumerate(notes_about(pool)):
         of = [s[k] if s else math.nan for s in scores]
-        credits = note_credits(pool.halves, of, about) if about and None not in of else {}
-        found.append({note: value for note, (value, _) in credits.items()})
+        found.append(note_credits(pool.halves, of, about) if about and None not in of else {})
     return found
 
 

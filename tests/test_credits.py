@@ -8,11 +8,21 @@ from test_noise import wordings_of
 
 from data.qa import Passage, Question
 from experiments import credits
-from experiments.credits import Lot, agreement, credits_of, gradients, influences
+from experiments.credits import (
+    Lot,
+    Pool,
+    agreement,
+    credits_of,
+    gradients,
+    influences,
+    note_credits,
+    notes_about,
+    random_halves,
+)
 from inner import SFTConfig, inner_update
 from lm.files import read_json
 from lora import PROJECTIONS, Adapters, LoRAConfig
-from reward import Pool, notes_about, passage_examples, random_halves
+from reward import passage_examples
 
 pytestmark = pytest.mark.usefixtures("brief_answers")
 
@@ -48,10 +58,46 @@ def test_agreement_is_the_correlation_within_sentences():
     assert agreement([[{"a": 1.0}]], [[{"a": 1.0}]], 0)["value"] == 0  # nothing to compare
 
 
+@pytest.mark.parametrize("n", [2, 7, 8])
+def test_halves_come_in_complementary_pairs(n):
+    notes = tuple("abcdefgh"[:n])
+    halves = random_halves(notes, 40, 0)
+    assert len(halves) == 40 and halves == random_halves(notes, 40, 0)
+    assert halves != random_halves(notes, 40, 1)
+    for half, rest in zip(halves[0::2], halves[1::2]):
+        assert sorted([*half, *rest]) == list(notes) and abs(len(half) - len(rest)) <= n % 2
+        assert list(half) == sorted(half) and list(rest) == sorted(rest)
+    assert {len(half) for half in halves} == {n // 2, n - n // 2}
+    assert set().union(*halves[0::2]) == set(notes)  # each note is drawn
+
+
+def test_a_notes_credit_is_the_score_with_it_minus_without():
+    """Scores that are sums of the notes' worth give it back."""
+    worth = {"a": 0.4, "b": -0.2, "c": 0.0, "d": 0.1, "e": 0.3}
+    halves = random_halves(tuple(worth), 4000, 0)
+    scores = np.array([sum(map(worth.get, half)) for half in halves])
+    exact = note_credits(halves, scores, worth)
+    for note, own in worth.items():
+        # Beside it are 1.6 of the other four on average (it is oftener in the half of three), and
+        # 2.4 in the half without it.
+        others = (sum(worth.values()) - own) / 4
+        assert exact[note] == pytest.approx(own + (1.6 - 2.4) * others, abs=0.02)
+
+
+def test_a_pair_with_a_diverged_study_says_nothing():
+    halves = random_halves(tuple("abcd"), 8, 0)
+    scores = np.arange(8.0) ** 2
+    without = note_credits(halves[2:], scores[2:], "abcd")
+    scores[1] = np.nan
+    assert note_credits(halves, scores, "abcd") == without
+    scores[3:] = np.nan
+    assert note_credits(halves, scores, "abcd") == dict.fromkeys("abcd", 0.0)
+
+
 def test_credit_is_by_the_own_wording_or_by_the_others():
     """Question 1 is answered with the first note, its other wordings with the second; nothing is
     said where a study diverged."""
-    pool = Pool(PASSAGE, [], NOTES, random_halves(NOTES, 40, 0))
+    pool = Pool(PASSAGE, NOTES, random_halves(NOTES, 40, 0))
     assert notes_about(pool) == [[NOTES[0], NOTES[1]], [NOTES[2]]]
     answers = []
     for half in pool.halves:
@@ -82,7 +128,7 @@ def test_a_gradient_is_that_of_the_first_step(tiny, tok):
 
 
 def test_influence_knows_the_quizs_own_question(tiny, tok):
-    pool = Pool(PASSAGE, [], NOTES, [])
+    pool = Pool(PASSAGE, NOTES, [])
     found = influences(tiny, tok, pool, LORA, 0)
     assert [list(own) for own in found["influence"]] == [list(NOTES[:2]), [NOTES[2]]]
     same, other = (found["alignment"][0][n] for n in NOTES[:2])
@@ -91,7 +137,7 @@ def test_influence_knows_the_quizs_own_question(tiny, tok):
     assert found["influence"][0][NOTES[0]] == pytest.approx(float(norms**2), rel=1e-3)
     assert found["proxy"] == [{NOTES[0]: 1.0, NOTES[1]: 0.0}, {NOTES[2]: 1.0}]
     nobody = Passage("p", "Rolm", TEXT, QUIZ[:1])
-    found = influences(tiny, tok, Pool(nobody, [], NOTES, []), LORA, 0)
+    found = influences(tiny, tok, Pool(nobody, NOTES, []), LORA, 0)
     assert [len(own) for own in found["proxy"]] == [2, 0]  # nothing is asked about the second
 
 

@@ -499,7 +499,6 @@ def test_a_round_with_settings(rule, tiny_folder, passages_file, tmp_path, monke
     "extra, message",
     [
         (["--settings", "--reward", "proxy"], "needs a study"),
-        (["--settings", "--halves", 4, "--select", "notes"], "needs a study"),
         (["--settings", "--style", "rewrite"], "leave out --style"),
         (["--budget", 100], "budget"),
         (["--settings", "--lr", 0.1], "has no effect"),

@@ -370,7 +370,6 @@ def test_where_the_passage_alone_diverged_nothing_improves_on_it(
         (["--reward", "proxy", "--select", "improving"], "and not for --select improving"),
         (["--select", "notes"], "--select notes needs --reward proxy"),
         (["--outer", "weighted", "--reward", "logprob"], "weighted needs --reward accuracy"),
-        (["--outer", "weighted", "--select", "notes", "--halves", 4], "and no --select notes"),
         (["--keep", 2], "--keep has no effect with --select best"),
         (["--lr", "fast"], "invalid float value"),
     ],
