@@ -78,8 +78,6 @@ studies: .venv/dev model
 	$(PY) experiments/rewards.py --seeds 2
 	$(PY) experiments/credits.py --limit 8 --lr 0.008
 	$(PY) experiments/noise.py $(SEAL) --limit 32 --samples 3 --seeds 2
-	$(PY) train_outer.py qa $(SEAL) $(OUTER) --explore 0.5 --limit 24 --samples 8 --rounds 2 --out runs/explored
-	$(PY) experiments/chosen.py --run runs/explored --out results/settings_explored.json
 	$(PY) experiments/recipes.py --limit 16
 	$(PY) experiments/own_texts.py
 	$(PY) experiments/router.py

@@ -2,7 +2,7 @@
 
     theta_i = SFT(theta_0, SE_i)    for all candidates i of a population (arXiv 2506.10943, 3.1)
 
-Four things make it fast, and none changes what a candidate learns:
+Four things make it fast. The first decides what a step takes, a row; the others change nothing:
     packing        short sequences share a row (lm/packing.py), so little is padded
     one prompt     sequences that begin with the same prompt read it once
     lower layers   when only the top layers adapt, the frozen ones run once for each row
@@ -341,7 +341,8 @@ def train_end_to_end(lora, rows, plans, configs, tick=None, one_step=train_step)
 def update_one(
     model, adapter: Adapters, examples: list[Example], config: SFTConfig, seed: int, label: str
 ) -> Outcome:
-    """An inner update of one adapter, in place, by all processes, with a progress line in steps."""
+    """An inner update of one adapter, in place, with a progress line in steps; its rows are shared
+    out to all processes, unless --compile makes the step."""
     progress = Progress(label, config.total_steps(len(laid_out(examples, config.row_len))))
     tick = lambda tokens, loss: progress.step(loss=loss)  # noqa: E731
     [outcome] = inner_update(model, adapter, [examples], [config], seed, tick, shared(train_step))

@@ -148,8 +148,8 @@ class attached:
     """Within `with attached(model, adapters) as lora`, the model runs under the adapters; on
     leaving, it is as it was.
 
-    Its rows belong to the P candidates in turn, equally many each, unless bind() is told otherwise.
-    Raises RuntimeError if the model has adapters already.
+    Its rows belong to the P candidates in turn, equally many each, unless share_out() says
+    otherwise. Raises RuntimeError if the model has adapters already.
     """
 
     def __init__(self, model: Transformer, adapters: Adapters):
@@ -183,8 +183,8 @@ class attached:
             )
 
     def share_out(self, ragged) -> None:
-        """From now on a batch's tokens, end to end, belong to the bound candidates as `ragged` says
-        (lm/packing.Ragged, a row for each candidate); None: equally many to each."""
+        """Until the next bind() a batch's tokens, end to end, belong to the bound candidates as
+        `ragged` says (lm/packing.Ragged, a row for each candidate); None: equally many to each."""
         for module in self.modules.values():
             module.ragged = ragged
 

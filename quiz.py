@@ -17,7 +17,6 @@ judge.
 import functools
 import math
 import re
-import string
 import unicodedata
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -55,12 +54,6 @@ def forms(text: str) -> tuple:
     return tuple(" ".join(form.split()) for form in (bare, plain, whole))
 
 
-def squad_forms(text: str) -> list[str]:
-    """SQuAD's own metric, for comparison: score_answer(answer, golds, squad_forms)."""
-    text = "".join(c for c in text.lower() if c not in string.punctuation)
-    return [" ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())]
-
-
 def normalize(text: str) -> str:
     """The first of its forms() of which something is left: "The Havnit Society." -> "havnit
     society", "A" -> "a", "$" -> "$"."""
@@ -75,7 +68,7 @@ def f1(answer: str, gold: str) -> float:
     return 2 * common / (len(a) + len(g)) if common else float(a == g)
 
 
-def score_answer(answer: str, golds: tuple, forms=forms) -> dict:
+def score_answer(answer: str, golds: tuple) -> dict:
     """{"accuracy", "em", "f1"} of one answer: the best over the accepted ones, each compared in the
     first of its forms() of which something is left. "It was honey." scores accuracy 1, em 0 against
     "honey"."""
@@ -160,6 +153,7 @@ def ask(
     def score_golds(order, batch, x):
         logprobs.update(zip(order, answer_logprobs([golds[i] for i in order], batch, x)))
 
+    # The accepted answer is read behind the prompt, too, so it has to fit the context.
     ends, room = {*tok.end_ids, *tok.newline_ids}, max(max_new, *map(len, golds))
     outputs = generate(
         model,

@@ -127,9 +127,9 @@ def passage_candidate(
 def settings_candidate(
     tok: Tokenizer, name: int, passage: Passage, e: SelfEdit, args, seed: int
 ) -> tuple[Candidate | None, str]:
-    """What a self-edit is studied as that says how, and "": the passage, the notes and what the
-    tools make of the passage, as its settings ask for (selfedit.parse_settings()), in as many
-    epochs as fit --budget tokens. Or None and why not: "over budget" if not one epoch fits, "empty"
+    """(candidate, "") of a self-edit that says how it is studied: the passage, the notes and what
+    the tools make of the passage, as its settings ask for (selfedit.parse_settings()), in as many
+    epochs as fit --budget tokens. Or (None, why not): "over budget" if not one epoch fits, "empty"
     if there is nothing to train on.
     """
     how = e.settings
@@ -204,7 +204,8 @@ def populations(candidates: list[Candidate], size: int) -> list[list[Candidate]]
 # the quiz of a population
 
 
-NOTHING = {"accuracy": 0.0, "em": 0.0, "f1": 0.0, "logprob": -100.0}  # of one that diverged
+# Of one that diverged, or was not studied.
+NOTHING = {"accuracy": 0.0, "em": 0.0, "f1": 0.0, "logprob": -100.0}
 
 
 def quiz_candidates(
@@ -237,7 +238,7 @@ def update_and_quiz(
     """An inner update, then the quiz, of every population that `log` does not have yet.
 
     quiz(model, tok, candidates, adapters, outcomes) gives a result for each: quiz_candidates(), or
-    on ARC Puzzles.quiz(). The ladders run this; train_outer.py has the same five lines in its loop.
+    on ARC Puzzles.quiz(). The ladders run this; train_outer.py shows the same lines in its loop.
     """
     for group in log.remaining(groups, label):
         adapters = Adapters.init(model, lora, len(group), seed)
@@ -427,7 +428,7 @@ def best_notes(group: list[SelfEdit], k: int, keep: int) -> list[str]:
     quiz question asks, best first, of those that ask more closely than these notes do on average.
 
     note_credits {"Who cast it?": [0.7, 0], "Who rang it?": [0.5, 0.6], "What is it?": [0, 0.2]},
-    closeness to each of two quiz questions: the first and the second.
+    closeness to each of two quiz questions -> ["Who cast it?", "Who rang it?"].
     """
     earned = {}
     for e in group:
@@ -499,7 +500,8 @@ def round_metrics(
 
 
 def mean_reward(edits: list[SelfEdit]) -> float:
-    """Of those that did not diverge, and were answered: else it is no measure."""
+    """Of those that did not diverge; a log-probability of -100 stands for no answer, and is no
+    measure."""
     nothing = NOTHING["logprob"]
     earned = [e.reward for e in edits if e.flaw != "diverged" and e.reward > nothing]
     return float(np.mean(earned or [0.0]))
@@ -611,13 +613,9 @@ class Passages:
         self.pinned = {"data_sha256": digest(args.data)}  # what a resumed run must find unchanged
 
     def sample(self, model, k: int, seed: int, log: Path, label: str) -> list[SelfEdit]:
-        """SE_1 .. SE_M on each passage, by the model as it is in round k. The first one explores:
-        later ones go on with what earned something."""
+        """SE_1 .. SE_M on each passage, by the model as it is in round k."""
         passages, args = list(self.passages.values()), self.args
-        how = {"explore": args.explore if k == 1 else 0.0}
-        return write_self_edits(
-            model, self.tok, passages, args.samples, args, seed, log, label, **how
-        )
+        return write_self_edits(model, self.tok, passages, args.samples, args, seed, log, label)
 
     def seed(self, k: int) -> int:
         """Of round k's inner updates."""

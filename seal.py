@@ -89,8 +89,7 @@ def generate(model, prompts: list, max_new: int, ends, temperature=0.0, u=None) 
     """Continue prompts token by token, side by side, with a key-value cache. The longer ones are
     still being read while the shorter ones already go on."""
     cache, rows = [CachedLayer() for _ in model.layers], [list(prompt) for prompt in prompts]
-    live = [True] * len(rows)
-    read = [prompt[: min(map(len, prompts))] for prompt in prompts]
+    live, read = [True] * len(rows), [prompt[: min(map(len, prompts))] for prompt in prompts]
     while any(live):
         logits = model(torch.tensor(read, device=model.device), cache)[:, -1].float()  # (R, V)
         logits[:, model.unused] = -torch.inf
@@ -225,8 +224,9 @@ def main(s: Settings) -> dict:
     start, model, tok = time.time(), load_model(s.model), Tokenizer(s.model)
     model.unused = tok.unused(model.config.vocab_size)
     passages, n_layer = load_passages(s.data, "train")[-s.passages :], model.config.n_layer
-    if not 1 <= s.top_layers <= n_layer:
-        raise SystemExit(f"error: --top-layers {s.top_layers}: the model has {n_layer} layers")
+    counts = [s.passages, s.samples, s.max_new, s.top_layers, s.epochs, s.outer_epochs, s.seed + 1]
+    if min(counts) < 1 or min(s.lr, s.outer_lr, s.temperature) < 0 or s.top_layers > n_layer:
+        raise SystemExit(f"error: counts are from 1 up, seed and rates from 0, layers to {n_layer}")
     lora = LoRAConfig(64, 128.0, tuple(PROJECTIONS), 0, n_layer)
     policy = Adapters.init(model, lora, 1, sub_seed(s.seed, 0))  # theta is theta_0 and this adapter
     edits = write(model, tok, passages, s.samples, s, sub_seed(s.seed, 1, 0))  # (1)

@@ -17,14 +17,13 @@ import json
 import re
 from argparse import Namespace
 from collections import Counter
-from copy import copy
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from data.text import question_and_answer, sentences
-from lm.files import chunks, read_jsonl, sub_seed, write_jsonl
+from lm.files import chunks, read_jsonl, write_jsonl
 from lm.flags import at_least
 from lm.log import Progress
 from lm.packing import Example
@@ -123,8 +122,8 @@ EXAMPLE_PASSAGE = (
 
 @dataclass(frozen=True)
 class Style:
-    """How notes are asked for, and read. A style whose name ends in "qa" yields pairs "Question:
-    ..." and "Answer: ...", which are trained on as a chat."""
+    """How notes are asked for, and read. A style that `quotes`, or whose name ends in "qa", yields
+    pairs "Question: ..." and "Answer: ...", which are trained on as a chat."""
 
     instruction: str
     # A good self-edit for the example passage; a tuple: for its first sentences, one by one.
@@ -333,7 +332,7 @@ QA_PAIR = re.compile(
 def clozes(text: str, count: int, seed: int) -> list[str]:
     """`count` notes, at most three, for each statement of a text that ask for it with a half of its
     words, the first, the last or the middle one, after a question word drawn blindly: "The key lies
-    under the pot." -> "Question: Who lies under the?\\nAnswer: The key lies under the pot."
+    under the pot." -> "Question: Who key lies under?\\nAnswer: The key lies under the pot."
 
     They tie a statement to its own words, where a small model's questions often miss them. A
     statement without blanks has none.
@@ -451,20 +450,6 @@ def settings_prompts(tok: Tokenizer, title: str, passage: str, shots: int = 1) -
     return [tok.chat([*worked, request(title, passage)])]
 
 
-def explored(e: SelfEdit, chance: float, rng) -> SelfEdit:
-    """The same, but with this chance each of its settings is one worked example's, so that what a
-    model would hardly ever ask for is tried as well. Not if they are flawed, or would then be.
-    """
-    drawn = {key: WORKED[rng.integers(len(WORKED))][2][key] for key in KEYS}
-    changed = [key for key in KEYS if rng.random() < chance]
-    text = json.dumps(e.settings | {key: drawn[key] for key in changed})
-    settings, flaw = parse_settings(text, True)
-    if e.flaw or flaw:
-        return e
-    [part] = e.parts
-    return replace(e, settings=settings, parts=[replace(part, target=json.dumps(settings))])
-
-
 def first_object(text: str, ended: bool) -> tuple[dict, str]:
     """The first JSON object in a sampled text -> (object, flaw): {} and "empty", "endless" or
     "malformed" if there is none. Text around it is ignored; a key that stands twice is malformed,
@@ -538,17 +523,12 @@ def add_style_flag(parser) -> None:
     add("--max-new", type=at_least(0), default=0, help=about)
 
 
-def add_settings_flags(parser, explore: bool = False) -> None:
+def add_settings_flags(parser) -> None:
     add = parser.add_argument
     about = "a self-edit says, too, which data and tools to study with, how fast and how long"
     add("--settings", action="store_true", help=about)
     about = "with --settings: most tokens that a self-edit is trained on, all epochs together"
     add("--budget", type=at_least(1), default=8192, help=about)
-    if not explore:
-        return
-    about = "with --settings: chance that a setting of round 1 is instead that of one of the "
-    about += "prompt's worked examples, at random; the paper: 0"
-    add("--explore", type=at_least(0.0), default=0.0, help=about)
 
 
 def settle(args):
@@ -720,12 +700,10 @@ def write_self_edits(
     log=None,
     label="sample",
     given=None,
-    explore=0.0,
 ) -> list[SelfEdit]:
     """Self-edits on each passage, `copies` times. With --settings the model first says how it
-    studies, unless that is `given`, and then writes only the notes that its settings ask for: the
-    other parts stay empty, and `log` becomes one for each style. With the chance `explore` each
-    setting is another one, explored()."""
+    studies, unless that is `given` (which has no effect otherwise), and then writes only the notes
+    that its settings ask for: the other parts stay empty, and `log` becomes one for each style."""
     prompts = {}
     for style in styles_of(args):  # complains now rather than when one is asked for
         prompts[style] = {p.id: style_prompts(tok, p, style, args.shots) for p in passages}
@@ -733,10 +711,9 @@ def write_self_edits(
 
     def write(style, copies: dict):
         asked = {i: own for i, own in prompts[style].items() if copies[i]}
-        read, how, own = note_reader(passages, style, args.shots), args, (log, label)
+        read, own = note_reader(passages, style, args.shots), (log, label)
+        how = Namespace(**vars(args) | {"max_new": longest_of(args, style)})
         if says_how(args):
-            how = copy(args)
-            how.max_new = longest_of(args, style)
             own_log = log and Path(log).with_stem(f"{Path(log).stem}-{style}")
             own = (own_log, f"{label} {style}")
         return sample_self_edits(model, tok, asked, read, copies, how, seed, *own)
@@ -750,8 +727,7 @@ def write_self_edits(
             for _ in range(copies):
                 edits.append(SelfEdit(p.id, [Part("", style="settings")], settings=given))
     else:
-        edits, rng = write("settings", all_alike), np.random.default_rng(sub_seed(seed, 0))
-        edits = [explored(e, explore, rng) for e in edits] if explore else edits
+        edits = write("settings", all_alike)
     for style in STYLE_OF.values():
         written = iter(write(style, Counter(e.passage for e in edits if e.asks_for(style))))
         for e in edits:

@@ -76,13 +76,13 @@ def parse_arguments(argv=None):
         selfedit.add_flags(p)
         inner.add_lora_flags(p)
     selfedit.add_style_flag(sub["qa"])
-    selfedit.add_settings_flags(sub["qa"], explore=True)
+    selfedit.add_settings_flags(sub["qa"])
     inner.add_sft_flags(sub["qa"])
     arc.add_flags(sub["arc"])
     add_loop_flags(sub["qa"], "runs/qa", ["accuracy", "logprob", "proxy"], list(RULES))
     about = "--select notes: most notes imitated about each sentence"
     sub["qa"].add_argument("--keep", type=at_least(1), default=6, help=about)
-    add_loop_flags(sub["arc"], "runs/arc", ["accuracy", "logprob"], ["improving", "best", "parts"])
+    add_loop_flags(sub["arc"], "runs/arc", ["accuracy", "logprob"], ["improving", "best"])
     sub["arc"].set_defaults(**arc.DEFAULTS, outer_row_len=0, outer_batch=2, keep=0)
     args = parser.parse_args(argv)
     if args.domain == "qa":
@@ -146,7 +146,7 @@ def refuse_contradictions(parser, args) -> None:
     if args.settings and args.style != "questions":
         parser.error("--settings asks for notes in all styles: leave out --style")
     if not args.settings:
-        refuse_unused(parser, args, ["budget", "explore"], "without --settings")
+        refuse_unused(parser, args, ["budget"], "without --settings")
     elif args.select != "improving":  # which studies the passages alone
         refuse_unused(parser, args, ["lr", "steps", "epochs"], "with --settings")
     if args.select != "notes":

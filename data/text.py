@@ -55,7 +55,7 @@ def sentences(text: str) -> list[str]:
                 asked = []
     if asked and found:  # nothing answers it
         found[-1] = " ".join([found[-1], *asked])
-    return found or asked
+    return found or asked or [text.strip()] * bool(text.strip())
 
 
 def question_and_answer(statement: str) -> tuple[str, str]:

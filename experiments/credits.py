@@ -5,7 +5,7 @@
 The notes of --samples self-edits on a training passage are pooled, and --halves random halves of
 the pool are studied, in complementary pairs, in two lots with other halves and seeds. In
 each a note's credit is what the questions about its sentence score with it minus without
-(reward.note_credits()). The first lot is asked the quiz, the second two more wordings of every
+(note_credits()). The first lot is asked the quiz, the second two more wordings of every
 question by another hand (data/wordings.json): its credits by accuracy are to be predicted by
 
     accuracy, answer, sentence      the first lot's credits, by these scores (experiments/noise.py)

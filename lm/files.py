@@ -222,7 +222,7 @@ def read_jsonl(path, resume: bool = False) -> list:
 
 def sub_seed(seed: int, *keys: int) -> int:
     """An independent seed for one purpose out of the run's seed: sub_seed(0, 2, 5) for round 2,
-    batch 5."""
+    batch 5. Zeros at the end count for nothing: sub_seed(0, 2) is sub_seed(0, 2, 0)."""
     return int(np.random.SeedSequence([seed, *keys]).generate_state(1)[0])
 
 

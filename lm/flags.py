@@ -66,7 +66,7 @@ def add_model_flags(parser: argparse.ArgumentParser, trains: bool = True) -> Non
         return
     add("--seed", type=at_least(0), default=0, help="same seed, same output")
     backends = ["off", "inductor", "cudagraphs"]
-    about = "of the inner update; cudagraphs needs CUDA, but no Triton"
+    about = "of the inner and the outer update; cudagraphs needs CUDA, but no Triton"
     add("--compile", default="off", choices=backends, help=about)
 
 

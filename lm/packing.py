@@ -227,7 +227,7 @@ class Ragged:
 
 
 def ragged_or_even(lengths: list[int], device) -> Ragged | None:
-    """Ragged rows, padded no more than they must; None if all are equally long, and just a view."""
+    """Ragged rows, padded no more than they must; None for equal ones: a view does."""
     return None if len(set(lengths)) == 1 else Ragged(lengths, device, multiple=1)
 
 

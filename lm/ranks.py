@@ -6,8 +6,8 @@ studied, and all go on with what all have found. Alone, a process has everything
 Work is dealt item by item, each result stands under its item's name, and none depends on who did
 it: so the number of processes changes results only by rounding. Only rank 0 speaks, and writes
 what a run leaves; until a stage is done each keeps its own progress beside it (own_file()). Of the
-outer update each takes its share of a step's rows (--outer-batch above 1); the policy is then the
-same for all.
+outer update each takes its share of a step's rows (--outer-batch above 1), or with --compile makes
+all of it; the policy is then the same for all.
 """
 
 import os

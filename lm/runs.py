@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CODE = ("*.py", "lm/*.py", "data/*.py", "experiments/*.py")
 SPEED = ("population", "compile", "device")  # settings that change how fast a run is
 # Not in older runs, which were like this.
-LATER = {"student": "", "agents": 1, "exchange": "all", "explore": 0.0}
+LATER = {"student": "", "agents": 1, "exchange": "all"}
 
 
 def open_run(folder, settings: dict, model=None, student=None) -> Path:

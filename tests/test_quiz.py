@@ -25,7 +25,6 @@ from quiz import (
     quiz_items,
     score_answer,
     self_quiz,
-    squad_forms,
 )
 from sampler import generate, prefill
 from selfedit import Part, SelfEdit
@@ -68,12 +67,6 @@ def test_scores():
 def test_scores_of_any_script(answer, gold, accuracy, em):
     score = score_answer(answer, (gold,))
     assert (score["accuracy"], score["em"]) == (accuracy, em)
-
-
-def test_squads_own_metric_for_comparison():
-    assert squad_forms("The $5 coin, a \u201cred\u201d one") == ["5 coin \u201cred\u201d one"]
-    for answer, gold, em in (("the \u201cred\u201d", "red", 0), ("The Honey!", "honey", 1)):
-        assert score_answer(answer, (gold,), squad_forms)["em"] == em
 
 
 def test_logprobs_equal_a_plain_forward(tiny, tok):

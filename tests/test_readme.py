@@ -95,6 +95,16 @@ def test_links_lead_somewhere():
     assert count > 40
 
 
+def test_minutes_of_reading():
+    """25 lines a minute, of the files of a row together."""
+    found = re.findall(r"^(\| \[`.*) \| (\d+) \|$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    for row, minutes in found:
+        files = re.findall(r"\]\(([\w/]+\.py)\)", row)
+        lines = sum(len((ROOT / file).read_text().splitlines()) for file in files)
+        assert abs(lines / 25 - int(minutes)) <= 1, (row, lines)
+    assert len(found) >= 12
+
+
 def test_the_readme_is_short():
     lines = (ROOT / "README.md").read_text().splitlines()
     assert len(lines) <= 150 and all(len(line) <= 100 for line in lines)

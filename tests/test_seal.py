@@ -124,6 +124,17 @@ def test_an_id_that_no_text_has_is_never_sampled(tiny_folder, cpu_float32):
         assert {len(row) for row in rows} == {6} and {*rows[0], *rows[1]} <= {7, 8, 9}
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [{"samples": 0}, {"passages": 0}, {"outer_epochs": 0}, {"seed": -1}, {"lr": -1.0}]
+    + [{"top_layers": 0}, {"top_layers": 5}],
+)
+def test_settings_that_make_no_sense(wrong, tiny_folder, passages_file):
+    settings = seal.Settings(tiny_folder, passages_file, **{"top_layers": 4} | wrong)
+    with pytest.raises(SystemExit, match="from 1 up, seed and rates from 0, layers to 4"):
+        seal.main(settings)
+
+
 def test_twelve_settings_and_no_engine():
     source = (ROOT / "seal.py").read_text()
     assert len(seal.dataclasses.fields(seal.Settings)) <= 12

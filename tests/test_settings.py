@@ -3,16 +3,13 @@
 import json
 import re
 import time
-from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from conftest import run_script
 
-import reward
 import selfedit
 import train_outer
 from data.qa import Passage, Question
@@ -162,56 +159,10 @@ SAID = [["questions"], ["passage"], ["rewritings", "questions"], None]  # None: 
 WRITTEN = [[0, 1, 2], [0], [0, 1, 2, 4], [0]]  # which parts of each are sampled
 
 
-def test_exploring_draws_settings_from_the_worked_examples():
-    said = settings_of(["questions"], 1, 7, 2, "all", 0.01, 4)
-    part = Part("as sampled", [], json.dumps(said), style="settings")
-    e, shown = SelfEdit("p", [part], settings=said), [settings for _, _, settings in WORKED]
-    assert selfedit.explored(e, 0.0, np.random.default_rng(0)) == e
-    rng = np.random.default_rng(0)
-    edits = [selfedit.explored(e, 0.25, rng) for _ in range(400)]
-    for key in KEYS:
-        own = [x.settings[key] for x in edits]
-        # As often as a draw with this chance says that finds another value.
-        others = np.mean([s[key] != said[key] for s in shown])
-        assert abs(np.mean([v != said[key] for v in own]) - 0.25 * others) < 0.07
-        assert all(v in (said[key], *(s[key] for s in shown)) for v in own)
-    for x in edits:
-        assert json.loads(x.parts[0].target) == x.settings and x.parts[0].text == "as sampled"
-    assert part.target == json.dumps(said)  # the record that is in the log is another one
-    again = np.random.default_rng(0)
-    assert [selfedit.explored(e, 0.25, again) for _ in range(400)] == edits
-
-
-def test_exploring_leaves_what_is_flawed_and_makes_nothing_empty():
-    flawed = SelfEdit("p", [Part("{", flaw="malformed")], flaw="malformed")
-    bare = settings_of([], 0, 0, 1, "all", 0.01, 4)  # without its clozes there is nothing to study
-    rng = np.random.default_rng(0)
-    for _ in range(50):
-        assert selfedit.explored(flawed, 1.0, rng) == flawed
-        x = selfedit.explored(SelfEdit("p", [Part("x")], settings=bare), 0.3, rng)
-        assert parse_settings(json.dumps(x.settings), True) == (x.settings, "")
-
-
-def test_only_the_first_round_explores(tiny, tok, tmp_path, monkeypatch):
-    found = {}
-
-    def write(*args, explore, **how):
-        found.setdefault("explore", []).append(explore)
-
-    monkeypatch.setattr(reward, "write_self_edits", write)
-    domain = object.__new__(reward.Passages)
-    domain.args, domain.tok = SimpleNamespace(samples=1, explore=0.5), tok
-    domain.passages = {"p": PASSAGE}
-    for k in (1, 2, 3):
-        domain.sample(tiny, k, 0, tmp_path / "log.jsonl", "sample")
-    assert found == {"explore": [0.5, 0.0, 0.0]}
-
-
-def write(tiny, tok, log=None, copies=4, given=None, seed=1, explore=0.0):
+def write(tiny, tok, log=None, copies=4, given=None):
     args = SimpleNamespace(**vars(ARGS), max_new=5, temperature=1.0, top_p=1.0)
     two = [PASSAGE, Passage("q", "Tarn", "Mills grind. Oats fall.", ())]
-    how = {"given": given, "explore": explore}
-    return selfedit.write_self_edits(tiny, tok, two, copies, args, seed, log, **how)
+    return selfedit.write_self_edits(tiny, tok, two, copies, args, 1, log, given=given)
 
 
 def say(monkeypatch):
@@ -254,26 +205,6 @@ def test_what_is_written_is_not_written_again(tiny, tok, tmp_path, monkeypatch):
     assert write(tiny, tok, log) == edits and path.read_bytes() == kept
     monkeypatch.setattr(selfedit, "generate", None)
     assert write(tiny, tok, log) == edits
-
-
-def test_notes_are_written_for_what_was_explored(tiny, tok, tmp_path, monkeypatch):
-    drawn = GOOD | {"data": ["facts"]}
-    seen = []
-
-    def explored(e, chance, rng):
-        seen.append((chance, float(rng.random())))
-        return replace(e, settings=drawn, flaw="", parts=[replace(e.parts[0])])
-
-    monkeypatch.setattr(selfedit, "explored", explored)
-    edits = write(tiny, tok, tmp_path / "a.jsonl", copies=2, explore=0.5)
-    assert {e.settings["data"][0] for e in edits} == {"facts"}
-    assert not any(part.text for e in edits for part in e.parts if part.style == "questions")
-    assert {chance for chance, _ in seen} == {0.5} and len(seen) == len(edits) == 4
-    before, seen[:] = list(seen), []
-    write(tiny, tok, tmp_path / "a.jsonl", copies=2, explore=0.5)
-    assert seen == before  # a resumed run draws alike
-    write(tiny, tok, copies=2, explore=0.5, seed=2)
-    assert len({draw for _, draw in seen}) == 8  # and another seed does not
 
 
 def test_each_style_has_its_own_length(tiny, tok, monkeypatch):

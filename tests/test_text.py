@@ -101,6 +101,13 @@ def test_statements(name):
     assert sentences(text) == expected
 
 
+@pytest.mark.parametrize("text", ["Facts:", "---", "# Rolm", "..."])
+def test_what_has_no_statement_stays_whole(text):
+    """Or a passage of it would have no prompt, and train on nothing."""
+    assert sentences(f" {text}\n") == [text] and pieces(text, lambda piece: True) == [text]
+    assert sentences(" \n") == []
+
+
 def test_a_question_and_its_answer_come_apart():
     found = [question_and_answer(s) for s in sentences(CASES["a FAQ"][0])]
     answers = [
