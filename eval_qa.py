@@ -59,7 +59,7 @@ import data.qa
 import inner
 import reward
 import selfedit
-from data.qa import counts, load_passages
+from data.qa import counts, load_passages, refuse_training_passages
 from data.text import sentences
 from inner import learner, lora_config, sft_config
 from lm.adapters import load_adapter
@@ -104,7 +104,6 @@ from reward import (
     pooled,
     populations,
     quiz_candidates,
-    refuse_training_passages,
     told,
     unrelated,
     update_and_quiz,

@@ -43,7 +43,6 @@ from lm.files import digest, sub_seed
 from lm.flags import add_model_flags
 from lm.log import Log
 from lm.packing import Example, arrange, make_row, row_tokens
-from lm.runs import trained_as
 from lm.tokenizer import Tokenizer
 from lora import Adapters, LoRAConfig, merged
 from quiz import ask, general_texts, mean_scores, normalize, quiz_items, quiz_prompt, score_answer
@@ -505,23 +504,6 @@ def mean_reward(edits: list[SelfEdit]) -> float:
     nothing = NOTHING["logprob"]
     earned = [e.reward for e in edits if e.flaw != "diverged" and e.reward > nothing]
     return float(np.mean(earned or [0.0]))
-
-
-# -----------------------------------------------------------------------------
-
-
-def refuse_training_passages(passages, args) -> None:
-    """Exit if the run, or a shipped policy, was trained on some of these passages, unless --split
-    train asks for them."""
-    names = ("data", "split", "skip", "limit")
-    for where, before in trained_as(args, *names):
-        trained = load_passages(*map(before.get, names))
-        both = {p.text for p in passages} & {p.text for p in trained}
-        if both and args.split != "train":
-            raise SystemExit(
-                f"error: {where} was trained on {len(both)} of these passages; "
-                "leave them out with --skip or --split"
-            )
 
 
 # -----------------------------------------------------------------------------

@@ -27,6 +27,7 @@ from dataclasses import dataclass
 
 from lm.files import LARGEST, parse_json, read_bytes
 from lm.flags import at_least
+from lm.runs import trained_as
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,20 @@ def load_passages(path, split: str = "", skip: int = 0, limit: int = 0) -> list[
             + f" after {skip}" * bool(skip)
         )
     return passages[:limit] if limit else passages
+
+
+def refuse_training_passages(passages, args) -> None:
+    """Exit if the run, or a shipped policy, was trained on some of these passages, unless --split
+    train asks for them."""
+    names = ("data", "split", "skip", "limit")
+    for where, before in trained_as(args, *names):
+        trained = load_passages(*map(before.get, names))
+        both = {p.text for p in passages} & {p.text for p in trained}
+        if both and args.split != "train":
+            raise SystemExit(
+                f"error: {where} was trained on {len(both)} of these passages; "
+                "leave them out with --skip or --split"
+            )
 
 
 def read_passages(data: bytes, path) -> list[Passage]:

@@ -31,7 +31,7 @@ import numpy as np
 import data.qa
 import reward
 import selfedit
-from data.qa import counts, load_passages
+from data.qa import counts, load_passages, refuse_training_passages
 from inner import lora_config, sft_config
 from lm.adapters import load_adapter
 from lm.files import GOES_ON, chunks, digest, run_main, sub_seed, write_json
@@ -50,7 +50,6 @@ from reward import (
     pooled,
     populations,
     quiz_candidates,
-    refuse_training_passages,
     told,
     update_and_quiz,
 )

@@ -27,7 +27,7 @@ import numpy as np
 import data.qa
 import reward
 import selfedit
-from data.qa import counts, load_passages
+from data.qa import counts, load_passages, refuse_training_passages
 from inner import lora_config, sft_config, update_one
 from lm.adapters import load_adapter
 from lm.files import GOES_ON, chunks, digest, read_json, run_main, sub_seed, write_json
@@ -42,7 +42,6 @@ from reward import (
     passage_candidate,
     passage_examples,
     pooled,
-    refuse_training_passages,
     study,
 )
 from selfedit import settle, write_self_edits

@@ -240,7 +240,7 @@ MUTANTS = [
         "tests/test_distill.py -k many_adapters"),
     Mutant("reward.py", "return notes[1:] + notes[:1],", "return notes[-1:] + notes[:-1],",
         "tests/test_reward.py -k something_else"),
-    Mutant("reward.py", 'if both and args.split != "train":', "if both:",
+    Mutant("data/qa.py", 'if both and args.split != "train":', "if both:",
         "tests/test_eval_qa.py -k do_not_fit"),
     Mutant("reward.py", "torch.cat([rest, share * shares], dim=1)",
         "torch.cat([rest, shares], dim=1)", "tests/test_distill.py -k half_of_what"),
