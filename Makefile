@@ -37,6 +37,7 @@ test: .venv/dev model downloads/vocab
 
 bench: .venv/dev model
 	$(PY) bench/speed.py
+	$(PY) bench/memory.py --documents 50
 
 results: .venv/dev model data
 	$(PY) eval_qa.py --split "" --no-study --out results/passages.json
@@ -45,8 +46,9 @@ results: .venv/dev model data
 	$(PY) experiments/chosen.py --run runs/seal
 	$(PY) experiments/grid.py $(SEAL) --limit 8 --count 12
 	$(PY) eval_qa.py --run runs/seal $(SEAL) --lr 0.008 --told --samples 2 --limit 24 --fixed results/grid.json --out results/qa_settings.json
-	$(PY) experiments/budget.py --run runs/seal $(SEAL) --lr 0.008 --samples 2 --limit 12 --budgets 512 1024 2048 4096
-	$(PY) eval_qa.py --run runs/seal $(SEAL) --lr 0.008 --told --limit 8 --data data/other_hand.json --out results/other_hand.json
+	$(PY) eval_qa.py --policy $(POLICY) $(SEAL) --lr 0.008 --told --fixed results/grid.json --out results/qa_settings_all.json
+	$(PY) eval_qa.py --policy $(POLICY) $(SEAL) --lr 0.008 --told --data data/other_hand.json --out results/other_hand.json
+	$(PY) experiments/budget.py --policy $(POLICY) $(SEAL) --lr 0.008 --samples 2 --limit 12 --budgets 512 1024 2048 4096
 	$(PY) experiments/figures.py
 
 results-proxy: .venv/dev model data
@@ -77,7 +79,7 @@ studies: .venv/dev model
 	$(PY) experiments/proxy.py --limit 24 --work runs/studied/round-1
 	$(PY) experiments/rewards.py --seeds 2
 	$(PY) experiments/credits.py --limit 8 --lr 0.008
-	$(PY) experiments/noise.py $(SEAL) --limit 32 --samples 3 --seeds 2
+	$(PY) experiments/noise.py --limit 32 --samples 2 --seeds 2
 	$(PY) experiments/recipes.py --limit 16
 	$(PY) experiments/own_texts.py
 	$(PY) experiments/router.py

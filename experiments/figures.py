@@ -5,7 +5,8 @@
     python experiments/figures.py --results my/results         # yours
 
 Each figure is written beside its JSON:
-    ladder.svg        qa_settings.json (eval_qa.py --settings): accuracy of each row, 95 % intervals
+    ladder.svg        qa_settings_all.json (eval_qa.py --settings): accuracy of each row, with 95 %
+                      intervals
     ladder_proxy.svg  qa_ladder_best, qa_ladder and qa_ladder_epochs.json (eval_qa.py): the same
     directions.svg    qa_ladder_best.json: questions along the passage's sentences, and against them
     budget.svg        qa_budget.json (experiments/budget.py): accuracy against trained tokens, with
@@ -319,7 +320,7 @@ def main() -> None:
     proxy = [folder / name for name in names if (folder / name).is_file()]
     arc = [folder / "arc_ladder.json"]
     figures = {
-        "ladder": ([folder / "qa_settings.json"], lambda path: draw_ladder([read_json(path)])),
+        "ladder": ([folder / "qa_settings_all.json"], lambda path: draw_ladder([read_json(path)])),
         "ladder_proxy": (proxy, lambda *paths: draw_ladder([read_json(p) for p in paths])),
         "directions": (proxy[:1], lambda path: draw_directions(read_json(path))),
         "budget": ([folder / "qa_budget.json"], lambda path: draw_budget(read_json(path))),

@@ -82,7 +82,7 @@ def training(model, tok, candidates, lora) -> list[str]:
     adapters = Adapters.init(model, lora, len(candidates), sub_seed(SEED, 1))
     a, b = adapters.views(adapters.flat, next(iter(adapters.places)))
     forked = next(row for row in own if row.lengths[0])
-    attend = attend_to([forked], model)
+    bias = attend_to([forked], model).bias
     lines = [
         "## 2. Inner update: theta_i = SFT(theta_0, SE_i)",
         "",
@@ -104,10 +104,9 @@ def training(model, tok, candidates, lora) -> list[str]:
     rows = [f"row {n}: {len(r.ids)} tokens, lengths {r.lengths}" for n, r in enumerate(own)]
     lines += [
         quoted("\n".join(rows)),
-        f"Attention sees row {own.index(forked)} as a prefix and its sequences, padded to "
-        f"{attend.shapes[0]} and {attend.shapes[1]}",
-        f"(`SharedPrefix`). The frozen layers 0 to {lora.start - 1} run once: `x` "
-        f"{shape(forked.x)}. An adapter of",
+        f"A mask {shape(bias)} lets each sequence of row {own.index(forked)} see the prefix and "
+        "itself (`Packed`).",
+        f"The frozen layers 0 to {lora.start - 1} run once: `x` {shape(forked.x)}. An adapter of",
         f"layer {lora.start}'s q_proj is A {shape(a)} and B {shape(b)}, the population axis first; "
         "one candidate's",
         f"A and B of all layers are a row of `flat` {shape(adapters.flat)}. B is zero: nothing has "

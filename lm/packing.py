@@ -334,8 +334,12 @@ class SharedPrefix:
         return torch.cat([torch.cat(repeated), x], dim=1)
 
 
+SHORT = 512  # tokens of a row that is masked as a whole, though its sequences share a prefix
+
+
 def attend_to(rows: list[Row], model: Transformer):
-    """The `attend` of rows that lie end to end."""
+    """The `attend` of rows that lie end to end. To take rows of 256 tokens apart costs more than
+    the mask hides, rows of 2048 a quarter less (docs/LOG.md)."""
     lengths = [row.lengths for row in rows]
-    forks = any(prefix for prefix, *_ in lengths)
-    return SharedPrefix(lengths, model) if forks else Packed(lengths, model)
+    apart = any(own[0] and sum(own) > SHORT for own in lengths)
+    return SharedPrefix(lengths, model) if apart else Packed(lengths, model)

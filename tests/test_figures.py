@@ -21,13 +21,13 @@ def rows(shift: float):
 @pytest.fixture
 def results(tmp_path):
     for name, protocol in (
-        ("qa_settings", "steps"),
+        ("qa_settings_all", "steps"),
         ("qa_ladder_best", "steps"),
         ("qa_ladder", "steps"),
         ("qa_ladder_epochs", "epochs"),
     ):
         settings = {"epochs": 6, "steps": 9, "recipes": None, "budget": 77}
-        settings["settings"] = name == "qa_settings"
+        settings["settings"] = name == "qa_settings_all"
         value = {"rows": rows(0.05), "protocol": protocol, "n_passages": 48, "settings": settings}
         (tmp_path / f"{name}.json").write_text(json.dumps(value))
     metrics = []

@@ -257,12 +257,17 @@ def test_a_sequence_in_a_row_is_attended_to_as_alone(layout, rows, attention):
     torch.testing.assert_close(together, with_gradients(alone, *qkv))
 
 
-def test_sequences_are_attended_to_apart_if_some_share_a_prefix(tiny):
+def test_sequences_are_attended_to_apart_if_some_share_a_prefix(tiny, monkeypatch):
+    """In rows that are long enough for it: one of 250 tokens is masked as a whole."""
     prompt = example(10, 1).ids
     notes = []
     for n in range(6):
         notes.append(Example(prompt + example(40, n).ids, (False,) * 10 + (True,) * 40))
     row, passage = make_row(notes, 10), make_row([example(200, 7)])
+    assert isinstance(attend_to([row], tiny), Packed)
+    monkeypatch.setattr("lm.packing.SHORT", 250)
+    assert isinstance(attend_to([row], tiny), Packed)
+    monkeypatch.setattr("lm.packing.SHORT", 249)
     apart = attend_to([row], tiny)
     assert isinstance(apart, SharedPrefix)
     assert apart.bias[1].shape == (6, 40, 64)  # the prefix is padded to 24
