@@ -79,7 +79,7 @@ studies: .venv/dev model
 	$(PY) experiments/proxy.py --limit 24 --work runs/studied/round-1
 	$(PY) experiments/rewards.py --seeds 2
 	$(PY) experiments/credits.py --limit 8 --lr 0.008
-	$(PY) experiments/noise.py --limit 32 --samples 2 --seeds 2
+	$(PY) experiments/noise.py --limit 32 --samples 2 --seeds 2 --recipe default epochs
 	$(PY) experiments/recipes.py --limit 16
 	$(PY) experiments/own_texts.py
 	$(PY) experiments/router.py

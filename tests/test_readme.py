@@ -126,7 +126,8 @@ def todays(command: str) -> str:
 
 
 @pytest.mark.parametrize(
-    "name", ["reward_reliability", "proxy", "recipes", "notes", "qa_ladder", "qa_ladder_best"]
+    "name",
+    "reward_reliability reward_noise proxy recipes notes qa_ladder qa_ladder_best".split(),
 )
 def test_results_are_written_by_the_makefile(name):
     assert todays(read_json(ROOT / "results" / f"{name}.json")["command"]) in expanded("Makefile")
