@@ -96,7 +96,9 @@ def test_summary():
     found = {"base": [result([[0.125, 0.25], [0.125, 0.25]], 0.8)]}
     found["seal"] = [result([[1.0, 0.0], [0.5, 0.125]], 0.7)]
     found["separate"] = [result([[1.0, 0.0], [1.0, 0.5]], 0.8)]
-    base, seal, separate = stream.summarize(found, 0)
+    found["replay"] = [result([[1.0, 0.0], [0.5, 0.5]], 0.8)]
+    base, seal, separate, replay = stream.summarize(found, 0)
+    assert (replay["below_immediate"], replay["below_before"]) == (1, 0)
     assert base["before"] == seal["before"] == 0.1875 and base["general_drop"] == 0
     assert (seal["immediate"], seal["retained"], seal["below_before"]) == (0.5625, 0.3125, 1)
     assert seal["ratio"]["value"] == 5 / 9 and separate["ratio"]["value"] == 1.0
