@@ -75,9 +75,9 @@ def first_word(process, start: float) -> float:
 
 def chat(questions: list[str], memory: Path, args) -> list[float]:
     """Seconds to the first word of each answer but the first, in one chat."""
-    command, seconds = learn("ask", memory=memory, args=args), []
+    asked, seconds = learn("ask", memory=memory, args=args), []
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "bufsize": 0}
-    with subprocess.Popen(command, **pipes) as process:
+    with subprocess.Popen(asked, **pipes) as process:
         for question in questions:
             start = time.perf_counter()
             process.stdin.write(f"{question}\n".encode())

@@ -11,9 +11,9 @@ judged by the other half; then with the halves exchanged. Rows:
     labelled  chosen by the other half of the passage's quiz
     pooled    nothing is chosen: the notes of all are studied together, in as many steps as one
 "gain" is over the mean; "kept" the share of the labelled quiz's gain that the own quiz's choice
-has, null if there is no such gain for any draw of the passages among 10,000. Where several are
-best, their mean counts. "asked": questions of the model's own quiz, per passage, of which no
-self-edit asks any; a passage without one chooses blindly. ci95 are over passages.
+has, null if one of 10,000 draws of the passages shows no such gain. Where several are best, their
+mean counts. "asked": questions of the model's own quiz, per passage, of which no self-edit asks
+any; a passage without one chooses blindly. ci95 are over passages.
 """
 
 import sys
@@ -68,16 +68,15 @@ def parse_arguments():
     return args
 
 
-def with_own_quiz(model, tok, passages, edits: list[list], args, work: Path) -> list:
+def with_own_quiz(model, tok, passages, notes: list[tuple], args, work: Path) -> list:
     """The passages, each with the model's own questions behind those that it has, but for those
-    that one of its self-edits asks. They are kept in `work`, so that a resumed run asks the
-    same."""
+    that one of its notes asks. They are kept in `work`, so that a resumed run asks the same."""
     path = work / "asked.json"
     if not path.is_file():
         how = (in_style(args, "self-qa"), sub_seed(args.seed, 2))
         written = write_self_edits(model, tok, passages, 1, *how, label="own quiz")
         asked = {}
-        for p in self_quiz(model, tok, passages, written, [noted(own) for own in edits]):
+        for p in self_quiz(model, tok, passages, written, notes):
             asked[p.id] = [[q.question, q.answers[0]] for q in p.questions]
         write_json(path, asked)
     both, asked = [], read_json(path)
@@ -87,20 +86,18 @@ def with_own_quiz(model, tok, passages, edits: list[list], args, work: Path) -> 
     return both
 
 
-def noted(edits: list) -> list[str]:
-    """The notes of all of a passage's self-edits."""
-    return [note for e in edits for note in e.notes]
-
-
 def measure(model, tok, passages, args, work: Path) -> list[list]:
     """Of each passage: the answers to all its questions, after each of its self-edits, and after
     their notes together."""
     log = work / "sampled.jsonl"
     how = (args, sub_seed(args.seed, 0), log)
     edits = chunks(write_self_edits(model, tok, passages, args.samples, *how), args.samples)
-    asked, candidates = with_own_quiz(model, tok, passages, edits, args, work), []
-    for p, own in zip(asked, edits):
-        for notes in (*(e.notes for e in own), pooled([e.notes for e in own])):
+    together, candidates = [], []
+    for own in edits:
+        together.append(pooled([e.notes for e in own]))
+    asked = with_own_quiz(model, tok, passages, together, args, work)
+    for p, own, all_notes in zip(asked, edits, together):
+        for notes in (*(e.notes for e in own), all_notes):
             n = len(candidates)
             candidates.append(passage_candidate(tok, n, p, notes, sft_config(args)))
     how = (args, sub_seed(args.seed, 1), work / "scored.jsonl", "study")

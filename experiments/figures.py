@@ -24,6 +24,7 @@ Each figure is written beside its JSON:
     arc_settings.svg  the same: what the self-edits ask for, before and after the last round
 """
 
+import math
 import sys
 from functools import partial
 from itertools import cycle
@@ -160,15 +161,17 @@ def draw_rounds(metrics: list[dict]):
 
 def draw_stream(result: dict):
     """A panel for each way of learning: after each passage (down) the accuracy on each (across)."""
-    rows = [r for r in result["rows"] if r["method"] != "base"]
+    rows = result["rows"][1:] or result["rows"]  # base, where nothing is learnt, only if alone
     width = min(4, len(rows))
-    size = (2.6 * width + 1.2, 2.8 * -(-len(rows) // width))
-    figure, panels = plt.subplots(-(-len(rows) // width), width, figsize=size, squeeze=False)
+    height = math.ceil(len(rows) / width)
+    size = (2.6 * width + 1.2, 2.8 * height)
+    figure, panels = plt.subplots(height, width, figsize=size, squeeze=False)
     for axes, r in zip(panels.flat, rows):
         n = len(r["matrix"])
+        at = range(0, n, math.ceil(n / 8))
         picture = axes.imshow(100 * np.array(r["matrix"]), cmap="viridis", vmin=0, vmax=100)
-        axes.set_xticks(range(0, n, -(-n // 8)), range(1, n + 1, -(-n // 8)))
-        axes.set_yticks(range(0, n, -(-n // 8)), range(1, n + 1, -(-n // 8)))
+        axes.set_xticks(at, [k + 1 for k in at])
+        axes.set_yticks(at, [k + 1 for k in at])
         axes.set_title(f"{r['method']}: {100 * r['retained']:.0f} % at the end", fontsize=11)
     for axes in panels.flat[len(rows) :]:
         axes.set_visible(False)

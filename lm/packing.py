@@ -338,8 +338,8 @@ SHORT = 512  # tokens of a row that is masked as a whole, though its sequences s
 
 
 def attend_to(rows: list[Row], model: Transformer):
-    """The `attend` of rows that lie end to end. To take rows of 256 tokens apart costs more than
-    the mask hides, rows of 2048 a quarter less (docs/LOG.md)."""
+    """The `attend` of rows that lie end to end. Taken apart, those of 256 tokens cost more than the
+    mask hides, those of 2048 a quarter less (docs/LOG.md)."""
     lengths = [row.lengths for row in rows]
     apart = any(own[0] and sum(own) > SHORT for own in lengths)
     return SharedPrefix(lengths, model) if apart else Packed(lengths, model)

@@ -6,6 +6,7 @@ make things faster and nothing else. So `pytest --plain`, which leaves them out,
 
 import json
 import pkgutil
+import signal
 import sys
 from functools import partial
 from pathlib import Path
@@ -26,6 +27,8 @@ from quiz import ask
 ROOT = Path(__file__).resolve().parent.parent
 SMOLLM2 = ROOT / "checkpoints" / "smollm2-135m-instruct"
 torch.set_num_threads(1)  # the models are tiny: more threads cost more than they bring
+# A shell's background job ignores Ctrl-C, and so would the runs that tests, and torture.py, stop.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 swap_in = lm.kernels.swap_in  # with --plain too: tests/test_kernels.py tests it
 
 

@@ -616,7 +616,7 @@ MUTANTS = [
         "tests/test_text.py -k underlined_headings"),
     Mutant("experiments/budget.py", '2 * r["tokens"] <= best["tokens"]',
         'r["tokens"] <= best["tokens"]', "tests/test_experiments.py -k at_half"),
-    Mutant("experiments/choice.py", "[noted(own) for own in edits]", "[[] for own in edits]",
+    Mutant("experiments/choice.py", "passages, together, args", "passages, [()] * len(edits), args",
         "tests/test_choice.py -k whole_run"),
     Mutant("experiments/choice.py", "chosen(edits[:, half], judged)",
         "chosen(edits[:, other], judged)", "tests/test_choice.py -k judges_itself"),

@@ -135,16 +135,13 @@ def command(tiny_folder, passages_file, out) -> list[str]:
 
 
 def test_an_interrupted_run_says_how_to_go_on(tiny_folder, passages_file, tmp_path):
-    """So it does with SIGTERM: tests/torture.py stops runs either way. A shell's background job,
-    and what it starts, ignores Ctrl-C, so that is undone for the run."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    """So it does with SIGTERM: tests/torture.py stops runs either way."""
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT}
     run = command(tiny_folder, passages_file, tmp_path / "run")
     with subprocess.Popen(run, **pipes) as process:
         assert process.stdout.readline().startswith("round-1 sample 9/9")
         process.send_signal(signal.SIGINT)
         _, error = process.communicate()
-    signal.signal(signal.SIGINT, before)
     assert process.returncode == 130
     assert error == "interrupted; the same command goes on where it was\n"
 

@@ -497,8 +497,6 @@ def torture(name: str, share: float, seed: int, home: Path, work: Path) -> dict:
 
 
 def main() -> None:
-    # A shell's background job ignores it, and so would the runs that stop() stops.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     args = parse_arguments()
     check_output(args.out)
     torch.set_num_threads(1)  # the models are tiny, and children are forked
