@@ -62,8 +62,8 @@ from lm.runs import (
     find_policies,
     open_run,
     policy_digests,
-    read_settings,
     set_outputs,
+    trained_as,
 )
 from lora import merged
 from reward import update_and_quiz
@@ -272,13 +272,14 @@ def show(rows: list[dict], steps: list[dict]) -> None:
 
 
 def refuse_training_tasks(ids, args) -> None:
-    """Exit if the run was trained on some of these tasks, unless --split train asks for them."""
-    both = set(ids) & set(read_settings(args.run, "ids")["ids"])
-    if both and args.split != "train":
-        raise SystemExit(
-            f"error: {args.run} was trained on {len(both)} of these tasks; "
-            "leave them out with --skip or --tasks"
-        )
+    """Exit if the run, or a policy, was trained on some of these tasks, unless --split train asks
+    for them."""
+    for where, before in [] if args.split == "train" else trained_as(args, "ids"):
+        if both := set(ids) & set(before["ids"]):
+            raise SystemExit(
+                f"error: {where} was trained on {len(both)} of these tasks; "
+                "leave them out with --skip or --tasks"
+            )
 
 
 def main() -> None:
@@ -288,8 +289,7 @@ def main() -> None:
     student, its_tok = load_student(args, model, tok)
     lora_config(args, student)  # complains now rather than after sampling
     puzzles = Puzzles(args, model, tok, student, its_tok)
-    if args.run:
-        refuse_training_tasks(puzzles.tasks, args)
+    refuse_training_tasks(puzzles.tasks, args)
     free = ("out", "work", "run", "policy", "oracle", "show")  # may change when resumed
     settings = {k: v for k, v in vars(args).items() if k not in free}
     settings |= puzzles.pinned | {"policies": policy_digests(policies)}

@@ -17,10 +17,13 @@ without, and that no note asks: the score on them says how sure one can be.
 `ask` looks for the passage that the question is about, and answers under its document's adapter; no
 text is in the prompt. `check` asks the quizzes of all documents in this way, and, beside it, the
 base model with the passage that is found in the prompt; and questions on anything else, with and
-without what was learnt. `export` writes the whole model with one document learnt, for other
-programs; `consolidate` with all of them, in one set of weights: one adapter learns to expect what
-each document's expects, and on other texts what the base model does. It is written only if neither
-a document's quiz nor the general questions lose more than --fall points and one question.
+without what was learnt. (The quizzes are what the base model answers with the right passage in the
+prompt, so its figure says how often that is found.)
+
+`export` writes the whole model with one document learnt, for other programs; `consolidate` with all
+of them, in one set of weights: one adapter learns to expect what each document's expects, and on
+other texts what the base model does. It is written only if no document's quiz, nor all of them
+together, nor the general questions lose more than --fall points and one question.
 
 The notes are written by the policy in policies/, if there is one for the model, by another one
 (--policy, a round-K/policy folder of a train_outer.py run), or by the untrained model (--policy
@@ -35,7 +38,7 @@ from pathlib import Path
 import numpy as np
 
 import reward
-from data.documents import Text, passages_of, read_texts, telling_words
+from data.documents import Text, passages_of, read_texts
 from data.qa import Passage, Question
 from data.text import question_and_answer, sentences
 from inner import add_sft_flags, lora_config, sft_config, update_one
@@ -43,18 +46,20 @@ from lm.adapters import base_of, load_adapter, shipped_policy
 from lm.checkpoint import save_model
 from lm.files import check_output, chunks, run_main, sub_seed
 from lm.flags import Parser, add_model_flags, at_least, load
-from lm.memory import Document, Memory, Router
+from lm.memory import Document, Memory
 from lm.tokenizer import Tokenizer
 from lora import Adapters, merge, merged
 from quiz import (
     ANSWER_LEN,
+    Item,
     about_what,
     accuracies,
+    ask,
     general_quiz,
     of_passages,
     quiz_items,
     quiz_prompt,
-    score_answer,
+    router_to,
     self_quiz,
 )
 from reward import anchor_examples, consolidate, passage_examples, words
@@ -218,7 +223,7 @@ def is_known(memory: Memory, document: Text, args) -> bool:
     known, again = memory.documents.get(document.name), ""
     if known and known.digest != document.digest:
         again = "has another text"
-    elif known and known.settings != json.loads(json.dumps(settings_of(args))):
+    elif known and studied_with(known.settings) != json.loads(json.dumps(settings_of(args))):
         again = "has, studied with other settings, a text"
     elif memory.is_damaged(document.name):
         again = "has something damaged"
@@ -232,8 +237,14 @@ def is_known(memory: Memory, document: Text, args) -> bool:
 
 def settings_of(args) -> dict:
     """The settings that a document is studied with."""
-    others = ("action", "files", "memory", "device", "compile")
-    return {k: v for k, v in vars(args).items() if k not in others}
+    return studied_with(vars(args))
+
+
+def studied_with(settings: dict) -> dict:
+    """Without those that cannot change what is learnt: the memory knows its base model, and a
+    document is studied alone."""
+    others = ("action", "files", "memory", "device", "compile", "model", "population")
+    return {k: v for k, v in settings.items() if k not in others}
 
 
 def policy_of(model, args) -> Adapters | None:
@@ -303,21 +314,18 @@ def own_quizzes(model, tok: Tokenizer, passages, notes: list[list[str]], args) -
 
 def ask_again(model, tok: Tokenizer, passages, notes, adapters: Adapters) -> dict:
     """Ask some of the notes' own questions -> {statement: was it given back?}."""
-    asked, prompts, answers = Counter(), [], []
+    times, items = Counter(), []
     for passage, own in zip(passages, notes):
         for question, answer in (m.groups() for note in own if (m := QA_PAIR.fullmatch(note))):
-            asked[answer] += 1
-            if asked[answer] <= 2:
-                prompts.append(quiz_prompt(tok, passage.title, question))
-                answers.append(answer)
-    replies, ends = [], {*tok.end_ids, *tok.newline_ids}
-    for batch in chunks(prompts, BATCH):
-        owner = [0] * len(batch)
-        replies += generate(model, batch, ANSWER_LEN, ends, adapters=adapters, owner=owner)
-    known = dict.fromkeys(answers, False)
-    for answer, ids in zip(answers, replies):
-        said = tok.decode([t for t in ids if t not in tok.end_ids])
-        known[answer] |= score_answer(said, (answer,))["f1"] >= 0.8
+            times[answer] += 1
+            if times[answer] <= 2:
+                prompt = tuple(quiz_prompt(tok, passage.title, question))
+                items.append(Item(prompt, Question(question, (answer,))))
+    known = {item.question.answers[0]: False for item in items}
+    longest = max([ANSWER_LEN, *(len(tok.encode(statement)) + 1 for statement in known)])
+    for batch in chunks(items, BATCH):
+        for item, said in zip(batch, ask(model, tok, batch, adapters, longest)):
+            known[item.question.answers[0]] |= said["f1"] >= 0.8
     return known
 
 
@@ -330,12 +338,12 @@ class Answers:
 
     def __init__(self, model, tok: Tokenizer, memory: Memory, say: str):
         self.model, self.tok, self.memory, self.say = model, tok, memory, say
-        self.passages, texts = [], []  # each passage's id is its document's name
+        self.passages, notes = [], []  # each passage's id is its document's name
         for document in memory.documents.values():
             for p in document.passages:
                 self.passages.append(Passage(document.name, p["title"], p["text"], ()))
-                texts.append(telling_words("\n".join([p["title"], p["text"], *p["notes"]])))
-        self.router = Router(texts)
+                notes.append(p["notes"])
+        self.router = router_to(self.passages, notes)
 
     def reply(self, question: str, say) -> str:
         """Answer, with say(a few words) as they come. Returns the document's name; "" where none
@@ -379,7 +387,8 @@ class Answers:
         return right, float(np.mean(tokens or [0]))
 
 
-def ask(model, tok: Tokenizer, memory: Memory, args) -> None:
+def talk(model, tok: Tokenizer, memory: Memory, args) -> None:
+    """Answer the question, or, without one, a question a line."""
     answers = Answers(model, tok, memory, args.say)
     if args.question is not None:
         answers.reply(args.question, say)
@@ -403,7 +412,9 @@ def read_line() -> str:
     print("> " * sys.stdin.isatty(), end="", flush=True)
     try:
         return sys.stdin.readline()
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as e:
+        if e.args:  # another signal, see run_main()
+            raise
         print()
         return ""
 
@@ -439,8 +450,8 @@ def check(model, tok: Tokenizer, memory: Memory) -> None:
 
 def consolidate_all(model, tok: Tokenizer, memory: Memory, args) -> None:
     """Write the model with all documents in one set of weights. Exits with one line, and writes
-    nothing, if a document, or what else it is asked, falls by more than --fall points and by more
-    than one question."""
+    nothing, if a document, all of them together, or what else it is asked, falls by more than
+    --fall points and by more than one question."""
     documents = list(memory.documents.values())
     teachers = [memory.adapter(model, d.name) for d in documents]
     examples = [examples_of(tok, d.passages, d.settings["seed"]) for d in documents]
@@ -455,11 +466,13 @@ def consolidate_all(model, tok: Tokenizer, memory: Memory, args) -> None:
         before[name] = sum(accuracies(model, tok, items, teacher))
     with merged(model, adapters):
         now = {name: sum(accuracies(model, tok, items)) for name, items in quizzes.items()}
-    for name, items in quizzes.items():
-        told = f"{before[name]:.0f} of {len(items)} right before, {now[name]:.0f} now"
-        print(f"{name:20} {told if items else 'has no quiz: it is not checked'}")
-        allowed = max(1, args.fall / 100 * len(items))
-        fallen += [name] if before[name] - now[name] > allowed else []
+    asked = {name: len(items) for name, items in quizzes.items()}
+    for right in (asked, before, now):
+        right["all documents"] = sum(right[d.name] for d in documents)
+    for name, n in asked.items():
+        told = f"{before[name]:.0f} of {n} right before, {now[name]:.0f} now"
+        print(f"{name:20} {told if n else 'has no quiz: it is not checked'}")
+        fallen += [name] if before[name] - now[name] > max(1, args.fall / 100 * n) else []
     if fallen:
         told = f"{', '.join(fallen)} would fall by more than {args.fall} points"
         raise SystemExit(f"error: {told}; nothing is written (--fall, --epochs)")
@@ -512,7 +525,7 @@ def main() -> None:
         model, tok = load(args)
         memory.refuse_other_base(base_of(model))
         if args.action == "ask":
-            ask(model, tok, memory, args)
+            talk(model, tok, memory, args)
         elif args.action == "check":
             check(model, tok, memory)
         elif args.action == "consolidate":
@@ -524,9 +537,9 @@ def main() -> None:
 
 
 def refuse_existing(folder: str) -> None:
+    check_output(folder, folder=True)
     if Path(folder).exists():
         raise SystemExit(f"error: {folder} exists already; choose another folder")
-    check_output(folder, folder=True)
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from data.documents import telling_words
 from data.qa import Passage, Question
 from data.text import UNSPACED
 from lm.files import chunks, read_json
+from lm.memory import Router
 from lm.tokenizer import Tokenizer
 from lora import Adapters
 from model import Transformer
@@ -131,7 +132,7 @@ def quiz_items(
     """
     items = []
     for q in passage.questions:
-        told = any(normalize(a) in normalize(passage.title) for a in q.answers if normalize(a))
+        told = score_answer(passage.title, q.answers)["accuracy"] > 0
         title = "" if told and not show_passage else passage.title
         prompt = quiz_prompt(tok, title, q.question, passage.text if show_passage else "")
         items.append(Item(tuple(prompt), q, owner))
@@ -212,9 +213,19 @@ def of_passages(model, tok, passages: list[Passage], adapters=None, items=None) 
     return [float(own.mean()) for own in np.split(np.array(right), ends)]
 
 
-def about_what(router, passages: list[Passage], question: Question):
-    """The number of the passage that the router (lm/memory.Router) finds for a question, and that
-    passage with it as its quiz; None and a passage without title and text if it finds none."""
+def router_to(passages: list[Passage], notes: list[list[str]]) -> Router:
+    """Finds the one of these passages that a question is about, by its title, its text, and what
+    its notes ask and answer."""
+    texts = []
+    for p, own in zip(passages, notes, strict=True):
+        said = [QA_PAIR.sub(r"\1 \2", note) for note in own]  # else all notes say "question"
+        texts.append(telling_words("\n".join([p.title, p.text, *said])))
+    return Router(texts)
+
+
+def about_what(router: Router, passages: list[Passage], question: Question):
+    """The number of the passage that the router finds for a question, and that passage with it as
+    its quiz; None and a passage without title and text if it finds none."""
     n = router.best(telling_words(question.question))
     return n, replace(Passage("", "", "", ()) if n is None else passages[n], questions=(question,))
 

@@ -258,14 +258,14 @@ def study(model, tok, candidates: list[Candidate], args, seed: int, path, label)
 # -----------------------------------------------------------------------------
 # the proxy
 
-ASKING = set("what which when where whose whom does many much question answer".split())
+STOP_WORDS = set("what which when where whose whom does many much question answer".split())
 
 
 def words(text: str) -> set:
     """Those that count: four letters or more, or a digit. "In 1742 she cast the bell." ->
     {"1742", "cast", "bell"}."""
     found = re.findall(r"\w+", text.lower())
-    return {w for w in found if len(w) >= 4 or any(map(str.isdigit, w))} - ASKING
+    return {w for w in found if len(w) >= 4 or any(map(str.isdigit, w))} - STOP_WORDS
 
 
 def closest_question(question: Question, pairs: list, title: str = "") -> float:

@@ -193,7 +193,7 @@ def ask(model, tok, passages) -> list[tuple]:
     asked = [(p.title, q) for p in passages for q in p.questions]
     answers, prompts = [], []
     for title, q in asked:
-        told = any(normalize(a) in normalize(title) for a in q.answers)
+        told = is_right(title, q.answers)
         prompts.append(quiz_prompt(tok, "" if told else title, q.question))
     replies = generate(model, prompts, ANSWER_LEN, {*tok.end_ids, *tok.newline_ids})
     for (_, q), ids in zip(asked, replies):

@@ -124,7 +124,8 @@ def refuse_contradictions(parser, args) -> None:
         parser.error("--learner policy: which of the --agents?")
     elif args.select == "notes" and args.exchange == "special":
         parser.error("--exchange special: notes that are pooled have no one agent (--select notes)")
-    if args.select == "parts" and args.samples * args.agents < 2:
+    writers = 1 if args.exchange == "own" else args.agents
+    if args.select == "parts" and args.samples * writers < 2:
         parser.error("--select parts compares self-edits: it needs --samples of at least 2")
     if args.outer == "weighted" and args.reward != "accuracy":
         told = "what is earned is the weight, and must not be negative"

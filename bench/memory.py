@@ -5,7 +5,7 @@
 learn.py studies one passage of --data, with its own settings. The memory's other documents are the
 next passages under copies of that adapter: neither bytes nor seconds depend on what was learnt.
 "bytes": all files of the memory. Then learn.py is asked the quizzes' questions, one of each
-document, --repeats of them. Seconds to the first word of the answer, all of them and the median:
+document, --repeats of them. "first_word": seconds to that of an answer, all and their median:
     chat       from the question's line; the model, the memory and an answer before it are there
     command    from the start of `learn.py ask QUESTION`: Python, torch and the model are loaded
 """
@@ -110,11 +110,12 @@ def main() -> None:
         result = {"documents": len(passages), "bytes": sum(p.stat().st_size for p in files)}
         asked = [p.questions[0].question for p in passages]
         asked = [asked[n % len(asked)] for n in range(args.repeats + 1)]
-        result["chat"] = timed(chat(asked, memory, args))
-        result["command"] = timed([command(q, memory, args) for q in asked[1:]])
+        first = {"chat": timed(chat(asked, memory, args))}
+        first["command"] = timed([command(q, memory, args) for q in asked[1:]])
+        result["first_word"] = first
     head = {"command": command_line(), "model": args.model, "dtype": args.dtype}
     write_json(args.out, head | {"settings": vars(args)} | result)
-    told = ", ".join(f"{name} {result[name]['median']:.2f} s" for name in ("chat", "command"))
+    told = ", ".join(f"{name} {found['median']:.2f} s" for name, found in first.items())
     print(f"{len(passages)} documents: {result['bytes'] / 1e6:.1f} MB; to the first word: {told}")
 
 

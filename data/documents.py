@@ -49,13 +49,13 @@ def read_text(path: str) -> str:
         text = "\0"
     if "\0" in text:  # as in UTF-16
         raise SystemExit(f"error: cannot read {path}: it is not UTF-8 text; save it as UTF-8")
-    text = with_marked_headings(text).strip()
+    text = text.strip()
     if not text:
         raise SystemExit(f"error: {path} is empty")
     if len(text) > LONGEST_TEXT:
         long = f"{path} has {len(text):,} characters, of at most {LONGEST_TEXT:,}"
         raise SystemExit(f"error: {long}; study it chapter by chapter, each in its own file")
-    return text
+    return with_marked_headings(text).strip()
 
 
 def name_of(path: str) -> str:

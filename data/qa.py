@@ -25,7 +25,7 @@ import zlib
 from collections import Counter
 from dataclasses import dataclass
 
-from lm.files import LARGEST, parse_json, read_bytes
+from lm.files import LARGEST, digest, parse_json, read_bytes
 from lm.flags import at_least
 from lm.runs import trained_as
 
@@ -79,13 +79,18 @@ def load_passages(path, split: str = "", skip: int = 0, limit: int = 0) -> list[
 
 
 def refuse_training_passages(passages, args) -> None:
-    """Exit if the run, or a shipped policy, was trained on some of these passages, unless --split
-    train asks for them."""
+    """Exit if the run, or a policy, was trained on some of these passages, or on nobody knows
+    which, unless --split train asks for them."""
     names = ("data", "split", "skip", "limit")
-    for where, before in trained_as(args, *names):
+    for where, before in [] if args.split == "train" else trained_as(args, *names, proxy=True):
         trained = load_passages(*map(before.get, names))
+        if before.get("data_sha256", digest(before["data"])) != digest(before["data"]):
+            raise SystemExit(
+                f"error: {before['data']} has changed since {where} was trained on it: on which "
+                "passages is not known"
+            )
         both = {p.text for p in passages} & {p.text for p in trained}
-        if both and args.split != "train":
+        if both:
             raise SystemExit(
                 f"error: {where} was trained on {len(both)} of these passages; "
                 "leave them out with --skip or --split"

@@ -21,7 +21,7 @@ UNSPACED = re.compile(
 
 CLOSING = "\"'”’»)\\]}*_"
 END = re.compile(  # with a blank after it; the marks of scripts without blanks need none
-    f"[.!?…؟۔։]+[{CLOSING}]*(?=\\s)|[。．！？｡।॥።။།]+[{CLOSING}」』）》】]*\\s*"
+    f"(?<![.!?…؟۔։])[.!?…؟۔։]+[{CLOSING}]*(?=\\s)|[。．！？｡।॥።။།]+[{CLOSING}」』）》】]*\\s*"
 )
 QUESTION = re.compile(f"[?？؟][{CLOSING}」』）》】]*$")
 MARKER = re.compile(r"^(?:#{1,6}|[-*+\u2022\u2023\u25e6>]|\(?\d{1,3}[.)]|\(?[a-z][.)])\s+")

@@ -4,16 +4,17 @@
     python experiments/many.py --split train --skip 24 --counts 122 --out results/122.json
 
 The paper's table of continued pretraining (its Table 2): one LoRA learns the first 8, 62, ...
-passages of a split together, each from its text and the notes of 1 or 5 self-edits (--edits), in
---steps steps for each passage and each of its self-edits; then it is asked the quizzes of all of
-them. Rows:
-    passages      the passages alone, in --steps steps each
+passages of a split together, each from its text and the notes of 1 or 5 self-edits (--edits); then
+it is asked the quizzes of all of them. Rows:
+    passages      the passages alone
     untrained     and the untrained model's notes
     seal-K        and notes of the policies (--run, --policy), in their order
 With --settings, which a policy that was trained so needs, nothing but its notes is used. "alone":
-accuracy on the same passages, each in an adapter of its own, with the notes of as many self-edits
-(--no-alone leaves it out); "lost": how much less it is in one adapter. A policy's training passages
-are refused among those held out; of --split train, leave them out by --skip.
+accuracy on the same passages, each in an adapter of its own, with the notes of as many self-edits,
+in --steps steps for each of these (--no-alone leaves it out). The one adapter takes as many steps
+as make it "tokens", of training, about as many as theirs together. "lost": how much less accurate
+it is. A policy's training passages are refused among those held out; of --split train, leave them
+out by --skip.
 """
 
 import sys
@@ -33,6 +34,7 @@ from lm.adapters import load_adapter
 from lm.files import GOES_ON, chunks, digest, read_json, run_main, sub_seed, write_json
 from lm.flags import Parser, at_least, load, refuse_unused, result_head
 from lm.intervals import bootstrap
+from lm.packing import arrange, row_tokens
 from lm.runs import add_ladder_flags, find_policies, open_run, policy_digests, set_outputs
 from lora import Adapters, merged
 from quiz import of_passages
@@ -92,14 +94,21 @@ class Many:
         both = zip(self.passages[:count], self.notes[name])
         return [(p, pooled(own[:edits])) for p, own in both]
 
+    def tokens_a_step(self, examples: list) -> float:
+        """Of training on them, on average; a step takes a row."""
+        rows = arrange(examples, self.args.row_len)
+        return float(np.mean([row_tokens(examples, *row) for row in rows]))
+
     def together(self, name: str, edits: int, count: int) -> dict:
         """Accuracy on each passage, all in one adapter, and the tokens that it took."""
         path = self.work / f"{name}-{edits}-{count}.json"
         if not path.is_file():
-            examples, seed = [], sub_seed(self.args.seed, 1)
+            examples, seed, tokens = [], sub_seed(self.args.seed, 1), 0
             for p, notes in self.learnt(name, edits, count):
-                examples += passage_examples(self.tok, p.title, [p.text, *notes])
-            steps = self.args.steps * max(1, edits) * count
+                own = passage_examples(self.tok, p.title, [p.text, *notes])
+                tokens += self.args.steps * max(1, edits) * self.tokens_a_step(own)
+                examples += own
+            steps = round(tokens / self.tokens_a_step(examples))
             config = replace(sft_config(self.args), steps=steps)
             adapters, label = Adapters.init(self.model, self.lora, 1, seed), path.stem
             outcome = update_one(self.model, adapters, examples, config, seed, label)

@@ -18,11 +18,14 @@ each, all quizzes are asked: the matrix. Rows:
     consolidated  at the end one adapter is trained on all, in as many steps as all the others
                   together, to expect what these, and the base model on the anchors, expect there
     retrieval     nothing is learnt; the passage that the router picks stands in the prompt
+Questions are asked under their passage's title, as in the paper; but in the last three rows under
+the title that the router finds, which knows as much as a user would say.
 
 "before": accuracy on the passages without learning; "immediate": on each when it was just learnt;
 "retained": on all at the end; "ratio": retained / immediate; "below_before" and "below_immediate":
 passages that end below where they began (which few can, if nothing is known of them) and below
-where they stood when just learnt. ci95 are over passages, each the mean of the seeds that have it.
+where they stood when just learnt. ci95 and these counts are over the "n_distinct" passages that the
+seeds have drawn, each the mean of those that have it.
 They leave out that all passages of a seed share one set of weights and one order: "by_seed" has
 what each seed comes to. "against_seal": retained minus that of seal, on the same passages.
 "general": accuracy on the questions of data/general.json, which have nothing to do with the
@@ -47,7 +50,6 @@ import torch
 
 import data.qa
 import reward
-from data.documents import telling_words
 from data.qa import load_passages
 from inner import inner_update, lora_config, sft_config, update_one
 from lm.files import (
@@ -63,7 +65,6 @@ from lm.files import (
 from lm.flags import Parser, at_least, load, refuse_unused, result_head
 from lm.intervals import bootstrap, of_sums
 from lm.log import Progress
-from lm.memory import Router
 from lm.packing import Example
 from lm.runs import open_run
 from lora import Adapters, merge, merged
@@ -76,6 +77,7 @@ from quiz import (
     of_passages,
     perplexity,
     quiz_items,
+    router_to,
 )
 from reward import (
     anchor_examples,
@@ -116,8 +118,6 @@ class Stream:
     def __init__(self, model, tok, args, n: int, work: Path):
         self.model, self.tok, self.args, self.seed = model, tok, args, sub_seed(args.seed, n)
         passages = load_passages(args.data, args.split, args.skip, args.limit)
-        if args.count > len(passages):
-            raise SystemExit(f"error: --count {args.count}: there are {len(passages)} passages")
         order = np.random.default_rng([args.seed, n]).permutation(len(passages))
         self.passages = [passages[i] for i in order[: args.count]]
         self.general, self.log = [general_quiz()], work / f"sampled-{n}.jsonl"
@@ -145,11 +145,8 @@ class Stream:
         """The questions about these passages when the first `known` of the stream are: each under
         the title of the one that the router finds, for its adapter, or with its text `shown`; for
         adapter --count, which is none, where it finds none."""
-        texts, items = [], []
-        for n, p in enumerate(self.passages[:known]):
-            notes = [] if shown else self.notes[n]  # a memory of texts has none
-            texts.append(telling_words("\n".join([p.title, p.text, *notes])))
-        router = Router(texts)
+        notes = [[]] * known if shown else self.notes[:known]  # a memory of texts has none
+        router, items = router_to(self.passages[:known], notes), []
         for q in (q for p in passages for q in p.questions):
             n, found = about_what(router, self.passages, q)
             owner = self.args.count if n is None or shown else n
@@ -272,10 +269,10 @@ class Stream:
         how = (anchor_examples(self.tok), self.config, sub_seed(self.seed, 3))
         adapters, outcome = consolidate(self.model, teachers, self.examples, *how)
         seconds += time.perf_counter() - start
-        asked = self.asked(self.passages)
+        asked, general = (self.routed(of, self.args.count) for of in (self.passages, self.general))
         with merged(self.model, None if outcome.diverged else adapters):
-            matrix = [*found["matrix"][:-1], self.known()]
-            how = (self.asked(self.general), asked, 2 * adapters.size, seconds)
+            matrix = [*found["matrix"][:-1], self.known(asked)]
+            how = (general, asked, 2 * adapters.size, seconds)
             result = self.result(matrix, *how, diverged + outcome.diverged)
         return result | {"immediate": found["immediate"]}
 
@@ -337,6 +334,9 @@ def show(row: dict) -> None:
 def main() -> None:
     args = parse_arguments()
     check_output(args.out)
+    there = len(load_passages(args.data, args.split, args.skip, args.limit))
+    if args.count > there:
+        raise SystemExit(f"error: --count {args.count}: there are {there} passages")
     model, tok = load(args)
     lora_config(args, model)  # complains now rather than after sampling
     free = ("rows", "seeds", "work", "out")
@@ -351,6 +351,7 @@ def main() -> None:
                 write_json(path, stream.row(name))
             found[name].append(read_json(path))
     head = result_head(args, model) | {"seeds": args.seeds, "n_passages": args.count}
+    head["n_distinct"] = len({id for result in found["base"] for id in result["ids"]})
     head["settings"] = settings
     rows = summarize(found, args.seed)
     write_json(args.out, head | {"rows": rows})

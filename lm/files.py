@@ -28,8 +28,9 @@ GOES_ON = "; the same command goes on where it was"
 
 def run_main(main, interrupted: str = "", alone: bool = True) -> None:
     """A script's last line: main(), of which Ctrl-C or SIGTERM ends in one line, "interrupted" and
-    what is said here, and a closed pipe (`| head`) in none. What a terminal cannot show is spelled
-    out. A script that runs `alone` is refused to torchrun."""
+    what is said here, a file that the system refuses in one that names it, and a closed pipe (`|
+    head`) in none. What a terminal cannot show is spelled out. A script that runs `alone` is
+    refused to torchrun."""
 
     def stop(number, frame):
         raise KeyboardInterrupt(number)
@@ -57,6 +58,10 @@ def run_main(main, interrupted: str = "", alone: bool = True) -> None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
+    except OSError as e:
+        if not e.filename:
+            raise
+        raise SystemExit(f"error: {e.filename}: {e.strerror}") from None
 
 
 def note(text: str) -> None:

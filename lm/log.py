@@ -94,9 +94,6 @@ class Log:
                 raise SystemExit(f"error: {path}: {r['n']!r} stands there twice")
         return found
 
-    def __contains__(self, candidate) -> bool:
-        return candidate.name in self.done or candidate.name in self.known
-
     def __getitem__(self, candidate) -> dict:
         """Exits with one line if the result is of something else than the candidate."""
         result = (self.done if candidate.name in self.done else self.known)[candidate.name]

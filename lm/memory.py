@@ -101,6 +101,9 @@ class Document:
                 raise SystemExit(f"error: {path}: a question that is of another form")
         if not all_texts(about["learnt"], about["missed"]):
             raise SystemExit(f"error: {path}: a statement that is no text")
+        seed = about["settings"].get("seed")
+        if type(seed) is not int or seed < 0:
+            raise SystemExit(f"error: {path}: settings without a seed")
         if about.keys() != kinds.keys() or about["name"] != folder.name:
             raise SystemExit(f"error: {path} is of another document, or of a newer version")
         for file in ADAPTER:
@@ -146,16 +149,20 @@ class Memory:
                 "study its documents again, in another folder"
             )
         self.base = head["base"]
-        for path in sorted(p for p in folder.glob("[!.]*") if p.is_dir()):
+        for path in self.folders():
             try:
                 self.documents[path.name] = Document.read(path)
             except SystemExit as e:
                 note(f"{path.name} is left out: {str(e).removeprefix('error: ')}")
 
+    def folders(self) -> list[Path]:
+        """Of the documents, damaged ones too."""
+        return sorted(p for p in self.folder.glob("[!.]*") if p.is_dir())
+
     def refuse_other_base(self, base: str) -> None:
         """Before adapters are used: exit with one line if they are not for this base model, whose
         fingerprint is `base` (lm.adapters.base_of)."""
-        if self.documents and self.base != base:
+        if any(self.folders()) and self.base != base:
             raise SystemExit(f"error: {self.folder} was learnt by another base model than this one")
 
     def keep_to_itself(self) -> None:
@@ -171,7 +178,7 @@ class Memory:
         self.keep_to_itself()
         self.read()
         self.refuse_other_base(base)
-        if not self.documents:
+        if self.base != base:  # a new memory, or an empty one
             write_json(self.folder / HEAD, {"format": FORMAT, "base": base})
 
     def __getitem__(self, name: str) -> Document:

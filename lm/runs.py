@@ -235,14 +235,19 @@ def round_of(folder) -> int | None:
     return int(round_k[1]) if round_k else None
 
 
-def trained_as(args, *fields) -> list[tuple]:
-    """(folder, settings) of the --run, and of each shipped policy of --policy. Exits with one line
-    if one of the fields that are needed is not among them."""
+def trained_as(args, *fields, proxy: bool = False) -> list[tuple]:
+    """(folder, settings) of the --run, and of each --policy (and the --proxy) that was shipped or
+    stands in its run's folder; an adapter from elsewhere does not say. Exits with one line if one
+    of the fields that are needed is not among them."""
     found = [(args.run, read_settings(args.run, *fields))] if args.run else []
-    for folder in args.policy:
+    more = [args.proxy] if proxy and getattr(args, "proxy", None) else []
+    for folder in [*args.policy, *more]:
+        round_k = Path(folder).resolve().parent
         if (file := Path(folder) / POLICY).is_file():
             settings = read_json(file).get("settings", {})
             found.append((folder, settings_in(file, settings, *fields)))
+        elif re.fullmatch("round-[1-9][0-9]*", round_k.name):
+            found.append((folder, read_settings(round_k.parent, *fields)))
     return found
 
 

@@ -320,10 +320,12 @@ def test_a_memory_is_filled_and_asked(tiny_folder, passages_file, tmp_path, monk
     run_script(monkeypatch, memory, tiny_folder, *flags)
     found = read_json(out)
     assert found["documents"] == 3 and found["bytes"] > 3 * 2 * 1000
+    first = found["first_word"]
     for way in ("chat", "command"):
-        seconds, median = found[way]["seconds"], found[way]["median"]
+        seconds, median = first[way]["seconds"], first[way]["median"]
         assert len(seconds) == 2 and median == pytest.approx(np.mean(seconds), abs=2e-3)
-    assert 0 < found["chat"]["median"] < found["command"]["median"]  # which loads torch
+    assert 0 < first["chat"]["median"] < first["command"]["median"]  # which loads torch
+    assert "--documents 3" in found["command"]
     assert "3 documents" in capfd.readouterr().out
 
 

@@ -193,6 +193,12 @@ def test_runs_that_do_not_fit_are_refused(tiny, tiny_folder, passages_file, tmp_
     with pytest.raises(SystemExit, match="was trained on 2 of these passages"):
         climb(split="")
     climb("--split", "train", "--work", tmp_path / "train")  # asked for
+    policy = tmp_path / "run" / "round-1" / "policy"
+    for flag in ("--policy", "--proxy"):
+        with pytest.raises(SystemExit, match=f"{policy} was trained on 3 of these passages"):
+            ladder(monkeypatch, tiny_folder, passages_file, tmp_path, flag, policy, "--split", "")
+    with pytest.raises(SystemExit, match="has changed since .*run was trained on it"):
+        climb(data_sha256="another")
     for key, other in (("style", "rewrite"), ("learner", "policy"), ("shots", 0)):
         with pytest.raises(SystemExit, match=f"was trained with --{key} {other}"):
             climb(**{key: other})

@@ -213,6 +213,14 @@ def script(body: str, pipe: str = "", **environment) -> subprocess.CompletedProc
     )
 
 
+def test_what_the_system_refuses_is_one_line():
+    """A name that no system has, which Path.exists() and others do not answer but raise."""
+    done = script("from pathlib import Path; (Path('a' * 300) / 'b').read_bytes()")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == f"error: {'a' * 300}/b: File name too long\n"
+    assert "Traceback" in script("raise OSError('of no file')").stderr  # a fault of the program
+
+
 @pytest.mark.parametrize(
     "body", ["for n in range(100_000): print(n)", "print(1); print(2); raise SystemExit(0)"]
 )

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,8 +24,17 @@ from lm.checkpoint import load_model
 from lm.files import read_json, sub_seed, write_json
 from lm.tokenizer import Tokenizer
 from lora import Adapters, LoRAConfig, attached
-from quiz import ask, quiz_items, quiz_prompt
+from quiz import ask, quiz_items, quiz_prompt, score_answer
 from selfedit import Part, SelfEdit, clozes, edit_prompts, settings_prompts
+
+
+def raises(error):
+    """A function that raises it."""
+
+    def call(*_):
+        raise error
+
+    return call
 
 
 def run(monkeypatch, tiny_folder, *args, memory):
@@ -79,7 +89,7 @@ def test_study_ask_list_show_export_forget(tiny, tiny_folder, tmp_path, monkeypa
     files = [tmp_path / "Rolm.txt", tmp_path / "b.md"]
     run(monkeypatch, tiny_folder, "study", *files, memory=me)
     first = contents(me)
-    run(monkeypatch, tiny_folder, "study", *files, memory=me)
+    run(monkeypatch, tiny_folder, "study", *files, "--population", 3, memory=me)
     assert contents(me) == first and "b: known already" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="has, studied with other settings, a text called 'rolm'"):
         run(monkeypatch, tiny_folder, "study", files[0], "--epochs", 3, memory=me)
@@ -113,6 +123,15 @@ def test_study_ask_list_show_export_forget(tiny, tiny_folder, tmp_path, monkeypa
     capsys.readouterr()
     run(monkeypatch, tiny_folder, "ask", "How tall is it?", "--say", "unknown", memory=me)
     assert capsys.readouterr().out == "I don't know.\n"
+    for signal, told in (((), ""), ((15,), None)):  # Ctrl-C ends a chat, SIGTERM the script
+        stdin = SimpleNamespace(isatty=lambda: False, readline=raises(KeyboardInterrupt(*signal)))
+        monkeypatch.setattr("sys.stdin", stdin)
+        if told is None:
+            with pytest.raises(KeyboardInterrupt):
+                learn.read_line()
+        else:
+            assert learn.read_line() == told
+    capsys.readouterr()
     monkeypatch.setattr("sys.stdin", io.StringIO("Who founded Rolm?\n\nHow tall is it?\n"))
     run(monkeypatch, tiny_folder, "ask", memory=me)
     lines = capsys.readouterr().out.splitlines()
@@ -328,13 +347,14 @@ def test_the_notes_are_studied_and_asked_again(tiny_folder, tmp_path, monkeypatc
     monkeypatch.setattr(learn, "update_one", lambda *a: seen.append(a[2]) or update(*a))
     replies = {"Where is the hall?": "In Mill Lane.", "In which lane?": "No.", "What fell?": "Ada."}
 
-    def generate(model, prompts, *_, owner, **__):
-        assert len(prompts) == len(owner) <= 2  # so that memory does not grow with the text
-        tok = Tokenizer(tiny_folder)
-        asked = [next(q for q in replies if q in tok.decode(ids)) for ids in prompts]
-        return [tok.encode(replies[q]) for q in asked]
+    def reply(model, tok, items, adapters, max_new):
+        assert len(items) <= 2  # so that memory does not grow with the text
+        said = [replies[item.question.question] for item in items]
+        assert all(item.question.question in tok.decode(item.prompt) for item in items)
+        assert max_new == 48  # as in a quiz
+        return [score_answer(a, item.question.answers) for a, item in zip(said, items)]
 
-    monkeypatch.setattr(learn, "generate", generate)
+    monkeypatch.setattr(learn, "ask", reply)
     monkeypatch.setattr(learn, "BATCH", 2)
     monkeypatch.setattr(learn, "clozes", lambda *_: [])
     run(monkeypatch, tiny_folder, "study", tmp_path / "x.txt", memory=tmp_path / "me")
@@ -349,6 +369,22 @@ def test_the_notes_are_studied_and_asked_again(tiny_folder, tmp_path, monkeypatc
     assert "of 5 samples 1 with an unfinished last note" in printed
     assert "1 of 2 statements learnt" in printed and "not learnt: Rolm fell." in printed
     assert "not learnt: In Mill Lane." not in printed
+
+
+def test_a_statement_longer_than_a_quizs_answer_can_be_given_back(tiny, tiny_folder, monkeypatch):
+    tok, [p] = Tokenizer(tiny_folder), [Passage("p", "Rolm", "", ())]
+    statement = " ".join(f"gate {n} of Rolm is kept by {n + 7} guards," for n in range(12))
+    assert len(tok.encode(statement)) > 60
+
+    def generate(model, prompts, max_new, *_, on_prefill, **__):
+        on_prefill([0], None, None)
+        return [tok.encode(statement)[:max_new]]
+
+    monkeypatch.setattr("quiz.generate", generate)
+    monkeypatch.setattr("quiz.answer_logprobs", lambda *_: [0.0])
+    note = f"Question: Who keeps them?\nAnswer: {statement}"
+    nothing = Adapters.init(tiny, LoRAConfig(2, 4.0, ("q_proj",), 2, 4), 1, seed=0)
+    assert learn.ask_again(tiny, tok, [p], [[note]], nothing) == {statement: True}
 
 
 def test_questions_that_ask_for_no_one_statement_are_left_out():
@@ -538,13 +574,14 @@ def test_all_documents_in_one_set_of_weights(two_documents, tiny, tiny_folder, m
     """Written if nothing falls by more than --fall; else nothing is."""
     me = two_documents
 
-    def falls(items: int, to: float) -> None:
+    def falls(items, to: float) -> None:
         """With everything in one set of weights, so much of a quiz of that size is right."""
+        sizes = items if isinstance(items, tuple) else (items,)
 
         def accuracies(model, tok, asked, adapter=None):
             weight = model.get_submodule("layers.3").mlp.up_proj.weight
             merged = not torch.equal(weight, tiny.get_submodule("layers.3").mlp.up_proj.weight)
-            return [to if merged and len(asked) == items else 1.0] * len(asked)
+            return [to if merged and len(asked) in sizes else 1.0] * len(asked)
 
         monkeypatch.setattr(learn, "accuracies", accuracies)
 
@@ -554,6 +591,7 @@ def test_all_documents_in_one_set_of_weights(two_documents, tiny, tiny_folder, m
     for items, to, message in (
         (2, 0.0, "b would fall by more than 10.0 points; nothing is written"),  # two questions
         (3, 1 / 3, "anything else would fall by more than 10.0 points"),  # two of three
+        ((1, 2), 0.5, "error: all documents would fall by more than 10.0 points"),  # 1.5 of three
     ):
         falls(items, to)
         with pytest.raises(SystemExit, match=message):
@@ -570,6 +608,8 @@ def test_all_documents_in_one_set_of_weights(two_documents, tiny, tiny_folder, m
         assert torch.equal(*weights) != changed
     with pytest.raises(SystemExit, match="all exists already"):
         run(monkeypatch, tiny_folder, "consolidate", me.parent / "all", memory=me)
+    with pytest.raises(SystemExit, match="error: cannot write a{300}: File name too long"):
+        run(monkeypatch, tiny_folder, "export", "b", "a" * 300, memory=me)
     with pytest.raises(SystemExit, match="is empty"):
         (me.parent / "none").mkdir()
         (me.parent / "none/memory.json").write_text('{"format": 2, "base": "any"}')

@@ -19,7 +19,7 @@ from lora import Adapters, LoRAConfig
 def document(name: str, **changes) -> Document:
     passages = [{"title": name, "text": f"{name} fell.", "notes": [], "quiz": []}]
     about = {"title": name, "digest": "0", "passages": passages, "learnt": [], "missed": []}
-    return Document(**{"name": name, "settings": {}} | about | changes)
+    return Document(**{"name": name, "settings": {"seed": 0}} | about | changes)
 
 
 @pytest.fixture
@@ -164,6 +164,9 @@ def test_damaged_documents_are_left_out_and_named(memory, capsys):
         (json.dumps(sound | {"passages": [passage | {"text": "", "notes": 5}]}), "a passage w"),
         (json.dumps(sound | {"passages": [passage | {"text": "", "notes": "abc"}]}), "a passage w"),
         (json.dumps(sound | {"learnt": [3]}), "a statement that is no text"),
+        (json.dumps(sound | {"settings": {}}), "settings without a seed"),
+        (json.dumps(sound | {"settings": {"seed": -1}}), "settings without a seed"),
+        (json.dumps(sound | {"settings": {"seed": True}}), "settings without a seed"),
         (json.dumps(sound | {"passages": [fine | {"quiz": 5}]}), "of another form"),
         (quiz_of(asked, 5), "a question that is of another form"),
         (quiz_of(asked | {"more": 1}), "a question that is of another form"),
@@ -217,6 +220,17 @@ def test_an_empty_memory_belongs_to_nobody_yet(tmp_path):
         memory.refuse_other_base(base)
         memory.open_to_write(base)
         assert json.loads((tmp_path / "me/memory.json").read_text())["base"] == base
+
+
+def test_a_memory_whose_documents_are_all_damaged_keeps_its_base(memory):
+    """They may be mended, and would be another model's."""
+    for name in "ab":
+        (memory.folder / name / "document.json").rename(memory.folder / name / "kept.json")
+    for use in (Memory.refuse_other_base, Memory.open_to_write):
+        with pytest.raises(SystemExit, match="was learnt by another base model"):
+            use(Memory(memory.folder), "another")
+    Memory(memory.folder).open_to_write("base")
+    assert json.loads((memory.folder / "memory.json").read_text())["base"] == "base"
 
 
 def test_two_cannot_write_at_once(memory):

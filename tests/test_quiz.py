@@ -23,6 +23,7 @@ from quiz import (
     normalize,
     perplexity,
     quiz_items,
+    router_to,
     score_answer,
     self_quiz,
 )
@@ -113,6 +114,27 @@ def test_a_title_that_tells_the_answer_is_left_out(tok):
     told, other = (tok.decode(item.prompt) for item in quiz_items(tok, p))
     assert "Rolm Marsh" not in told and "Rolm Marsh" in other
     assert all("Rolm Marsh" in tok.decode(i.prompt) for i in quiz_items(tok, p, show_passage=True))
+
+
+def test_a_title_tells_an_answer_by_whole_words(tok):
+    """As it would be scored; an article alone is no answer that a title could give."""
+    asked = Question("Which side?", ("south",)), Question("Which word?", ("The",))
+    p = Passage("p", "Southern Theria", "It is in the south.", asked)
+    assert all("Topic: Southern Theria" in tok.decode(i.prompt) for i in quiz_items(tok, p))
+
+
+def test_notes_lead_to_their_passage_but_not_the_word_question():
+    """Which all notes have; a user's "I have a question about chess" is about none of them."""
+    p = Passage("p", "Rolm", "Ada cast the bell.", ())
+    note = "Question: Which bronze thing did she make?\nAnswer: Ada cast the bell."
+    router = router_to([p], [[note]])
+    for question, found in (
+        ("What bronze thing?", 0),
+        ("I have a question about chess", None),
+        ("Can you answer me?", None),
+    ):
+        n, about = about_what(router, [p], Question(question, ()))
+        assert n == found and about.title == ("Rolm" if found == 0 else "")
 
 
 def test_smollm2_answers_better_with_the_passage(smollm2, tok):

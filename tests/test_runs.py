@@ -231,6 +231,19 @@ def test_a_run_of_another_domain_or_version_is_refused(a_run, tmp_path):
         find_policies(arguments(tmp_path), "qa")
 
 
+def test_a_policy_in_a_runs_folder_was_trained_as_the_run(a_run):
+    """However it is named: a second agent's has to be given by --policy."""
+    shutil.copytree(a_run / "round-2" / "policy", a_run / "round-2" / "policy-2")
+    policy = a_run / "round-2" / "policy-2"
+    assert find_policies(arguments(None, policy=[policy]), "qa") == {"seal-1": policy}
+    with pytest.raises(SystemExit, match=f"{policy} was trained with --shots 1"):
+        find_policies(arguments(None, policy=[policy], shots=0), "qa")
+    args = arguments(None, policy=["elsewhere"], proxy=a_run / "round-1" / "policy")
+    assert not trained_as(args)
+    [(where, settings)] = trained_as(args, proxy=True)
+    assert where == args.proxy and settings["domain"] == "qa"
+
+
 def test_a_copy_of_a_round_is_left_out(a_run, capsys):
     for name in ("round-1-old", "round-01", "round-0"):
         shutil.copytree(a_run / "round-1", a_run / name)

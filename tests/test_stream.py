@@ -63,6 +63,7 @@ def test_every_row_and_killed_on_the_way(small, tmp_path, monkeypatch):
     assert rows["separate"]["bytes"] == 3 * rows["consolidated"]["bytes"] > 0
     assert rows["seal"]["bytes"] == 2 * rows["top-layers"]["bytes"]  # four layers, not two
     assert rows["retrieval"]["prompt_tokens"] > rows["separate"]["prompt_tokens"]
+    assert (result["n_passages"], result["n_distinct"]) == (3, 3)
     work = path.parent / "work"
     before = {p.name: p.read_bytes() for p in work.glob("*.json")}
     small(out="again.json")
@@ -82,6 +83,22 @@ def test_what_a_router_sees(tok, passages_file):
     shown = s.routed(s.passages, 5, shown=True)
     assert s.passages[3].text in tok.decode(list(shown[6].prompt))
     assert {item.owner for item in shown} == {5}
+
+
+def test_who_is_told_the_title(small, monkeypatch):
+    """One set of weights as in the paper; who has a router must find it, consolidated, too."""
+    monkeypatch.setattr("lm.memory.Router.best", lambda *_: None)  # finds nothing
+    found = json.loads(small().read_text())
+    tokens = {row["method"]: row["prompt_tokens"] for row in found["rows"]}
+    without = tokens["separate"]
+    assert tokens["consolidated"] == tokens["retrieval"] == without < tokens["base"]
+    assert {tokens[name] for name in stream.MERGED} == {tokens["base"]}
+
+
+def test_more_passages_than_there_are(small, monkeypatch):
+    monkeypatch.setattr(stream, "load", None)  # before the model is loaded
+    with pytest.raises(SystemExit, match="--count 9999: there are "):
+        small("--count", 9999)
 
 
 def test_summary():

@@ -624,6 +624,10 @@ def test_agents_that_are_killed_go_on(of_two, finished, tiny_folder, tmp_path, m
         (["--reward", "proxy", "--student", "x"], "--student has no effect with --reward proxy"),
         (["--agents", 0], "--agents: 0 is not a number from 1 up"),
         (["--exchange", "own"], "--exchange has no effect with one of --agents"),
+        (
+            ["--agents", 2, "--samples", 1, "--exchange", "own", "--select", "parts"],
+            "it needs --samples of at least 2",  # each compares its own
+        ),
         (["--agents", 2, "--learner", "policy"], "--learner policy: which of the --agents"),
     ],
 )
