@@ -8,7 +8,7 @@ for all rows; each passage is learnt from its text and its notes, in --steps ste
 each, all quizzes are asked: the matrix. Rows:
     base          nothing is learnt
     seal          each passage's adapter, of all layers, is merged into the weights (the paper's
-                  way)
+                  way), at --seal-lr
     top-layers    the same, with adapters of the --top-layers
     replay        the same, each passage with as many sequences of earlier ones, in twice the steps
     distilled     the same; of the earlier ones' questions it learns what the frozen base model
@@ -101,6 +101,8 @@ def parse_arguments():
     add("--count", type=at_least(2), default=8, help="passages, one after another")
     add("--seeds", type=at_least(1), default=3, help="draws and orders of passages")
     add("--rows", nargs="+", default=ROWS, choices=ROWS, help="ways of learning")
+    about = "peak learning rate of the row seal, whose adapters reach all layers"
+    add("--seal-lr", type=at_least(0.0), default=2e-3, help=about)
     add("--work", default="runs/stream", help="folder for progress, to resume a killed run")
     add("--out", default="results/stream.json", help="result file")
     parser.set_defaults(lr=8e-3)
@@ -198,6 +200,8 @@ class Stream:
         with merged(self.model, nothing):  # after it the weights are the base model's again
             for n, own in enumerate(examples):
                 seed, config = sub_seed(self.seed, 1, n), self.config
+                if row == "seal":
+                    config = replace(config, lr=self.args.seal_lr)
                 if pool:
                     order = np.random.default_rng(seed).permutation(len(pool))
                     own = own + [pool[i] for i in order[: len(own)]]
