@@ -299,6 +299,15 @@ def test_a_policy_is_not_judged_by_its_training_tasks(
     args = ["--data", tasks_file, "--run", tmp_path / "run", "--work", tmp_path / "w"]
     with pytest.raises(SystemExit, match="was trained on 1 of these tasks"):
         run_script(monkeypatch, eval_arc, tiny_folder, *args)
+    by_folder = ["--data", tasks_file, "--policy", policy, "--work", tmp_path / "w"]
+    with pytest.raises(SystemExit, match=f"{policy} was trained on 1 of these tasks"):
+        run_script(monkeypatch, eval_arc, tiny_folder, *by_folder)
+    with pytest.raises(KeyboardInterrupt), monkeypatch.context() as patch:  # asked for
+        dies_at(patch, "eval_arc.open_run", 1)
+        (policy / "adapter_model.safetensors").touch()
+        (tmp_path / "tasks.json").write_text(json.dumps({"train": ["t2"]}))
+        chosen = ["--tasks", tmp_path / "tasks.json", "--split", "train"]
+        run_script(patch, eval_arc, tiny_folder, *args, *chosen)
     (tmp_path / "run" / "settings.json").write_text(json.dumps(settings | {"domain": "qa"}))
     with pytest.raises(SystemExit, match=r"was trained with train_outer\.py qa"):
         run_script(monkeypatch, eval_arc, tiny_folder, *args)
