@@ -15,7 +15,6 @@ judge.
 """
 
 import functools
-import math
 import re
 import unicodedata
 from collections import Counter
@@ -290,15 +289,3 @@ def general_texts(tok: Tokenizer, name: str = "texts") -> list[list[int]]:
     """Token ids of texts that anyone may write: "texts" are to be measured on, "anchors" to be
     trained on."""
     return [tok.encode(text) for text in read_json(GENERAL)[name]]
-
-
-@torch.inference_mode()
-def perplexity(model: Transformer, texts: list[list[int]]) -> float:
-    """exp of the mean negative log-likelihood per token."""
-    total, tokens = 0.0, 0
-    for ids in texts:
-        ids = torch.tensor([ids], device=model.device)
-        logp = model(ids)[0, :-1].float().log_softmax(-1)
-        total -= float(logp.gather(1, ids[0, 1:, None]).sum())
-        tokens += ids.size(1) - 1
-    return math.exp(total / tokens)

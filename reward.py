@@ -538,18 +538,6 @@ def expecting(examples: list[Example], soft: list[tuple], share: float = 1.0) ->
     return taught
 
 
-def in_view(model, tok: Tokenizer, passage: Passage, notes, share: float = 1.0) -> list[Example]:
-    """What notes that are questions are learnt from, expecting() what the model does with the
-    passage in view (context distillation, arXiv 2209.15189)."""
-    students, teachers = [], []
-    for note in notes:
-        prompt = quiz_prompt(tok, passage.title, QA_PAIR.fullmatch(note)[1], passage.text)
-        for e in passage_examples(tok, passage.title, [note]):
-            students.append(e)
-            teachers.append(Example.reply(prompt, list(e.ids[-sum(e.counts) :])))
-    return expecting(students, predictions(model, teachers), share)
-
-
 def anchor_examples(tok: Tokenizer) -> list[Example]:
     """Texts about anything, by which a model is held in its place (data/general.json)."""
     return [Example.reply([], ids) for ids in general_texts(tok, "anchors")]

@@ -21,20 +21,24 @@ import numpy as np
 
 import data.qa
 import reward
-from data.qa import counts, load_passages
+from data.qa import Passage, counts, load_passages
 from inner import lora_config, sft_config
 from lm.files import GOES_ON, check_output, digest, run_main, sub_seed, write_json
 from lm.flags import Parser, at_least, load, refuse_unused, result_head
 from lm.intervals import bootstrap
+from lm.packing import Example
 from lm.runs import open_run
+from lm.tokenizer import Tokenizer
+from quiz import quiz_prompt
 from reward import (
     accuracy_of,
-    in_view,
+    expecting,
     passage_candidate,
     passage_examples,
+    predictions,
     study,
 )
-from selfedit import settle, write_self_edits
+from selfedit import QA_PAIR, settle, write_self_edits
 
 
 def parse_arguments():
@@ -52,6 +56,18 @@ def parse_arguments():
     if max(args.shares) > 1 or min(args.shares) == 0:
         parser.error("--shares are above 0 and at most 1; 0 is always there")
     return args
+
+
+def in_view(model, tok: Tokenizer, passage: Passage, notes, share: float = 1.0) -> list[Example]:
+    """What notes that are questions are learnt from, expecting() what the model does with the
+    passage in view (context distillation, arXiv 2209.15189)."""
+    students, teachers = [], []
+    for note in notes:
+        prompt = quiz_prompt(tok, passage.title, QA_PAIR.fullmatch(note)[1], passage.text)
+        for e in passage_examples(tok, passage.title, [note]):
+            students.append(e)
+            teachers.append(Example.reply(prompt, list(e.ids[-sum(e.counts) :])))
+    return expecting(students, predictions(model, teachers), share)
 
 
 def measure(model, tok, passages, args, work: Path) -> list[dict]:

@@ -38,6 +38,7 @@ notes that the router of separate needs.
 """
 
 import functools
+import math
 import sys
 import time
 from dataclasses import replace
@@ -51,6 +52,7 @@ import torch
 import data.qa
 import reward
 from data.qa import load_passages
+from experiments.distill import in_view
 from inner import inner_update, lora_config, sft_config, update_one
 from lm.files import (
     GOES_ON,
@@ -68,6 +70,7 @@ from lm.log import Progress
 from lm.packing import Example
 from lm.runs import open_run
 from lora import Adapters, merge, merged
+from model import Transformer
 from quiz import (
     GENERAL,
     about_what,
@@ -75,7 +78,6 @@ from quiz import (
     general_quiz,
     general_texts,
     of_passages,
-    perplexity,
     quiz_items,
     router_to,
 )
@@ -83,7 +85,6 @@ from reward import (
     anchor_examples,
     consolidate,
     expecting,
-    in_view,
     passage_examples,
     predictions,
 )
@@ -110,6 +111,18 @@ def parse_arguments():
     refuse_unused(parser, args, ["style"], "here: the notes are questions")
     args.rows = ["base", *(row for row in ROWS[1:] if row in args.rows)]
     return args
+
+
+@torch.inference_mode()
+def perplexity(model: Transformer, texts: list[list[int]]) -> float:
+    """exp of the mean negative log-likelihood per token."""
+    total, tokens = 0.0, 0
+    for ids in texts:
+        ids = torch.tensor([ids], device=model.device)
+        logp = model(ids)[0, :-1].float().log_softmax(-1)
+        total -= float(logp.gather(1, ids[0, 1:, None]).sum())
+        tokens += ids.size(1) - 1
+    return math.exp(total / tokens)
 
 
 class Stream:

@@ -15,7 +15,7 @@ from experiments import distill
 from inner import SFTConfig, inner_update, lay_rows, train_step
 from lm.packing import Example
 from lora import Adapters, attached, merged
-from reward import consolidate, expecting, in_view, predictions
+from reward import consolidate, expecting, predictions
 from selfedit import Part, SelfEdit
 
 
@@ -99,10 +99,10 @@ def test_the_teacher_sees_the_passage(tiny, tok, monkeypatch):
         nothing = [torch.zeros(sum(e.counts), 1) for e in examples]
         return [(zeros.int(), zeros + 1) for zeros in nothing]
 
-    monkeypatch.setattr("reward.predictions", predictions)
+    monkeypatch.setattr(distill, "predictions", predictions)
     p = Passage("x", "Rolm", "Rolm was founded by Ada Quell.", ())
     note = "Question: Who founded Rolm?\nAnswer: Rolm was founded by Ada Quell."
-    [student] = in_view(tiny, tok, p, [note])
+    [student] = distill.in_view(tiny, tok, p, [note])
     assert seen[0].count(p.text) == 2 and tok.decode(student.ids).count(p.text) == 1
     assert len(student.soft[0]) == sum(student.counts)
 

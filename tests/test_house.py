@@ -22,8 +22,8 @@ FLOORS = [
     "experiments/warm.py experiments/chosen.py experiments/figures.py experiments/walkthrough.py",
     "experiments/exercises.py experiments/own_texts.py experiments/noise.py",
     "experiments/tools.py experiments/grid.py experiments/budget.py experiments/ship.py",
-    "experiments/credits.py experiments/ranks.py experiments/router.py experiments/stream.py",
-    "experiments/choice.py experiments/many.py experiments/distill.py experiments/shown.py",
+    "experiments/credits.py experiments/ranks.py experiments/router.py experiments/distill.py",
+    "experiments/stream.py experiments/choice.py experiments/many.py experiments/shown.py",
     "bench/baselines.py bench/scaling.py bench/speed.py bench/gpu.py bench/cost.py",
     "bench/memory.py",
 ]

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from conftest import dies_at, run_script
 
 from experiments import stream
@@ -83,6 +84,16 @@ def test_what_a_router_sees(tok, passages_file):
     shown = s.routed(s.passages, 5, shown=True)
     assert s.passages[3].text in tok.decode(list(shown[6].prompt))
     assert {item.owner for item in shown} == {5}
+
+
+def test_perplexity_is_that_of_a_plain_forward_pass(tiny, tok):
+    texts, nll = [tok.encode("Rolm fell."), tok.encode("Salt is sold to the coast.")], []
+    for ids in texts:
+        ids = torch.tensor([ids])
+        logits = tiny(ids)[0, :-1]
+        nll.append(torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="none"))
+    expected = torch.cat(nll).mean().exp().item()
+    assert stream.perplexity(tiny, texts) == pytest.approx(expected, rel=1e-4)
 
 
 def test_who_is_told_the_title(small, monkeypatch):
