@@ -27,7 +27,7 @@ import numpy as np
 
 from data.arc import GROUPS, INVERSE, LARGEST, SYMMETRIES, Task, chosen_tasks, training_tasks
 from inner import Outcome, SFTConfig
-from lm.files import fingerprint, sub_seed
+from lm.files import chunks, fingerprint, sub_seed
 from lm.flags import at_least
 from lm.log import Log
 from lm.packing import Example
@@ -232,9 +232,12 @@ def puzzle_candidate(
     """A task and the training sequences that the settings make of it, at most `limit`; none longer
     than `context` or LONGEST. Equal settings of one task have one name, and are trained once."""
     rng = np.random.default_rng([seed, *task.id.encode()])
-    made = training_tasks(task, settings["groups"], limit, rng)
-    examples = [task_example(tok, t, settings["every_token"]) for t in made]
-    examples = [e for e in examples if len(e.ids) <= min(context, LONGEST)]
+
+    def example(t: Task) -> Example:
+        return task_example(tok, t, settings["every_token"])
+
+    fits = lambda t: len(example(t).ids) <= min(context, LONGEST)  # noqa: E731
+    examples = list(map(example, training_tasks(task, settings["groups"], limit, rng, fits)))
     config = SFTConfig(
         settings["lr"], settings["epochs"], schedule="cosine", row_len=0, batch=BATCH
     )
@@ -249,13 +252,13 @@ def refusal(c: Candidate) -> str:
     return "too many steps" if c.config.total_steps(len(c.examples)) > MAX_STEPS else ""
 
 
-def longest_of(c: Candidate) -> int:
+def longest_sequence(c: Candidate) -> int:
     return max(len(e.ids) for e in c.examples)
 
 
-def side_by_side(lengths: list[int], size: int) -> list[list[int]]:
+def memory_groups(lengths: list[int], size: int) -> list[list[int]]:
     """Which candidates train together, by the lengths of their longest sequences, which ascend: at
-    most `size`, and fewer where sequences are long. side_by_side([100, 100, 900, 900], 4) -> [[0,
+    most `size`, and fewer where sequences are long. memory_groups([100, 100, 900, 900], 4) -> [[0,
     1], [2], [3]]."""
     groups = []
     for n, length in enumerate(lengths):
@@ -339,9 +342,9 @@ class Puzzles:
         unique = {c.name: c for c in candidates if c and not refusal(c) and c.name not in log.known}
         order = sorted(
             unique.values(),
-            key=lambda c: (longest_of(c), c.config.total_steps(len(c.examples)), c.name),
+            key=lambda c: (longest_sequence(c), c.config.total_steps(len(c.examples)), c.name),
         )
-        groups = side_by_side([longest_of(c) for c in order], self.args.population)
+        groups = memory_groups([longest_sequence(c) for c in order], self.args.population)
         return [list(map(order.__getitem__, group)) for group in groups]
 
     def quiz(
@@ -445,7 +448,7 @@ def predict(model, tok, tasks: list[Task], adapters: Adapters | None = None) -> 
 
 
 def vote(
-    model, tok, task: Task, adapters: Adapters | None, views: int, rng: np.random.Generator
+    model, tok, task: Task, adapter: Adapters, views: int, rng: np.random.Generator
 ) -> list[list[np.ndarray]]:
     """For each test input of `task` the two outputs predicted most often over `views` views: a
     symmetry of all grids, the demonstrations in another order, at times without one of them; each
@@ -460,10 +463,9 @@ def vote(
         view = Task(task.id, tuple(task.train[i] for i in kept), task.test)
         seen.append(view.map(SYMMETRIES[name]) if name else view)
         undo.append(SYMMETRIES[INVERSE[name]] if name else lambda g: g)
-    if adapters is not None:
-        adapters = adapters.pick([0] * views)
-    found = predict(model, tok, seen, adapters)
-    attempts = []
+    found, attempts = [], []
+    for some in chunks(seen, 4):  # each reads a prompt of its own
+        found += predict(model, tok, some, adapter.pick([0] * len(some)))
     for i in range(len(task.test)):
         grids = [
             back(g)

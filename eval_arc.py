@@ -18,9 +18,10 @@ over tasks:
     self-edit    after training as the untrained model's self-edits say; mean over --samples of them
     seal-K       the same, with self-edits that the policy wrote after outer round K (--learner
                  policy: it trains, too)
-    best-of-M    a task counts if any of the last policy's M self-edits solves it
+    best-of-M    a task counts if any of the M self-edits of the row above solves it
     oracle       a task counts if a setting of GRID, three of them, solves it; of tasks that
-                 --choose found so, that is each
+                 --choose found so, that is each (the same settings under the same seed are the same
+                 training, in every row)
 Rows of self-edits also say how many are "sound" (form and bounds), and how many of those are
 "copied" (the settings of one of the prompt's worked examples). With --vote N there is a second
 number for each row that trains, "voted": two attempts by majority over N views of the test
@@ -68,7 +69,7 @@ from lm.runs import (
 from lora import merged
 from reward import update_and_quiz
 
-OUT = "results/arc_ladder.json"
+OUT = "runs/arc_ladder.json"
 BASIC = ["use_basic_augmentations"]
 GRID = [
     {"groups": BASIC, "every_token": False, "lr": 2e-3, "epochs": 4},
@@ -97,8 +98,10 @@ def parse_arguments():
     parser.set_defaults(**arc.DEFAULTS)
     args = parser.parse_args()
     data.arc.refuse_other_source(parser, args)
-    climbs = ["tasks", "run", "policy", "learner", "samples", "vote", "oracle", "show"]
+    climbs = "tasks run policy learner samples temperature top_p vote oracle show".split()
     refuse_unused(parser, args, climbs if args.choose else [], "with --choose")
+    if args.choose and not args.out:
+        parser.error("--choose writes a list of tasks: where to (--out)?")
     return set_outputs(args, OUT)
 
 
@@ -204,7 +207,7 @@ class Ladder:
         for e, c in zip(edits, candidates):
             results.append(self.puzzles.result(self.puzzles.tasks[e.passage], c, log, e.flaw))
         sound = [e.config for e in edits if not e.flaw]
-        shown = [settings for *_, settings in WORKED]
+        shown = [settings for *_, settings in WORKED * self.args.shots]
         copied = [s for s in sound if s in shown]
         shares = {"sound": len(sound) / len(edits), "copied": len(copied) / max(1, len(sound))}
         self.written[method] = shares
@@ -230,14 +233,17 @@ class Ladder:
 
     def summary(self) -> dict:
         rows, seed = [], self.args.seed
+        attempts = {f"best-of-{self.args.samples}": self.args.samples, "oracle": len(GRID)}
         for method, solved in self.solved.items():
             row = {"method": method, "solved": float(solved.sum()), "n": len(solved)}
-            row |= {"rate": float(solved.mean()), "ci95": bootstrap(solved, seed), "attempts": 1}
-            row |= self.written.get(method, {})
+            row |= {"rate": float(solved.mean()), "ci95": bootstrap(solved, seed)}
+            row |= {"attempts": attempts.get(method, 1)} | self.written.get(method, {})
+            flaws = [r["flaw"] for r in self.records if r["method"] == method]
+            row["too_long"] = flaws.count("too long")
             if method in self.voted:
                 voted = self.voted[method]
                 row["voted"] = {"rate": float(voted.mean()), "ci95": bootstrap(voted, seed)}
-                row["voted"]["attempts"] = 2
+                row["voted"]["attempts"] = 2 * row["attempts"]
             rows.append(row)
         steps = paired_steps(self.solved, pairs_of(list(self.solved))[0], seed)
         return {"rows": rows, "steps": steps, "tasks": self.records}
@@ -269,6 +275,13 @@ def show(rows: list[dict], steps: list[dict]) -> None:
         print(line.rstrip())
     for (a, b), change in others.items():
         print(f"{a} to {b}: {change}")
+    for r in rows:
+        if "voted" in r:
+            low, high = (100 * v for v in r["voted"]["ci95"])
+            told = f"{100 * r['voted']['rate']:.1f} %  [{low:.1f}, {high:.1f}]"
+            print(f"{r['method']}, two attempts by vote: {told}")
+        if r.get("too_long"):
+            print(f"{r['method']}: {r['too_long']} attempts without a training sequence that fits")
 
 
 def refuse_training_tasks(ids, args) -> None:

@@ -110,7 +110,7 @@ from reward import (
 )
 from selfedit import SelfEdit, parse, parse_settings, settle, write_self_edits
 
-OUT = "results/qa_ladder.json"
+OUT = "runs/qa_ladder.json"
 METRICS = ("accuracy", "em", "f1", "logprob")
 
 

@@ -203,12 +203,14 @@ COLOURS = "000000 0074D9 FF4136 2ECC40 FFDC00 AAAAAA F012BE FF851B 7FDBFF 870C25
 
 
 def tasks(result: dict) -> str:
-    found = first_records(result["tasks"], "id")
+    found, data = first_records(result["tasks"], "id"), result["settings"]["data"]
+    if not Path(data).exists():
+        return f"<p>{escape(data)} is not there, so that the tasks cannot be shown.</p>\n"
     solved = {}  # (task, method) -> was each attempt right?
     for r in result["tasks"]:
         solved.setdefault((r["id"], r["method"]), []).append(r["solved"] == 1)
     items = []
-    for task in load_tasks(result["settings"]["data"], ids=list(found)):
+    for task in load_tasks(data, ids=list(found)):
         text = f"<article><h3>Task {escape(task.id)}</h3>\n<h4>Demonstrations</h4>"
         text += pairs(task.train, "output") + "<h4>Test</h4>" + pairs(task.test, "truth")
         text += '<h4>Predictions</h4><div class="columns">'

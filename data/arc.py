@@ -84,7 +84,12 @@ def load_tasks(path, split: str = "", ids=(), largest: int = LARGEST) -> list[Ta
             left_out.append(str(e).removeprefix("error: "))
 
     for file in sorted(path.glob("*.json")) if path.is_dir() else [path]:
+        of = file.with_name(file.name.replace("solutions", "challenges"))
+        if of != file and of.is_file():
+            continue  # the answers to that file's tasks
         for name, value in sound(_tasks_in, file, split) or []:
+            if ids and name not in ids:
+                continue
             if name in found:
                 raise SystemExit(f"error: {file}: task {name} is there twice")
             if task := sound(_task, name, value, file):
@@ -162,7 +167,7 @@ def _tasks_in(file: Path, split: str) -> list:
         raise SystemExit(f"error: {file} is not ARC: it must hold an object, not {value!r:.40}")
     if isinstance(value.get("train"), list):
         return [(file.stem, value)]
-    if value.keys() == {"train", "eval"}:
+    if value.keys() and value.keys() <= {"train", "eval"}:
         for name, some in value.items():
             if not isinstance(some, dict):
                 raise SystemExit(f"error: {file}: {name!r} must be an object of tasks")
@@ -304,15 +309,17 @@ def leave_out(task: Task) -> list[Task]:
     return one + two
 
 
-def training_tasks(task: Task, groups, limit: int, rng: np.random.Generator) -> list[Task]:
+def training_tasks(
+    task: Task, groups, limit: int, rng: np.random.Generator, fits=lambda t: True
+) -> list[Task]:
     """At most `limit` tasks to train on, made from the demonstrations only: those of leave_out(),
     and, if any `groups` are named (of GROUPS), also under each of their augmentations, and all
     again with permuted colours and shuffled demonstrations. Without groups, colours stay: they may
     be what the task is about.
 
-    Tasks with a grid larger than 30 x 30 are left out, equal ones kept once. If there are more than
-    `limit`, those in which one demonstration was left out stay, as far as they fit, and the others
-    are drawn at random.
+    Tasks with a grid larger than 30 x 30, or of which fits(task) says no, are left out, equal ones
+    kept once. If there are more than `limit`, those in which one demonstration was left out stay,
+    as far as they fit, and the others are drawn at random.
     """
     plain = leave_out(task)
     changes = [f for name, some in GROUPS.items() if name in groups for f in some.values()]
@@ -324,9 +331,9 @@ def training_tasks(task: Task, groups, limit: int, rng: np.random.Generator) -> 
         made.append(Task(t.id, tuple(t.train[i] for i in order), t.test).map(recolour(rng)))
     unique = {}
     for t in made:
-        if t.longest_side <= LARGEST:
+        if t.longest_side <= LARGEST and fits(t):
             unique.setdefault(t.key, t)
-    unique, own = list(unique.values()), len({t.key for t in plain[: len(task.train)]})
+    unique, own = list(unique.values()), len({t.key for t in plain[: len(task.train)]} & {*unique})
     if len(unique) <= limit:
         return unique
     first = unique[: min(limit, own)]

@@ -308,7 +308,7 @@ def prepare_squad(dest: Path, source: str) -> None:
         try:
             with urllib.request.urlopen(source, timeout=60) as reply:
                 data = reply.read(LARGEST)
-        except (OSError, http.client.HTTPException) as e:
+        except (OSError, ValueError, http.client.HTTPException) as e:
             raise SystemExit(
                 f"error: cannot read SQuAD from {source}: {getattr(e, 'reason', None) or e}"
             ) from e

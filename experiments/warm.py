@@ -15,7 +15,7 @@ is a model folder for the --model of every script.
 
 The paper has no such step (it takes a larger model). That no task is trained on here and tested
 there is seen to: the folder's config.json names the tasks, and train_outer.py and eval_arc.py
-refuse them.
+refuse them, by these names.
 
 Kill it at any time: the same command goes on after the last part that was finished.
 """
@@ -27,7 +27,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run it from a
 
 import numpy as np
 
-import arc
 import data.arc
 import inner
 from arc import SEEN, task_example
@@ -46,11 +45,12 @@ def parse_arguments():
     add_model_flags(parser)
     data.arc.add_flags(parser, "train")
     inner.add_lora_flags(parser, population=False)
-    arc.add_flags(parser)
     add = parser.add_argument_group("warm-up").add_argument
     add(
         "--lr", type=at_least(0.0), default=5e-4, help="peak learning rate; falls from part to part"
     )
+    about = "views of a task in each part"
+    add("--augmented", type=at_least(1), default=4, help=about)
     about = "times that all tasks are trained on, each time in other views"
     add("--parts", type=at_least(1), default=4, help=about)
     add("--batch", type=at_least(1), default=4, help="sequences per step")
@@ -58,7 +58,7 @@ def parse_arguments():
     add("--longest", type=at_least(1), default=640, help=about)
     add("--out", default="checkpoints/smollm2-135m-arc", help="new model folder")
     add("--work", default="runs/warm", help="folder for progress, to resume a killed run")
-    parser.set_defaults(largest=10, augmented=4)
+    parser.set_defaults(largest=10)
     parser.set_defaults(rank=64, alpha=128.0, targets=list(PROJECTIONS), top_layers=0)
     args = parser.parse_args()
     data.arc.refuse_other_source(parser, args)

@@ -2,6 +2,7 @@
 heads of result files."""
 
 import argparse
+import math
 import shlex
 import sys
 
@@ -30,13 +31,15 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message} (see {self.prog} -h)\n")
 
 
-def at_least(low):
-    """An argparse type: a number of low's type that is not below it."""
+def at_least(low, below=math.inf):
+    """An argparse type: a number of low's type that is not below it, but `below` the other."""
 
     def convert(text: str):
         value = type(low)(text)  # argparse turns a ValueError into its own message
-        if not low <= value < float("inf"):
+        if not low <= value:
             raise argparse.ArgumentTypeError(f"{text} is not a number from {low} up")
+        if not value < below:
+            raise argparse.ArgumentTypeError(f"{text} is not a number below {below}")
         return value
 
     convert.__name__ = type(low).__name__
@@ -64,7 +67,7 @@ def add_model_flags(parser: argparse.ArgumentParser, trains: bool = True) -> Non
     if not trains:
         parser.set_defaults(compile="off")
         return
-    add("--seed", type=at_least(0), default=0, help="same seed, same output")
+    add("--seed", type=at_least(0, below=1 << 63), default=0, help="same seed, same output")
     backends = ["off", "inductor", "cudagraphs"]
     about = "of the inner and the outer update; cudagraphs needs CUDA, but no Triton"
     add("--compile", default="off", choices=backends, help=about)

@@ -19,6 +19,7 @@ from arc import (
     Puzzles,
     answer_room,
     grid_ids,
+    memory_groups,
     parse_settings,
     predict,
     puzzle_candidate,
@@ -26,7 +27,6 @@ from arc import (
     refusal,
     settings_prompt,
     settings_text,
-    side_by_side,
     task_example,
     task_prompt,
     vote,
@@ -34,7 +34,7 @@ from arc import (
 from data.arc import GROUPS, Task
 from lm.files import read_jsonl
 from lm.tokenizer import Tokenizer
-from lora import PROJECTIONS, LoRAConfig
+from lora import PROJECTIONS, Adapters, LoRAConfig
 from reward import update_and_quiz
 
 LORA = LoRAConfig(2, 4.0, tuple(PROJECTIONS), 0, 4)
@@ -242,13 +242,25 @@ def test_the_settings_choose_the_data(tiny, tok, tmp_path):
 
 
 def test_long_sequences_train_apart_and_the_longest_not_at_all(tok):
-    assert side_by_side([100, 100, 900, 900], 4) == [[0, 1], [2], [3]]
-    assert side_by_side([10] * 5, 2) == [[0, 1], [2, 3], [4]] and side_by_side([5000], 2) == [[0]]
+    assert memory_groups([100, 100, 900, 900], 4) == [[0, 1], [2], [3]]
+    assert memory_groups([10] * 5, 2) == [[0, 1], [2, 3], [4]] and memory_groups([5000], 2) == [[0]]
     big = np.ones((30, 30), np.int8)
     task = Task("big", ((big, big),) * 3, ((big, big),))
     candidate = puzzle_candidate(tok, task, SETTINGS, 9, 0, 8192)
     assert len(candidate.examples) == 0  # two pairs: 3,700 tokens
     assert refusal(candidate) == "too long"
+
+
+def test_what_is_too_long_is_not_drawn(tok):
+    """Settings whose tasks are mostly too long get as many sequences as others, if so many fit."""
+    task, groups = copying(), {"groups": ["use_size_augmentations"]}
+    everything = puzzle_candidate(tok, task, SETTINGS | groups, 999, 0, 8192).examples
+    lengths = sorted(len(e.ids) for e in everything)
+    context = lengths[len(lengths) // 2]
+    fit = [e for e in everything if len(e.ids) <= context]
+    assert 4 < len(fit) < len(everything)
+    drawn = puzzle_candidate(tok, task, SETTINGS | groups, len(fit) - 1, 0, context).examples
+    assert len(drawn) == len(fit) - 1 and max(len(e.ids) for e in drawn) <= context
 
 
 def test_like_lengths_train_together(tok, tmp_path):
@@ -333,14 +345,17 @@ def test_predictions_are_scored(tiny, tok, monkeypatch):
 
 
 def test_votes_are_turned_back(tiny, tok, monkeypatch):
-    """Views of a copying task, each solved as shown: turned back, all agree with the truth."""
-    task = copying()
+    """Views of a copying task, each solved as shown: turned back, all agree with the truth. They
+    are read a few at a time, all under the one adapter, so that memory does not grow."""
+    task, adapter = copying(), Adapters.init(tiny, LoRAConfig(2, 4.0, ("q_proj",), 2, 4), 1, seed=0)
 
     def sees(model, tok_, views, adapters):
+        assert len(views) == len(adapters) <= 4
+        assert all(torch.equal(flat, adapter.flat[0]) for flat in adapters.flat)
         return [{"predictions": [tok.decode(grid_ids(tok, v.test[0][0]))]} for v in views]
 
     monkeypatch.setattr("arc.predict", sees)
-    [[first]] = vote(tiny, tok, task, None, 14, np.random.default_rng(0))
+    [[first]] = vote(tiny, tok, task, adapter, 14, np.random.default_rng(0))
     assert np.array_equal(first, task.test[0][1])
 
 

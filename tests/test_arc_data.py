@@ -155,6 +155,7 @@ GOOD = {"train": [PAIR, PAIR], "test": [PAIR]}
 
 
 def write(path, value):
+    path.parent.mkdir(exist_ok=True)
     path.write_text(value if isinstance(value, str) else json.dumps(value))
     return path
 
@@ -176,6 +177,9 @@ def test_forms(tmp_path):
         load_tasks(kaggle)
     write(tmp_path / "arc_solutions.json", {"d": [[[5]], [[6]]]})
     assert [b.tolist() for _, b in load_tasks(kaggle)[0].test] == [[[5]], [[6]]]
+    pair = write(tmp_path / "both" / "arc_challenges.json", {"d": blind}).parent
+    write(pair / "arc_solutions.json", {"d": [[[5]], [[6]]]})
+    assert [b.tolist() for _, b in load_tasks(pair)[0].test] == [[[5]], [[6]]]  # as a folder
     bad = [({"d": 7}, {}), ({"d": blind}, [1]), ({"d": {"test": [3]}}, {"d": [[[5]]]})]
     for challenges, solutions in bad:
         write(kaggle, challenges)
@@ -234,6 +238,13 @@ def test_what_is_wrong_in_a_folder_is_left_out(tmp_path, capsys):
     good.unlink()
     with pytest.raises(SystemExit, match="no task b"):
         load_tasks(tmp_path, ids=("b",))
+
+
+def test_one_task_is_read_whatever_is_wrong_with_others(tmp_path):
+    path = write(tmp_path / "x.json", {"train": {"good": GOOD, "bad": {"train": 7}}})
+    assert [t.id for t in load_tasks(path, ids=("good",))] == ["good"]
+    with pytest.raises(SystemExit, match="task bad: 'train' must be a list"):
+        load_tasks(path)
 
 
 def test_a_list_of_tasks_that_names_one_twice(tmp_path):

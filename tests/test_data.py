@@ -353,6 +353,13 @@ def test_an_interrupted_conversion_leaves_nothing(tmp_path, monkeypatch):
     assert not list((tmp_path / "out").iterdir())
 
 
+@pytest.mark.parametrize("url", ["http://localhost:1/é.json", "http://[::1"])
+def test_an_address_that_is_none(url, tmp_path):
+    with pytest.raises(SystemExit, match="error: cannot read SQuAD from http"):
+        prepare.prepare_squad(tmp_path / "out", url)
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_split_of_squad(tmp_path, monkeypatch, capsys):
     """Named by the texts, blanks apart; in the list's order, articles by turns; all or none."""
     texts = [f"Town {n} fell  in\n150{n}." for n in range(5)]

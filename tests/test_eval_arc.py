@@ -74,13 +74,16 @@ def test_the_outer_loop_and_the_ladder(
     assert result["n_tasks"] == 1 and len(result["tasks"]) == 8
     assert {t["id"] for t in result["tasks"]} == {"t3"}
     written = [(r.get("sound"), r.get("copied")) for r in result["rows"][2:]]
-    assert written == [(2 / 3, 1 / 2), (2 / 3, 1 / 2), (None, None)]
+    copied = 1 / 2 if "--shots" not in common else 0  # of what was not shown nothing is copied
+    assert written == [(2 / 3, copied), (2 / 3, copied), (None, None)]
+    assert [r["attempts"] for r in result["rows"]] == [1, 1, 1, 1, 3]
+    assert [r["voted"]["attempts"] for r in result["rows"][1:]] == [2, 2, 2, 6]
     assert all({"config", "solved", "prediction", "flaw"} <= t.keys() for t in result["tasks"])
     pairs = {(s["from"], s["to"]) for s in result["steps"]}
     assert {("icl", "seal-1"), ("ttt-fixed", "seal-1")} <= pairs
     printed = capsys.readouterr().out
     assert "voted" in result["rows"][1] and "\x1b[48;5;" in printed
-    assert "ttt-fixed to seal-1: " in printed
+    assert "ttt-fixed to seal-1: " in printed and "seal-1, two attempts by vote: " in printed
     for row in ("self-edit", "seal-1"):
         assert len(read_jsonl(run / "ladder" / row / "sampled.jsonl")) == 3
     assert (run / "ladder" / "ttt-fixed" / "scored.jsonl").is_file()
@@ -153,6 +156,17 @@ def test_a_killed_ladder_goes_on(tiny_folder, tasks_file, tmp_path, monkeypatch)
         assert file.read_bytes() == (tmp_path / "b" / file.relative_to(tmp_path / "a")).read_bytes()
 
 
+def test_what_does_not_fit_is_counted(tiny_folder, tasks_file, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("arc.LONGEST", 3)
+    out = tmp_path / "out.json"
+    args = small(tasks_file, "--samples", 1, "--out", out, "--work", tmp_path / "work")
+    run_script(monkeypatch, eval_arc, tiny_folder, *args)
+    icl, fixed, *_ = json.loads(out.read_text())["rows"]
+    assert (icl["too_long"], fixed["too_long"]) == (0, fixed["n"])
+    told = f"ttt-fixed: {fixed['n']} attempts without a training sequence that fits"
+    assert told in capsys.readouterr().out
+
+
 def test_choosing(tiny_folder, tasks_file, tmp_path, monkeypatch):
     monkeypatch.setattr(eval_arc, "GRID", [SETTINGS, SETTINGS | {"lr": 2e-3}])
     real = Ladder.fixed
@@ -220,6 +234,9 @@ def test_choosing_tries_the_smallest_first_and_what_is_solved_no_more(
         (eval_arc, "--epochs 3", "unrecognized arguments: --epochs 3"),
         (eval_arc, "--largest 3 --tasks t.json", "--largest has no effect with --tasks"),
         (eval_arc, "--choose --oracle", "--oracle has no effect with --choose"),
+        (eval_arc, "--choose --temperature 1", "--temperature has no effect with --choose"),
+        (eval_arc, "--choose", "--choose writes a list of tasks: where to (--out)?"),
+        (eval_arc, "--seed 9223372036854775808", "is not a number below 9223372036854775808"),
         (eval_qa, "--match both --steps 0", "--match steps needs --steps above 0"),
     ],
 )
