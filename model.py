@@ -48,14 +48,15 @@ class Config:
 # rotary position embedding (arXiv 2104.09864)
 
 
-def rope_table(config: Config, device) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin of position times frequency, each (max_seq_len, D) in float32.
+def turns_at(pos, config: Config) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin of position times frequency, pos (R, T) -> 2 x (R, T, 1, D) in float32.
 
     The D/2 angles stand there twice, since both numbers of a pair turn by the same; the first sines
     are negated, which is what rotate() needs. With rope_type "llama3" long wavelengths are
     stretched by `factor`, short ones kept, those between blended.
     """
-    half = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device) / config.head_dim
+    half = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=pos.device)
+    half /= config.head_dim
     freq = config.rope_theta**-half  # (D/2)
     if s := config.rope_scaling:
         # Full turns in the first context.
@@ -63,7 +64,7 @@ def rope_table(config: Config, device) -> tuple[torch.Tensor, torch.Tensor]:
         keep = (turns - s["low_freq_factor"]) / (s["high_freq_factor"] - s["low_freq_factor"])
         keep = keep.clamp(0, 1)  # 1: short wavelength, unchanged; 0: long, fully stretched
         freq = keep * freq + (1 - keep) * freq / s["factor"]
-    angle = torch.arange(config.max_seq_len, dtype=torch.float32, device=device)[:, None] * freq
+    angle = pos[:, :, None, None].float() * freq  # (R, T, 1, D/2)
     cos, sin = angle.cos(), angle.sin()
     return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
@@ -194,7 +195,6 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = RMSNorm(config.n_embd, config.norm_eps)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        self.rope = None  # (cos, sin), made on first use on the right device
         self.unused = []  # ids that no text has, so that none is sampled; Tokenizer.unused()
         self.attention = attention  # lm/kernels.py swaps it
         self.step = None  # how a population is trained with --compile (lm/grid.py)
@@ -217,9 +217,7 @@ class Transformer(nn.Module):
         `attend` is one callable for all layers, or a list with one for each (a cache keeps the keys
         of each layer).
         """
-        if self.rope is None or self.rope[0].device != x.device:
-            self.rope = rope_table(self.config, x.device)
-        rope = tuple(table[pos].unsqueeze(2).to(x.dtype) for table in self.rope)  # 2 x (R, T, 1, D)
+        rope = [part.to(x.dtype) for part in turns_at(pos, self.config)]  # 2 x (R, T, 1, D)
         for i, layer in enumerate(self.layers[start:stop], start):
             x = layer(x, rope, attend[i] if isinstance(attend, list) else attend)
         return x

@@ -288,4 +288,4 @@ def general_quiz() -> Passage:
 def general_texts(tok: Tokenizer, name: str = "texts") -> list[list[int]]:
     """Token ids of texts that anyone may write: "texts" are to be measured on, "anchors" to be
     trained on."""
-    return [tok.encode(text) for text in read_json(GENERAL)[name]]
+    return [[*tok.begin, *tok.encode(text)] for text in read_json(GENERAL)[name]]

@@ -106,7 +106,7 @@ def passage_examples(tok: Tokenizer, title: str, texts: list[str]) -> list[Examp
     examples = []
     for text in texts:
         pair = QA_PAIR.fullmatch(text)
-        prompt = quiz_prompt(tok, title, pair[1]) if pair else []
+        prompt = quiz_prompt(tok, title, pair[1]) if pair else tok.begin
         for piece in short_pieces(tok, pair[2] if pair else text):
             # The end is counted, so that the model learns to stop (and pads there are none).
             reply = [*tok.encode(piece if pair else f"{title}\n{piece}"), tok.end_ids[0]]

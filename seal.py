@@ -209,7 +209,7 @@ def study(model, tok, passage, notes: list[str], s: Settings) -> dict:
     lora = LoRAConfig(16, 32.0, tuple(PROJECTIONS), n - s.top_layers, n)
     adapter, examples = Adapters.init(model, lora, 1, seed), []
     for text in [passage.text, *notes]:  # its end is counted, too: so the model learns to stop
-        examples.append(([], [*tok.encode(f"{passage.title}\n{text}"), tok.end_ids[0]]))
+        examples.append((tok.begin, [*tok.encode(f"{passage.title}\n{text}"), tok.end_ids[0]]))
     losses = sft(model, adapter, examples, s.lr, s.epochs, seed)
     with attached(model, adapter):
         answers = ask(model, tok, [passage])

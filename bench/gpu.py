@@ -10,7 +10,8 @@ Parts; each is written to --out when it is done, and one that fails leaves its e
               the share of the device's rate of products, the seconds until the first run was over
               (compiling takes them), and the peak of memory
     generate  sampled tokens, and answers to quiz questions under P adapters, per second
-    other     peft's tuned loop, and generate(), on the same device (bench/baselines.py)
+    other     peft's tuned loop, and generate(), on the same device (bench/baselines.py); a prompt
+              that sequences of a row share counts once on both sides
 The work is that of bench/speed.py, with the default recipe; figures are medians of --repeats.
 """
 
@@ -31,7 +32,7 @@ from lm.checkpoint import load_model
 from lm.files import check_output, read_json, run_main, write_json
 from lm.flags import Parser, at_least, load, result_head
 from lm.grid import Step
-from lm.packing import arrange
+from lm.packing import arrange, row_tokens
 from lora import Adapters
 from quiz import quiz_items
 from reward import passage_candidate
@@ -97,7 +98,7 @@ class Bench:
 
     def wait(self) -> None:
         if self.model.device.type == "cuda":
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(self.model.device)
 
     def median(self, run) -> float:
         return statistics.median(self.timed(run) for _ in range(self.args.repeats))
@@ -106,8 +107,8 @@ class Bench:
         """Gigabytes of the device's memory since this was last asked; 0 on a CPU."""
         if self.model.device.type != "cuda":
             return 0.0
-        most = torch.cuda.max_memory_allocated() / 1e9
-        torch.cuda.reset_peak_memory_stats()
+        most = torch.cuda.max_memory_allocated(self.model.device) / 1e9
+        torch.cuda.reset_peak_memory_stats(self.model.device)
         return most
 
     def product_rate(self, n: int = 4096) -> float:
@@ -192,15 +193,17 @@ def other(b: Bench) -> list[dict]:
     from bench.baselines import Baseline  # needs requirements-dev.txt
 
     theirs, c = Baseline(b.args.model, b.model.dtype, b.model.device), b.candidates[0]
-    rows = []
-    for row, _ in arrange(c.examples, b.sft.row_len):
-        rows.append([c.examples[i] for i in row])
-    steps = (rows * b.sft.steps)[: b.sft.steps]
+    rows = arrange(c.examples, b.sft.row_len)
+    rows = (rows * b.sft.steps)[: b.sft.steps]
+    steps = [[c.examples[i] for i in row] for row, _ in rows]
     one = Adapters.init(b.model, b.lora, 1, b.args.seed)
-    tokens = 0
-    for batch in steps:
-        tokens += sum(len(e.ids) for e in batch)
-    seconds = b.median(lambda: theirs.train(one, steps, b.sft))
+    tokens = sum(row_tokens(c.examples, *row) for row in rows)  # as ours are counted
+    turns = []
+    for _ in range(b.args.repeats):
+        setup = theirs.setup
+        seconds = b.timed(lambda: theirs.train(one, steps, b.sft))
+        turns.append(seconds - (theirs.setup - setup))
+    seconds = statistics.median(turns)
     found = [{"work": "train", "other": "peft, tuned loop", "tokens_per_s": tokens / seconds}]
     for P in b.args.populations:
         prompts = first(P, b.prompts)
@@ -218,7 +221,7 @@ def main() -> None:
     args = parse_arguments()
     check_output(args.out)
     b = Bench(args)
-    name = torch.cuda.get_device_name() if b.model.device.type == "cuda" else "cpu"
+    name = torch.cuda.get_device_name(b.model.device) if b.model.device.type == "cuda" else "cpu"
     head = result_head(args, b.model) | {"device": name, "torch": torch.__version__}
     head |= {"settings": vars(args), "rows": []}
     for part in (name for name in PARTS if name in args.parts):

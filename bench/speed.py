@@ -46,11 +46,6 @@ from selfedit import edit_prompts, policy_example, settle, write_self_edits
 
 WORK = "data/bench_work.json"
 OURS, BRIEF = 16, 4  # steps that are timed of each side where the whole takes too long
-# The paper's recipe.
-STRICT = (
-    LoRAConfig(32, 64.0, ("q_proj", "v_proj"), 0, 30),
-    SFTConfig(lr=1e-3, epochs=10, row_len=0),
-)
 
 
 def parse_arguments():
@@ -229,8 +224,14 @@ def write_work(args) -> None:
 # the inner update
 
 
+def strict(b: Bench) -> tuple[LoRAConfig, SFTConfig]:
+    """The paper's recipe."""
+    lora = LoRAConfig(32, 64.0, ("q_proj", "v_proj"), 0, b.model.config.n_layer)
+    return lora, SFTConfig(lr=1e-3, epochs=10, row_len=0)
+
+
 def inner_strict(b: Bench) -> None:
-    lora, full = STRICT
+    lora, full = strict(b)
     brief = replace(full, steps=OURS)
     part, other_part = (b.padded(full) / b.padded(brief, n) for n in (OURS, BRIEF))
     note = (
@@ -279,7 +280,7 @@ def compare_training(b, work, lora, sft, note, steps: int = 0, **scale) -> None:
 
 
 def inner_paper(b: Bench) -> None:
-    lora, sft = STRICT
+    lora, sft = strict(b)
     examples = [c.examples for c in b.longest]
     total = sum(sft.total_steps(len(own)) for own in examples)
     brief = replace(sft, steps=OURS)

@@ -73,9 +73,10 @@ def read_adapter_config(path) -> dict:
     for key, kinds in (("r", (int,)), ("lora_alpha", (int, float))):
         if key not in config:
             raise SystemExit(f"error: {path}: field {key!r} is missing")
-        if type(config[key]) not in kinds or not 0 < config[key] < 2**31:
-            what = "a whole number" if key == "r" else "a number"
-            raise SystemExit(f"error: {path}: {key} = {config[key]!r:.40} is not {what} above 0")
+        least = 1 if key == "r" else 0  # alpha 0 is no sense, but PEFT's and ours
+        if type(config[key]) not in kinds or not least <= config[key] < 2**31:
+            what = "a whole number above 0" if key == "r" else "a number from 0 up"
+            raise SystemExit(f"error: {path}: {key} = {config[key]!r:.40} is not {what}")
     for key in ("target_modules", "layers_to_transform"):
         if not isinstance(config.get(key), list | (str if key == "target_modules" else int) | None):
             raise SystemExit(f"error: {path}: {key} = {config[key]!r:.40} is not a list")
@@ -133,8 +134,8 @@ def load_adapter(model: Transformer, folder) -> Adapters:
         tensors = load_file(file)
     except (SafetensorError, OSError) as e:
         raise unreadable(file, e) from e
-    layers = sorted({int(n) for name in tensors for n in re.findall(r"\.layers\.(\d+)\.", name)})
     named = " ".join(tensors)
+    layers = sorted({int(n) for n in re.findall(r"\.layers\.(\d{1,6})\.", named)})
     targets = tuple(t for t in PROJECTIONS if f".{t}.lora_" in named)
     if not layers or not targets:
         raise SystemExit(f"error: {file} has no LoRA tensors for {', '.join(PROJECTIONS)}")

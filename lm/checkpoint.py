@@ -65,9 +65,9 @@ def read_config(folder) -> Config:
 
     def number(spec: dict, key: str, default=None) -> float:
         found = spec.get(key, default) if default else spec[key]
-        if type(found) not in (int, float) or not 0 < found < float("inf"):
+        if type(found) not in (int, float) or not 0 < found < 1e38:
             raise SystemExit(f"error: {path}: {key} must be a number above 0, not {found!r:.40}")
-        return found
+        return float(found)
 
     try:
         n_layer = size("num_hidden_layers", 1_000)
@@ -89,7 +89,7 @@ def read_config(folder) -> Config:
             n_embd=n_embd,
             n_inner=size("intermediate_size", 1_000_000),
             vocab_size=size("vocab_size", 10_000_000),
-            max_seq_len=size("max_position_embeddings", 2**21),  # rope_table() has a row for each
+            max_seq_len=size("max_position_embeddings", 2**24),
             norm_eps=number(hf, "rms_norm_eps", 1e-6),
             rope_theta=number(rope if rope.get("rope_theta") else hf, "rope_theta", 10000.0),
             rope_scaling=rope if rope_type == "llama3" else None,

@@ -163,6 +163,7 @@ class Step:
     """population_loss() and adamw(), compiled by a backend of torch.compile."""
 
     def __init__(self, backend):
+        torch._dynamo.config.recompile_limit = 256  # a graph for each shape that a run has
         self.loss = torch.compile(population_loss, backend=backend, fullgraph=True, dynamic=False)
         self.adamw = torch.compile(adamw, backend=backend, fullgraph=True, dynamic=False)
 
@@ -188,11 +189,13 @@ class Step:
             active[:n] = torch.tensor([bool(own) for own in taken])
             token, *grid = grid_of(taken, P, unit).on(device)
             x = torch.cat([row.x for own in taken for row in own])[token]  # (P, T, C)
+            torch.compiler.cudagraph_mark_step_begin()
             loss = self.loss(lora, flat.requires_grad_(), x, *grid)
             [grad] = torch.autograd.grad(loss.sum(), flat)
-            flat, loss = flat.detach(), loss.detach()
+            # A CUDA graph's next call may write where its last one's results are.
+            flat, loss, grad = flat.detach(), loss.detach().clone(), grad.clone()
             how = (count, lr.to(device), clip, active.to(device), alive, loss)
-            steps = self.adamw(flat, grad, m, v, *how)
+            steps = self.adamw(flat, grad, m, v, *how).clone()
             found.append((loss, steps, list(map(n_tokens, taken))))
             if tick:
                 tick(sum(found[-1][2]), float(loss[active].mean()))

@@ -25,6 +25,9 @@ def start(device: str) -> str:
 
     if device in ("auto", "cuda") and torch.cuda.is_available():
         device = f"cuda:{os.environ['LOCAL_RANK']}"
+        if int(os.environ["LOCAL_RANK"]) >= (n := torch.cuda.device_count()):
+            told = f"error: more processes than this machine's {n} GPUs (torchrun --nproc-per-node)"
+            raise SystemExit(1 if RANK else told)
         torch.cuda.set_device(device)
     if torch.distributed.is_initialized():  # a second model is loaded
         return device

@@ -5,8 +5,9 @@ A checkpoint says how it is to be talked to in a small program:
     {% for m in messages %}<|im_start|>{{ m.role }}...{% endfor %}
 
 Jinja's expressions are nearly Python's, so Python's own parser reads them, and value() works out
-the few kinds of node that templates use. Whatever it does not know is a ValueError that names it,
-if the template gets there: its branches for tools, which no chat here takes, are never read.
+the few kinds of node that templates use. Whatever it does not know is a ValueError that names it;
+an expression only if the template gets there: not in its branches for tools, which no chat here
+takes. strftime_now is not there, so a template that would print today's date prints its own.
 """
 
 import ast
@@ -21,6 +22,13 @@ TAG = re.compile(
     rf"|\{{(?P<kind>[%{{])(?P<t1>[-+]?){INSIDE}(?P<t2>[-+]?)[%}}]\}}",
     re.DOTALL,
 )
+
+
+MOST = 10_000_000  # characters, or items, of what a template makes of another
+
+
+class Loop(dict):
+    """`loop` within a for."""
 
 
 class Undefined(tuple):
@@ -57,7 +65,7 @@ METHODS = {
 OPERATORS = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
-    ast.Mod: operator.mod,
+    ast.Mod: lambda a, b: refuse("% of a text") if isinstance(a, str) else a % b,
     ast.LShift: lambda a, b: str(a) + str(b),  # Jinja's ~, see expression()
     ast.Eq: operator.eq,
     ast.NotEq: operator.ne,
@@ -72,6 +80,13 @@ OPERATORS = {
 
 def refuse(what):
     raise ValueError(f"{what} is not supported")
+
+
+def bounded(x):
+    """x, unless it has grown beyond any chat."""
+    if isinstance(x, (str, list)) and len(x) > MOST:
+        refuse(f"a text or list of {len(x):,}")
+    return x
 
 
 # -----------------------------------------------------------------------------
@@ -118,7 +133,7 @@ def value(node, names: dict):
         case ast.BinOp(op=ast.MatMult()):
             return named(FILTERS, "filter", node.right, of, of(node.left))
         case ast.BinOp() if type(node.op) in OPERATORS:
-            return OPERATORS[type(node.op)](of(node.left), of(node.right))
+            return bounded(OPERATORS[type(node.op)](of(node.left), of(node.right)))
         case ast.Compare(ops=[ast.Is() | ast.IsNot()]):
             holds = named(TESTS, "test", node.comparators[0], of, of(node.left))
             return holds == isinstance(node.ops[0], ast.Is)
@@ -152,13 +167,21 @@ def item(x, key):
     try:
         return x[key]
     except (KeyError, IndexError, TypeError):
-        return UNDEFINED
+        return refuse(f"loop.{key}") if isinstance(x, Loop) else UNDEFINED
+
+
+def replaced(x: str, old: str, new: str, *count) -> str:
+    if x.count(old) * len(new) > MOST:
+        refuse(f"a text of more than {MOST:,}")
+    return x.replace(old, new, *count)
 
 
 def function(node, names: dict):
     """What a call calls: a function among `names`, or a text's or a dictionary's method."""
     if isinstance(node, ast.Attribute):
         x = value(node.value, names)
+        if node.attr == "replace" and isinstance(x, str):
+            return lambda *args: replaced(x, *args)
         if node.attr in METHODS.get(type(x), ()):
             return getattr(x, node.attr)
     elif isinstance(node, ast.Name) and callable(names.get(node.id)):
@@ -208,7 +231,7 @@ def parse(rest, ends=()):
             body.append(("print", text))
         elif word in ends:
             return body, text
-        elif word == "set" and "=" in more:
+        elif word == "set" and re.match(r"\w+(\.\w+)?\s*=", more):
             body.append(("set", *(side.strip() for side in more.split("=", 1))))
         elif word == "if":
             branches, end = [], text
@@ -246,8 +269,8 @@ def run(body: list, names: dict, out: list) -> None:
             for condition in loop.ifs:
                 scopes = [scope for scope in scopes if value(condition, scope)]
             for n, scope in enumerate(scopes):  # what is set within stays within
-                scope["loop"] = {"index0": n, "index": n + 1, "length": len(scopes)}
-                scope["loop"] |= {"first": n == 0, "last": n == len(scopes) - 1}
+                about = {"index0": n, "index": n + 1, "length": len(scopes)}
+                scope["loop"] = Loop(about | {"first": n == 0, "last": n == len(scopes) - 1})
                 run(parts[1], scope, out)
 
 

@@ -7,6 +7,7 @@ tiktoken.Encoding by translating
     the splitting    Digits, ByteLevel or a regular expression -> one regular expression
 tests/test_tokenizer.py compares the ids with the `tokenizers` library on thousands of awkward
 strings. A tokenizer.json that asks for anything else is refused by the name of what it asks for.
+What a post_processor puts before a text stands in `begin`: encode() makes parts of texts, too.
 
 Text never becomes a control token: encode("<|im_end|>") gives the ids of those ten characters. Only
 chat() and encode(..., control=True) write control tokens. (Qwen's <tool_call> is not one: a token
@@ -131,6 +132,8 @@ def byte_ranks(model: dict, added: dict, path) -> tuple[dict[bytes, int], dict[b
 def added_tokens(tokens: list[dict], vocab: dict, path) -> dict[str, int]:
     """{content: id} of the tokens beside the model's own. Exits where the `tokenizers` library
     would give them other ids, and on flags that make them more than their text."""
+    if not all(isinstance(t["content"], str) for t in tokens):
+        raise TypeError("the content of an added token is no text")
     added = {t["content"]: t["id"] for t in tokens}
     if len({*vocab.values()}) < len(vocab) or len({*added.values()}) < len(tokens):
         raise SystemExit(f"error: {path}: two tokens have one id, or one token has two")
@@ -149,6 +152,21 @@ def added_tokens(tokens: list[dict], vocab: dict, path) -> dict[str, int]:
             if t.get(flag):
                 refuse(path, f"the added token {t['content']!r} with {flag}")
     return added
+
+
+def first_tokens(step: dict | None, path) -> list[str]:
+    """The control tokens that a post_processor puts before a text, as Llama 3's does. Exits if it
+    does more."""
+    found = []
+    for one in flat(step, "processors") if step else []:
+        if one["type"] == "TemplateProcessing":
+            *before, last = one["single"]
+            if "Sequence" not in last:
+                refuse(path, "a post_processor that ends a text")
+            found += [piece["SpecialToken"]["id"] for piece in before]
+        elif one["type"] != "ByteLevel":  # which only trims offsets
+            refuse(path, f"post_processor {one['type']}")
+    return found
 
 
 def any_of(tokens) -> re.Pattern:
@@ -182,6 +200,9 @@ class Tokenizer:
                     raise SystemExit(f"error: {path}: token {token!r} has no id, but {i!r:.40}")
             added = added_tokens(tokens, model["vocab"], path)
             ranks, others = byte_ranks(model, added, path)
+            if not ranks:
+                raise ValueError("it has no tokens")
+            self.begin = [added[token] for token in first_tokens(spec.get("post_processor"), path)]
         except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as e:
             raise SystemExit(f"error: {path} is not a byte-level BPE tokenizer: {e!r:.200}") from e
         read = {t.decode("utf-8", "replace"): i for t, i in others.items()} | added

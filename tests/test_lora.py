@@ -195,7 +195,7 @@ HARMLESS = {  # other than PEFT's own values, and yet the same computation
 FIELDS = {  # name -> a value that asks for something else
     "init_lora_weights": ["pissa", "pissa_niter_4", "olora", "loftq", "corda", "lora_ga", "new"],
     "r": ["4", 0, -1, 2.0, True, None, [], float("nan")],
-    "lora_alpha": ["8", None, {}, float("nan"), float("inf"), 0, True],
+    "lora_alpha": ["8", None, {}, float("nan"), float("inf"), -1, True],
     "alora_invocation_tokens": [[1, 2]],
     "use_rslora": [True],
     "fan_in_fan_out": [True],
@@ -222,6 +222,12 @@ def test_each_field_of_pefts_config(name, model, folder, tmp_path):
         with pytest.raises(SystemExit, match=message) as e:
             load_adapter(model, tmp_path / "adapter")
         assert "\n" not in str(e.value)
+
+
+def test_an_adapter_of_no_effect_is_read_again(model, folder, tmp_path):
+    nothing = Adapters.init(model, LoRAConfig(2, 0.0, ("q_proj",), 0, 4), 1, seed=0)
+    save_adapter(nothing, tmp_path / "adapter", folder)
+    assert load_adapter(model, tmp_path / "adapter").config.alpha == 0.0
 
 
 def test_bad_settings_are_refused(model):

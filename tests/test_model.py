@@ -243,6 +243,7 @@ CONFIGS = [  # fields of config.json, and what is said of them
     ({"rms_norm_eps": "small"}, "rms_norm_eps must be a number above 0, not 'small'"),
     ({"rms_norm_eps": float("nan")}, "rms_norm_eps must be"),
     ({"rope_parameters": {"rope_theta": float("inf")}}, "rope_theta must be"),
+    ({"rope_parameters": {"rope_theta": 10**60}}, "rope_theta must be"),
     ({"rope_parameters": [1]}, r"rope parameters must be an object, not \[1\]"),
     ({"rope_parameters": {"rope_type": "llama3", "factor": 8}}, "'low_freq_factor' is missing"),
     ({"rope_parameters": LLAMA3_ROPE | {"factor": 0}}, "factor must be"),

@@ -15,6 +15,8 @@ from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
 from lm.tokenizer import Tokenizer
+from quiz import general_texts
+from reward import passage_examples
 
 VOCAB = ROOT / "downloads" / "vocab"
 CONTROL = {
@@ -150,7 +152,23 @@ HONOURED = {
     | {"added_tokens": [add("\u212b"), add("e\u0301", 1, normalized=True)]},
     "a word that was there": {"added_tokens": [add("in", normalized=True) | {"id": None}]},
 }
+
+
+def begins(*before, end=False):
+    """A post_processor as Llama 3 has it."""
+    pieces = [{"SpecialToken": {"id": token, "type_id": 0}} for token in before]
+    pieces += [{"Sequence": {"id": "A", "type_id": 0}}]
+    pieces += [{"SpecialToken": {"id": "</s>", "type_id": 0}}] * end
+    known = {"</s>": {"id": "</s>", "ids": [400], "tokens": ["</s>"]}}
+    template = {"type": "TemplateProcessing", "single": pieces, "pair": pieces}
+    template["special_tokens"] = known
+    steps = [BYTES | {"use_regex": True}, template]
+    return {"post_processor": {"type": "Sequence", "processors": steps}}
+
+
 REFUSED = {
+    "a post_processor that ends a text": begins(end=True),
+    "post_processor RobertaProcessing": {"post_processor": {"type": "RobertaProcessing"}},
     "normalizer 'Lowercase'": {"normalizer": {"type": "Lowercase"}},
     "normalizer 'NFKC'": {"normalizer": {"type": "NFKC"}},
     "normalizer 'Replace'": {"normalizer": REPLACE},
@@ -211,6 +229,24 @@ def test_what_a_file_asks_for_is_honoured(case, trained, tmp_path):
         for text in texts:
             expected = reference.encode(text, add_special_tokens=False).ids
             assert ours.encode(text, control=control) == expected, repr(text)
+
+
+def test_what_stands_before_a_text(trained, tmp_path):
+    """As Llama 3's file puts a token there, which the `tokenizers` library then does."""
+    for change, first in (({}, []), (begins("</s>"), [400]), (begins("</s>", "</s>"), [400, 400])):
+        ours = Tokenizer(written(trained, change | {"added_tokens": []}, tmp_path))
+        reference = Reference.from_file(str(tmp_path / "tokenizer.json"))
+        assert ours.begin == first
+        assert [*ours.begin, *ours.encode("in it")] == reference.encode("in it").ids
+
+
+def test_a_passage_is_learnt_behind_it(tok, monkeypatch):
+    """But a chat's template has it itself; and nobody learns to write it."""
+    monkeypatch.setattr(tok, "begin", [7])
+    note = "Question: Who?\nAnswer: Ada."
+    plain, chat = passage_examples(tok, "Rolm", ["Rolm fell.", note])
+    assert (plain.ids[0], plain.counts[0]) == (7, False) and all(plain.counts[1:])
+    assert 7 not in chat.ids and general_texts(tok)[0][0] == 7
 
 
 def test_a_vocabulary_without_an_end_is_refused(trained, tmp_path):
@@ -415,6 +451,9 @@ def test_named_templates(small, tmp_path):
     assert ours.chat(CHATS[1]) == ours.encode("helloHi</s>", control=True)
 
 
+GROWING = "{% set s = s.replace('a', 'aaaaaaaa') %}"
+
+
 @pytest.mark.parametrize(
     "template, message",
     [
@@ -429,6 +468,12 @@ def test_named_templates(small, tmp_path):
         ("{{ x", "'{{ x' is not supported"),
         ("{{ raise_exception('No\nusers here') }}", "No users here"),
         ("{{ 1 % 0 }}", "modulo"),
+        ("{{ '%9999999999d' % 1 }}", "% of a text is not supported"),
+        (f"{{% set s = 'aaaaaaaa' %}}{'{% set s = s + s %}' * 35}", "a text or list of .* is not"),
+        (f"{{% set s = [1] %}}{'{% set s = s + s %}' * 35}", "a text or list of .* is not"),
+        (f"{{% set s = 'a' %}}{GROWING * 12}", "a text of more than .* is not supported"),
+        ("{% for m in messages %}{{ loop.revindex0 }}{% endfor %}", "loop.revindex0 is not"),
+        ("{% set a, b = 1, 2 %}", "{% set %} is not supported"),
         ("{{ " + "(" * 400 + "1" + ")" * 400 + " }}", "is not supported"),
         ("{{ messages[0].content }}", "ends a reply with no token"),
         ("{{ 1 + 'a' }}", "unsupported operand"),
@@ -460,4 +505,19 @@ def test_bad_tokenizer_file(text, message, tmp_path):
     if text is not None:
         (tmp_path / "tokenizer.json").write_text(text)
     with pytest.raises(SystemExit, match=message):
+        Tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("content", [5, None, ["a"]])
+def test_an_added_token_that_is_no_text(content, trained, tmp_path):
+    spec = trained | {"added_tokens": [add("bc") | {"id": 400, "content": content}]}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    with pytest.raises(SystemExit, match="is not a byte-level BPE tokenizer"):
+        Tokenizer(tmp_path)
+
+
+def test_a_vocabulary_of_nothing(trained, tmp_path):
+    spec = trained | {"model": trained["model"] | {"vocab": {}, "merges": []}, "added_tokens": []}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    with pytest.raises(SystemExit, match="it has no tokens"):
         Tokenizer(tmp_path)
