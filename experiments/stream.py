@@ -19,7 +19,7 @@ each, all quizzes are asked: the matrix. Rows:
                   together, to expect what these, and the base model on the anchors, expect there
     retrieval     nothing is learnt; the passage that the router picks stands in the prompt
 Questions are asked under their passage's title, as in the paper; but in the last three rows under
-the title that the router finds, which knows as much as a user would say.
+the one that the router finds, for a user would not say it.
 
 "before": accuracy on the passages without learning; "immediate": on each when it was just learnt;
 "retained": on all at the end; "ratio": retained / immediate; "below_before" and "below_immediate":
