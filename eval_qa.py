@@ -68,10 +68,10 @@ from lm.files import (
     chunks,
     digest,
     fingerprint,
-    note,
     read_json,
     run_main,
     sub_seed,
+    warn,
     write_json,
     write_jsonl,
 )
@@ -422,7 +422,7 @@ def fixed_settings(args) -> dict:
         if key in before and before[key] != getattr(args, key):
             other.append(f"--{key.replace('_', '-')} {before[key]}")
     if other:
-        note(f"{args.fixed} was found with {', '.join(other)}, other than this ladder")
+        warn(f"{args.fixed} was found with {', '.join(other)}, other than this ladder")
     return settings
 
 

@@ -38,8 +38,7 @@ from inner import (
     update_one,
     with_lower_states,
 )
-from lm import files
-from lm.files import digest, sub_seed
+from lm.files import digest, sub_seed, warn
 from lm.flags import add_model_flags
 from lm.log import Log
 from lm.packing import Example, arrange, make_row, row_tokens
@@ -345,7 +344,7 @@ def note_uncredited(passages: list[Passage]) -> None:
     if missing:
         total = sum(len(p.questions) for p in passages)
         told = f"{missing} of {total} questions have their answer in no sentence of their passage"
-        files.note(f"{told}: they count for the reward of a self-edit, but for no part's credit")
+        warn(f"{told}: they count for the reward of a self-edit, but for no part's credit")
 
 
 def credit(e: SelfEdit, passage: Passage, result: dict | None, reward: str) -> None:

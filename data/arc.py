@@ -25,7 +25,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lm.files import note, read_json, read_json_value
+from lm.files import read_json, read_json_value, warn
 from lm.flags import at_least, refuse_unused
 
 LARGEST = 30  # cells along a side
@@ -95,7 +95,7 @@ def load_tasks(path, split: str = "", ids=(), largest: int = LARGEST) -> list[Ta
             if task := sound(_task, name, value, file):
                 found[name] = task
     if left_out:
-        note(f"{len(left_out)} left out; the first: {left_out[0]}")
+        warn(f"{len(left_out)} left out; the first: {left_out[0]}")
     missing = [i for i in ids if i not in found]
     if missing or not found:
         raise SystemExit(f"error: {path}: no task {missing[0] if missing else 'there'}")

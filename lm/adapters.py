@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from lm.checkpoint import numbers, unreadable
-from lm.files import fingerprint, note, read_json, write_atomic
+from lm.files import fingerprint, read_json, warn, write_atomic
 from lm.runs import POLICY
 from lora import PROJECTIONS, Adapters, LoRAConfig
 from model import Transformer
@@ -115,7 +115,7 @@ def shipped_policy(model: Transformer, base: str) -> Path | None:
         return None
     if read_json(folder / POLICY).get("base") == base_of(model):
         return folder
-    note(f"{folder} is not used: it was made for another model of that name")
+    warn(f"{folder} is not used: it was made for another model of that name")
     return None
 
 

@@ -64,7 +64,7 @@ def run_main(main, interrupted: str = "", alone: bool = True) -> None:
         raise SystemExit(f"error: {e.filename}: {e.strerror}") from None
 
 
-def note(text: str) -> None:
+def warn(text: str) -> None:
     """Say on stderr what is left out, or not as it should be, where the work goes on."""
     if not RANK:
         print(f"note: {text}", file=sys.stderr, flush=True)
@@ -217,7 +217,7 @@ def read_jsonl(path, resume: bool = False) -> list:
         except SystemExit:
             if n < len(lines) or not resume:
                 raise
-            note(f"{path}: the last line is damaged; left out")
+            warn(f"{path}: the last line is damaged; left out")
             continue
         if not isinstance(value, dict):
             raise SystemExit(f"error: {path} line {n} must be a JSON object, not {value!r:.40}")

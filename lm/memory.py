@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from lm.adapters import load_adapter, save_adapter
-from lm.files import check_output, note, read_json, remove, write_atomic, write_json
+from lm.files import check_output, read_json, remove, warn, write_atomic, write_json
 from lm.runs import lock
 from lora import Adapters
 
@@ -153,7 +153,7 @@ class Memory:
             try:
                 self.documents[path.name] = Document.read(path)
             except SystemExit as e:
-                note(f"{path.name} is left out: {str(e).removeprefix('error: ')}")
+                warn(f"{path.name} is left out: {str(e).removeprefix('error: ')}")
 
     def folders(self) -> list[Path]:
         """Of the documents, damaged ones too."""

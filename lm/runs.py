@@ -11,9 +11,9 @@ from lm.files import (
     check_output,
     digest,
     fingerprint,
-    note,
     read_json,
     read_jsonl,
+    warn,
     write_json,
     write_jsonl,
 )
@@ -54,7 +54,7 @@ def open_run(folder, settings: dict, model=None, student=None) -> Path:
                 before["policies"] = settings["policies"] = known | now
         settings["code"] = list(dict.fromkeys(before.get("code", [""]) + settings["code"]))
         if len(settings["code"]) > 1:
-            note(f"{folder} was not made by today's code alone: its results may be mixed")
+            warn(f"{folder} was not made by today's code alone: its results may be mixed")
         for key in sorted((before.keys() | settings.keys()) - {"code", *SPEED}):
             if before.get(key) != settings.get(key):
                 raise SystemExit(
@@ -149,7 +149,7 @@ class Rounds:
             shown.append(f"{key} {' '.join(values)}")
         print("  ".join(shown), flush=True)
         if lost := collapse(self.metrics):
-            note(f"round {metrics['round']}: {', '.join(lost)}: what is imitated grows alike")
+            warn(f"round {metrics['round']}: {', '.join(lost)}: what is imitated grows alike")
 
 
 def collapse(metrics: list[dict]) -> list[str]:
@@ -204,9 +204,9 @@ def find_policies(args, domain: str) -> dict:
                 found[int(k)] = file.parent
                 if others := sorted(file.parent.parent.glob("policy-*")):
                     told = f"seal-{k} is the first agent's policy"
-                    note(f"{told}; for others there is --policy {others[0]}")
+                    warn(f"{told}; for others there is --policy {others[0]}")
             else:
-                note(f"{file.parent} is left out: round-{k} is not the name of a round")
+                warn(f"{file.parent} is left out: round-{k} is not the name of a round")
         if not found:
             raise SystemExit(f"error: --run {args.run}: no finished round (round-K/policy) there")
     for where, before in trained_as(args):
@@ -275,7 +275,7 @@ def say_what_differs(where, before: dict, args) -> None:
         if before.get(k, now[k]) != now[k]:
             other.append(f"--{k.replace('_', '-')} {before[k] or 'none'}")
     if other:
-        note(f"{where} was trained with {', '.join(other)}, other than this ladder")
+        warn(f"{where} was trained with {', '.join(other)}, other than this ladder")
 
 
 def policy_digests(policies: dict) -> dict:
