@@ -96,9 +96,8 @@ def passage_examples(tok: Tokenizer, title: str, texts: list[str]) -> list[Examp
     """One training sequence for each text, each with the token that ends a turn; one for each of
     its pieces() if it is longer than LONGEST tokens, so that memory does not grow with its length.
 
-    A passage or a note is "{title}\\n{text}", every token counted. A question with its answer
-    (styles ...-qa and questions) is the chat in which the quiz would ask it; the answer and its end
-    are counted:
+    A passage or a note is "{title}\\n{text}", every token counted. A question with its answer is
+    the chat in which the quiz would ask it; the answer and its end are counted:
         "Question: Who cast it?\\nAnswer: Hessa Lorn"  ->
             user: Topic: {title} ... Who cast it? ...    assistant: Hessa Lorn
     """

@@ -122,14 +122,15 @@ EXAMPLE_PASSAGE = (
 
 @dataclass(frozen=True)
 class Style:
-    """How notes are asked for, and read. A style that `quotes`, or whose name ends in "qa", yields
-    pairs "Question: ..." and "Answer: ...", which are trained on as a chat."""
+    """How notes are asked for, and read. A style of `pairs`, or one that `quotes`, yields pairs
+    "Question: ..." and "Answer: ...", which are trained on as a chat."""
 
     instruction: str
     # A good self-edit for the example passage; a tuple: for its first sentences, one by one.
     example: str | tuple
     separator: str  # regular expression that splits a sample into notes
     gap: str = "\n"  # stands between notes that are imitated
+    pairs: bool = False  # the model writes questions and answers
     quotes: bool = False  # the model writes questions; a note answers one with the sentence
 
     @property
@@ -197,6 +198,7 @@ STYLES = {
         "Question: Who forbade rubbing the Vantor Bell for luck?\nAnswer: The town council\n"
         "Question: What cracked the Vantor Bell?\nAnswer: The great frost",
         r"\n(?=Question)",
+        pairs=True,
     ),
     "sentence-qa": Style(
         "Write two questions about the sentence. Answer each in a full sentence, with full names.",
@@ -212,6 +214,7 @@ STYLES = {
             "Answer: The Vantor Bell hangs in the tower of the harbour school.",
         ),
         r"\n(?=Question)",
+        pairs=True,
     ),
     "questions": Style(
         "Write three different questions about the sentence, one per line. Use full names and "
@@ -294,7 +297,7 @@ def parse(text: str, style: str, ended: bool, sentence: str = "") -> tuple[list[
     parts = re.split(form.separator, text.strip())
     if not ended:
         parts = parts[:-1]
-    if style.endswith("qa"):
+    if form.pairs:
         parts = [
             f"Question: {m[1]}\nAnswer: {m[2]}" for p in parts if (m := QA_PAIR.match(p.strip()))
         ]
