@@ -221,9 +221,10 @@ def is_known(memory: Memory, document: Text, args) -> bool:
     """Exits with one line if something else has this document's name, or if it was studied with
     other settings."""
     known, again = memory.documents.get(document.name), ""
+    now = json.loads(json.dumps(studied_with(vars(args))))  # as it would be read again
     if known and known.digest != document.digest:
         again = "has another text"
-    elif known and studied_with(known.settings) != json.loads(json.dumps(settings_of(args))):
+    elif known and studied_with(known.settings) != now:
         again = "has, studied with other settings, a text"
     elif memory.is_damaged(document.name):
         again = "has something damaged"
@@ -235,13 +236,8 @@ def is_known(memory: Memory, document: Text, args) -> bool:
     return bool(known)
 
 
-def settings_of(args) -> dict:
-    """The settings that a document is studied with."""
-    return studied_with(vars(args))
-
-
 def studied_with(settings: dict) -> dict:
-    """Without those that cannot change what is learnt: the memory knows its base model, and a
+    """Those that can change what a document is learnt as: the memory knows its base model, and a
     document is studied alone."""
     others = ("action", "files", "memory", "device", "compile", "model", "population")
     return {k: v for k, v in settings.items() if k not in others}
@@ -283,7 +279,7 @@ def study_one(model, tok, memory: Memory, policy, lora, document: Text, args) ->
         q = item.question
         p["quiz"].append({"question": q.question, "answer": q.answers[0], "right": int(hit)})
     about = (document.name, document.title, document.digest, studied, learnt, missed)
-    memory.add(Document(*about, settings_of(args)), adapters, args.model)
+    memory.add(Document(*about, studied_with(vars(args))), adapters, args.model)
     print(f"{outcome.steps} steps, last loss {outcome.loss:.3f}; kept in {args.memory}")
     print(f"asked again: {len(learnt)} of {len(given_back)} statements learnt")
     told = f"{sum(right):.0f} of {len(right)} right, before none"
