@@ -107,10 +107,10 @@ def parse_arguments():
     add_sft_flags(sub["consolidate"])
     about = "most points that a document's quiz, or the questions on anything else, may lose"
     sub["consolidate"].add_argument("--fall", type=at_least(0.0), default=10.0, help=about)
-    for name in ("study", "consolidate"):
-        # A text can be longer, and its notes more, than a passage's; few epochs of a higher rate
-        # teach more in less time (docs/LOG.md).
-        sub[name].set_defaults(steps=0, lr=8e-3, epochs=5)
+    # A text can be longer, and its notes more, than a passage's; few epochs of a higher rate teach
+    # more in less time. All documents at once take more of a lower one (docs/LOG.md).
+    sub["study"].set_defaults(steps=0, lr=8e-3, epochs=5)
+    sub["consolidate"].set_defaults(steps=0, lr=4e-3, epochs=20)
     # As good as twice the rank, and half of the bytes in a memory (results/ranks.json).
     sub["study"].set_defaults(rank=8, alpha=16.0)
     if sys.argv[1:2] and sys.argv[1].startswith("--memory"):

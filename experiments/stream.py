@@ -15,8 +15,9 @@ each, all quizzes are asked: the matrix. Rows:
                   expects as the answer with the passage in view, and of the anchors of
                   data/general.json what that expects there
     separate      an adapter for each; a router picks the question's (lm/memory.py)
-    consolidated  at the end one adapter is trained on all, in as many steps as all the others
-                  together, to expect what these, and the base model on the anchors, expect there
+    consolidated  at the end one adapter is trained on all, in --consolidate-steps times as many
+                  steps as all the others together, at --consolidate-lr, to expect what these, and
+                  the base model on the anchors, expect there
     retrieval     nothing is learnt; the passage that the router picks stands in the prompt
 Questions are asked under their passage's title, as in the paper; but in the last three rows under
 the one that the router finds, for a user would not say it.
@@ -104,6 +105,10 @@ def parse_arguments():
     add("--rows", nargs="+", default=ROWS, choices=ROWS, help="ways of learning")
     about = "peak learning rate of the row seal, whose adapters reach all layers"
     add("--seal-lr", type=at_least(0.0), default=2e-3, help=about)
+    about = "peak learning rate of the row consolidated"
+    add("--consolidate-lr", type=at_least(0.0), default=4e-3, help=about)
+    about = "its steps, for each of the passages' own"
+    add("--consolidate-steps", type=at_least(1), default=4, help=about)
     add("--work", default="runs/stream", help="folder for progress, to resume a killed run")
     add("--out", default="results/stream.json", help="result file")
     parser.set_defaults(lr=8e-3)
@@ -283,7 +288,9 @@ class Stream:
         """One adapter that expects, of each passage, what its own adapter does."""
         found, (adapters, seconds, diverged) = self.separate_result, self.separately
         start, teachers = time.perf_counter(), [adapters.pick([n]) for n in range(self.args.count)]
-        how = (anchor_examples(self.tok), self.config, sub_seed(self.seed, 3))
+        steps = self.args.consolidate_steps * self.config.steps
+        config = replace(self.config, lr=self.args.consolidate_lr, steps=steps)
+        how = (anchor_examples(self.tok), config, sub_seed(self.seed, 3))
         adapters, outcome = consolidate(self.model, teachers, self.examples, *how)
         seconds += time.perf_counter() - start
         asked, general = (self.routed(of, self.args.count) for of in (self.passages, self.general))
