@@ -320,7 +320,7 @@ def ask_again(model, tok: Tokenizer, passages, notes, adapters: Adapters) -> dic
     known = {item.question.answers[0]: False for item in items}
     longest = max([ANSWER_LEN, *(len(tok.encode(statement)) + 1 for statement in known)])
     for batch in chunks(items, BATCH):
-        for item, said in zip(batch, ask(model, tok, batch, adapters, longest)):
+        for item, said in zip(batch, ask(model, tok, batch, adapters, max_new=longest)):
             known[item.question.answers[0]] |= said["f1"] >= 0.8
     return known
 

@@ -195,7 +195,7 @@ def other(b: Bench) -> list[dict]:
     theirs, c = Baseline(b.args.model, b.model.dtype, b.model.device), b.candidates[0]
     rows = arrange(c.examples, b.sft.row_len)
     rows = (rows * b.sft.steps)[: b.sft.steps]
-    steps = [[c.examples[i] for i in row] for row, _ in rows]
+    steps = [list(map(c.examples.__getitem__, row)) for row, _ in rows]
     one = Adapters.init(b.model, b.lora, 1, b.args.seed)
     tokens = sum(row_tokens(c.examples, *row) for row in rows)  # as ours are counted
     turns = []

@@ -589,7 +589,7 @@ def test_all_documents_in_one_set_of_weights(two_documents, tiny, tiny_folder, m
     monkeypatch.setattr(learn, "consolidate", lambda *a: taught.append(a[2]) or consolidate(*a))
     before = contents(me.parent)
     for items, to, message in (
-        (2, 0.0, "b would fall by more than 10.0 points; nothing is written"),  # two questions
+        (2, 0.0, "b, all documents would fall by more than 10.0 points; nothing is written"),
         (3, 1 / 3, "anything else would fall by more than 10.0 points"),  # two of three
         ((1, 2), 0.5, "error: all documents would fall by more than 10.0 points"),  # 1.5 of three
     ):
