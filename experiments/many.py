@@ -13,8 +13,8 @@ With --settings, which a policy that was trained so needs, nothing but its notes
 accuracy on the same passages, each in an adapter of its own, with the notes of as many self-edits,
 in --steps steps for each of these (--no-alone leaves it out). The one adapter takes as many steps
 as make it "tokens", of training, about as many as theirs together. "lost": how much less accurate
-it is. A policy's training passages are refused among those held out; of --split train, leave them
-out by --skip.
+it is. "alone_against": alone, how much more accurate than the rows above it are alone. A policy's
+training passages are refused among those held out; of --split train, leave them out by --skip.
 """
 
 import sys
@@ -131,10 +131,11 @@ class Many:
         return np.array(list(map(accuracy_of, results)))
 
     def rows(self) -> list[dict]:
-        found = []
+        found, apart = [], {}
         for name in self.notes:
             for edits in self.args.edits if name != "passages" else [0]:
                 alone = None if self.args.no_alone else self.alone(name, edits)
+                apart[name, edits] = alone
                 for count in self.args.counts:
                     result = self.together(name, edits, count)
                     values = np.array(result["accuracy"])
@@ -145,6 +146,13 @@ class Many:
                         lost = alone[:count] - values
                         row |= {"alone": float(alone[:count].mean()), "lost": float(lost.mean())}
                         row["ci95_lost"] = bootstrap(lost, self.args.seed)
+                        row["alone_against"] = {}
+                        for other in (("passages", 0), ("untrained", edits)):
+                            if other in apart and other != (name, edits):
+                                more = (alone - apart[other])[:count]
+                                delta = {"delta": float(more.mean())}
+                                delta["ci95"] = bootstrap(more, self.args.seed)
+                                row["alone_against"][other[0]] = delta
                     found.append(row)
                     print(f"{name:10} {edits} edits, {count:3} passages: {values.mean():.3f}")
         return found

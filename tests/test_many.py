@@ -54,6 +54,10 @@ def test_every_row_and_killed_on_the_way(run, tiny, tmp_path, monkeypatch):
     assert len(examples) == 3 * (1 + 2) and 1 < config.steps < 3 * 2
     alone = [r["tokens"] for r in read_jsonl(tmp_path / "work" / "seal-1-2-alone.jsonl")]
     assert len(alone) == 3 and abs(rows[-1]["tokens"] - sum(alone)) < 256
+    last, others = rows[-1], {row["method"]: row for row in rows if row["edits"] in (0, 2)}
+    for name, delta in last["alone_against"].items():
+        assert delta["delta"] == pytest.approx(last["alone"] - others[name]["alone"])
+    assert [*last["alone_against"]] == ["passages", "untrained"] and not rows[0]["alone_against"]
     again = run("--policy", tmp_path / "policy", "--no-alone")["rows"]
     assert len(again) == len(rows) and "alone" not in again[0]
 
