@@ -46,8 +46,8 @@ results: .venv/dev model data
 	$(PY) experiments/chosen.py --run runs/seal
 	$(PY) experiments/grid.py $(SEAL) --limit 8 --count 12
 	$(PY) eval_qa.py --run runs/seal $(SEAL) --lr 0.008 --told --samples 2 --limit 24 --fixed results/grid.json --out results/qa_settings.json
-	$(PY) eval_qa.py --policy $(POLICY) $(SEAL) --lr 0.008 --told --fixed results/grid.json --out results/qa_settings_all.json
-	$(PY) eval_qa.py --policy $(POLICY) $(SEAL) --lr 0.008 --told --data data/other_hand.json --out results/other_hand.json
+	$(PY) eval_qa.py --policy $(POLICY) $(SEAL) --lr 0.008 --told --policy-notes --fixed results/grid.json --out results/qa_settings_all.json
+	$(PY) eval_qa.py --policy $(POLICY) $(SEAL) --lr 0.008 --told --policy-notes --data data/other_hand.json --out results/other_hand.json
 	$(PY) experiments/budget.py --policy $(POLICY) $(SEAL) --lr 0.008 --samples 2 --limit 12 --budgets 512 1024 2048 4096
 	$(PY) experiments/figures.py
 

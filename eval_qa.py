@@ -29,6 +29,9 @@ flags (or --recipes) say. Two more rows:
     untrained-settings   what the untrained model's own settings ask for, studied as they say
     best-fixed           what the best settings of experiments/grid.py ask for, written by the
                          untrained model, studied as they say (--fixed)
+    passage+seal-K       after an inner update on the passage and notes of the policy, as in the row
+                         passage+self-edit: without its settings, what are its notes worth?
+                         (--policy-notes)
 
 With --student that model learns and answers in all rows, and --model writes.
 
@@ -40,9 +43,10 @@ proxy, seal-K, stronger-editor and told take those of passage+self-edit.
 
 Columns: accuracy, em, f1 and logprob are defined in quiz.py; means over passages of the mean over a
 passage's questions (and its self-edits, and --seeds). ci95 is a bootstrap interval over passages;
-"steps" in the JSON compares each row with the one before it and with the last seal-K, and the notes
-with the passage alone, on the same passages (paired), so its interval is the one to read for "does
-it help?". "gap_closed" is how much of the way from passage to in-context the last seal-K goes.
+"steps" in the JSON compares each row with the one before it and with the last seal-K, rows with
+notes with the passage alone, and a policy's notes with the untrained model's, on the same passages
+(paired), so its interval is the one to read for "does it help?". "gap_closed" is how much of the
+way from passage to in-context the last seal-K goes.
 
 With --run and no --out the result is RUN/ladder.json, and RUN/ladder/ holds the progress: report.py
 makes a page of them. WORK/answers.jsonl has what each row learnt from and answered.
@@ -136,6 +140,8 @@ def parse_arguments():
     add("--fixed", help=about)
     about = "add the row told, whose notes ask the quiz's own questions"
     add("--told", action="store_true", help=about)
+    about = "with --settings: add the rows passage+seal-K, of the policies' notes alone"
+    add("--policy-notes", action="store_true", help=about)
     reward.add_proxy_flag(parser)
     add_ladder_flags(parser, "qa", OUT)
     args = settle(parser.parse_args())
@@ -147,7 +153,7 @@ def parse_arguments():
 
 def refuse_contradictions(parser, args) -> None:
     if not args.settings:
-        refuse_unused(parser, args, ["budget", "fixed"], "without --settings")
+        refuse_unused(parser, args, ["budget", "fixed", "policy_notes"], "without --settings")
     elif args.match != "steps" or args.style != "questions" or args.no_study:
         told = "each self-edit says how it is studied, with notes in all styles"
         parser.error(f"--settings: {told}; leave out --match, --style and --no-study")
@@ -187,7 +193,9 @@ def summarize(table: dict, seed: int) -> dict:
             if name in scores:
                 row[name] = float(scores[name].mean())
         rows.append(row)
-    notes = [("passage", "passage+self-edit")] if "passage+self-edit" in methods else []
+    with_notes = [m for m in methods if m.startswith(("passage+self-edit", "passage+seal-"))]
+    notes = [("passage", m) for m in with_notes]
+    notes += [("passage+self-edit", m) for m in with_notes[1:]]
     pairs, seal = pairs_of(methods, notes)
     steps = paired_steps({m: scores["accuracy"] for m, scores in table.items()}, pairs, seed)
     result = {"rows": rows, "steps": steps}
@@ -328,11 +336,15 @@ class Climb:
             says_how = self.args.settings and method != "proxy"
             with merged(model, policy):
                 edits = self.write(method, None if says_how else QUESTIONS)
+                if self.args.policy_notes and says_how:
+                    notes = notes_of(self.write(f"passage+{method}", QUESTIONS))
             with learner(self.student, policy, self.args):
                 if says_how:
                     self.settings_row(method, edits)
                 else:
                     self.row(method, notes_of(edits))
+                if self.args.policy_notes and says_how:
+                    self.row(f"passage+{method}", notes)
         if all(p.self_edits for p in passages):
             given = []
             for p in passages:
@@ -404,7 +416,8 @@ def own_recipes(args, methods) -> dict:
                 f"error: {args.recipes}: no 'lr' and 'steps' for {method!r} under 'best'; "
                 "see experiments/recipes.py"
             )
-    others = ("passage+pooled", *methods, "stronger-editor", "told")
+    others = ["passage+pooled", *methods, "stronger-editor", "told"]
+    others += [f"passage+{method}" for method in methods]
     return best | dict.fromkeys(others, best["passage+self-edit"])
 
 
@@ -449,7 +462,8 @@ def main() -> None:
     student = load_student(args, model, tok)
     lora_config(args, student[0])  # complains now rather than after sampling
     out = Path(args.out)
-    free = "out work match steps recipes seeds run policy proxy no_study told fixed".split()
+    free = "out work match steps recipes seeds run policy proxy no_study".split()
+    free += ["told", "fixed", "policy_notes"]
     settings = {k: v for k, v in vars(args).items() if k not in free}  # free: may change on resume
     settings |= {"data_sha256": digest(args.data), "policies": policy_digests(policies)}
     work = open_run(args.work, settings, model, student[0])

@@ -312,8 +312,15 @@ def test_the_ladder_with_settings(tiny, tiny_folder, passages_file, tmp_path, mo
     extra = ["--run", tmp_path / "run", "--settings", "--fixed", tmp_path / "grid.json"]
     extra += ["--proxy", tmp_path / "run" / "round-1" / "policy"]
     ladder(monkeypatch, tiny_folder, passages_file, tmp_path, *extra)
+    first = result_of(tmp_path / "ladder.json")
+    ladder(monkeypatch, tiny_folder, passages_file, tmp_path, *extra, "--policy-notes")
     result = result_of(tmp_path / "ladder.json")
     rows = {r["method"]: r for r in result["rows"]}
+    notes = rows.pop("passage+seal-1")  # the other rows are as they were
+    assert [*rows.values()] == first["rows"] and notes["lr"] == 0.004
+    steps = [(step["from"], step["to"]) for step in result["steps"]]
+    for row in ("seal-1", "passage", "passage+self-edit"):
+        assert (row, "passage+seal-1") in steps
     added = ["untrained-settings", "best-fixed", "seal-1"]
     assert list(rows) == [*ALL[:4], *added[:2], "proxy", "seal-1", "in-context"]
     assert ("proxy", "seal-1") in [(step["from"], step["to"]) for step in result["steps"]]
@@ -333,7 +340,8 @@ def test_the_ladder_with_settings(tiny, tiny_folder, passages_file, tmp_path, mo
     facts = ["In implications."]
     assert [r["notes"] for r in learnt] == [[], [], facts, facts, [], []]
     plain = [r for r in read_jsonl(tmp_path / "work" / "answers.jsonl") if "settings" not in r]
-    for row in ("passage+self-edit", "proxy"):  # the same protocol, whatever the other rows say
+    rows["passage+seal-1"] = notes
+    for row in ("passage+self-edit", "proxy", "passage+seal-1"):  # whatever the other rows say
         notes = [r["notes"] for r in plain if r["method"] == row]
         assert notes == [["In questions."]] * 2 and rows[row]["lr"] == 0.004
     assert rows["untrained-settings"]["logprob"] < -40  # -100 of the one that was not studied
