@@ -85,7 +85,8 @@ studies: .venv/dev model
 	$(PY) experiments/router.py
 	$(PY) experiments/stream.py
 	$(PY) experiments/choice.py
-	$(PY) experiments/distill.py
+	$(PY) experiments/distill.py --limit 24
+	$(PY) experiments/many.py --counts 8 24 --edits 1 --limit 24 --policy $(POLICY) $(SEAL)
 	$(PY) experiments/ranks.py --limit 12 --ranks 16 8
 
 model: checkpoints/smollm2-135m-instruct
