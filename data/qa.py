@@ -83,8 +83,8 @@ def refuse_training_passages(passages, args) -> None:
     which, unless --split train asks for them."""
     names = ("data", "split", "skip", "limit")
     for where, before in [] if args.split == "train" else trained_as(args, *names, proxy=True):
-        trained = load_passages(*map(before.get, names))
-        if before.get("data_sha256", digest(before["data"])) != digest(before["data"]):
+        trained, now = load_passages(*map(before.get, names)), digest(before["data"])
+        if before.get("data_sha256", now) != now:
             raise SystemExit(
                 f"error: {before['data']} has changed since {where} was trained on it: on which "
                 "passages is not known"

@@ -135,9 +135,8 @@ class Stream:
     returns {"ids", "matrix": accuracies after each passage, on each, "immediate", "general",
     "perplexity", "prompt_tokens", "bytes", "seconds", "diverged"}."""
 
-    def __init__(self, model, tok, args, n: int, work: Path):
+    def __init__(self, model, tok, passages, args, n: int, work: Path):
         self.model, self.tok, self.args, self.seed = model, tok, args, sub_seed(args.seed, n)
-        passages = load_passages(args.data, args.split, args.skip, args.limit)
         order = np.random.default_rng([args.seed, n]).permutation(len(passages))
         self.passages = [passages[i] for i in order[: args.count]]
         self.general, self.log = [general_quiz()], work / f"sampled-{n}.jsonl"
@@ -358,9 +357,9 @@ def show(row: dict) -> None:
 def main() -> None:
     args = parse_arguments()
     check_output(args.out)
-    there = len(load_passages(args.data, args.split, args.skip, args.limit))
-    if args.count > there:
-        raise SystemExit(f"error: --count {args.count}: there are {there} passages")
+    passages = load_passages(args.data, args.split, args.skip, args.limit)
+    if args.count > len(passages):
+        raise SystemExit(f"error: --count {args.count}: there are {len(passages)} passages")
     model, tok = load(args)
     lora_config(args, model)  # complains now rather than after sampling
     free = ("rows", "seeds", "work", "out")
@@ -368,7 +367,7 @@ def main() -> None:
     settings |= {"data_sha256": digest(args.data), "general_sha256": digest(GENERAL)}
     work, found = open_run(args.work, settings, model), {name: [] for name in args.rows}
     for n in range(args.seeds):
-        stream = Stream(model, tok, args, n, work)
+        stream = Stream(model, tok, passages, args, n, work)
         for name in args.rows:
             path = work / f"{name}-{n}.json"
             if not path.is_file():
