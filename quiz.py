@@ -207,7 +207,11 @@ def of_passages(model, tok, passages: list[Passage], adapters=None, items=None) 
     """Accuracy on each passage's quiz; `items`: all their questions in order, if they are asked in
     another way than quiz_items() has it."""
     items = items or [item for p in passages for item in quiz_items(tok, p)]
-    right = accuracies(model, tok, items, adapters)
+    return means_of(passages, accuracies(model, tok, items, adapters))
+
+
+def means_of(passages: list[Passage], right: list[float]) -> list[float]:
+    """Of each passage the mean over its questions; right: a value for each, passage by passage."""
     ends = np.cumsum([len(p.questions) for p in passages])[:-1]
     return [float(own.mean()) for own in np.split(np.array(right), ends)]
 

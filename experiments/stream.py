@@ -78,6 +78,7 @@ from quiz import (
     accuracies,
     general_quiz,
     general_texts,
+    means_of,
     of_passages,
     quiz_items,
     router_to,
@@ -175,6 +176,16 @@ class Stream:
     def known(self, items=None, adapters=None) -> list[float]:
         return of_passages(self.model, self.tok, self.passages, adapters, items)
 
+    def after_each(self, asked: list[list], adapters=None) -> list[list[float]]:
+        """The matrix where weights stay as they are; asked[n]: all questions after passage n. What
+        is asked again in the same way, under the same adapter, is answered once."""
+        once = list(dict.fromkeys(item for items in asked for item in items))
+        right = dict(zip(once, accuracies(self.model, self.tok, once, adapters)))
+        matrix = []
+        for items in asked:
+            matrix.append(means_of(self.passages, [right[item] for item in items]))
+        return matrix
+
     def result(self, matrix, general, asked, size: int, seconds=0.0, diverged=0, adapters=None):
         """Of a row. `general` and `asked`: questions as they are asked at the end."""
         return {
@@ -196,13 +207,11 @@ class Stream:
         return self.result([self.known()] * self.args.count, self.asked(self.general), asked, 0)
 
     def retrieval(self) -> dict:
-        matrix = []
-        for n in range(1, self.args.count + 1):
-            asked = self.routed(self.passages, n, shown=True)
-            matrix.append(self.known(asked))
-        general = self.routed(self.general, self.args.count, shown=True)
+        count = self.args.count
+        asked = [self.routed(self.passages, n, shown=True) for n in range(1, count + 1)]
+        general = self.routed(self.general, count, shown=True)
         size = sum(len(p.text.encode()) for p in self.passages)
-        return self.result(matrix, general, asked, size)
+        return self.result(self.after_each(asked), general, asked[-1], size)
 
     # rows: one set of weights
 
@@ -272,13 +281,12 @@ class Stream:
 
     @functools.cached_property
     def separate_result(self) -> dict:
-        (adapters, seconds, diverged), matrix = self.separately, []
-        for n in range(1, self.args.count + 1):
-            asked = self.routed(self.passages, n)
-            matrix.append(self.known(asked, adapters))
-        general = self.routed(self.general, self.args.count)
-        size = 2 * self.args.count * adapters.size
-        return self.result(matrix, general, asked, size, seconds, diverged, adapters)
+        adapters, seconds, diverged = self.separately
+        count = self.args.count
+        asked = [self.routed(self.passages, n) for n in range(1, count + 1)]
+        general, matrix = self.routed(self.general, count), self.after_each(asked, adapters)
+        size = 2 * count * adapters.size
+        return self.result(matrix, general, asked[-1], size, seconds, diverged, adapters)
 
     def separate(self) -> dict:
         return self.separate_result

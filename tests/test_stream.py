@@ -1,6 +1,7 @@
 """experiments/stream.py: passages one after another."""
 
 import json
+from itertools import chain
 from types import SimpleNamespace
 
 import numpy as np
@@ -84,6 +85,27 @@ def test_what_a_router_sees(tok, passages_file):
     shown = s.routed(s.passages, 5, shown=True)
     assert s.passages[3].text in tok.decode(list(shown[6].prompt))
     assert {item.owner for item in shown} == {5}
+
+
+def test_what_is_asked_again_is_answered_once(tiny, tok, passages_file, monkeypatch):
+    """The matrix is that of asking all questions after each passage."""
+    s = object.__new__(stream.Stream)
+    s.model, s.tok, s.args = tiny, tok, SimpleNamespace(count=5)
+    s.passages = stream.load_passages(passages_file)
+    s.notes = [[] for _ in s.passages]
+    asked = [s.routed(s.passages, n) for n in (1, 3, 5)]
+    truth = {item: float(n % 3 == 0) for n, item in enumerate(dict.fromkeys(chain(*asked)))}
+    calls = []
+
+    def answered(model, tok, items, adapters=None):
+        calls.append(len(items))
+        return [truth[item] for item in items]
+
+    monkeypatch.setattr(stream, "accuracies", answered)
+    monkeypatch.setattr("quiz.accuracies", answered)
+    matrix = s.after_each(asked)
+    assert calls == [len(truth)] and len(truth) < sum(map(len, asked))
+    assert matrix == [s.known(items) for items in asked]
 
 
 def test_perplexity_is_that_of_a_plain_forward_pass(tiny, tok):
