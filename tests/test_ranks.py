@@ -43,7 +43,9 @@ run_main(train_outer.main, alone=False)
 """
 
 
-def run(folder: Path, tiny_folder, passages_file, processes: int, restarts: int = 0):
+def command(folder: Path, tiny_folder, passages_file, processes: int, restarts: int = 0) -> list:
+    """To run it in `folder`, which is made."""
+    folder.mkdir(exist_ok=True)
     (folder / "driver.py").write_text(DRIVER)
     start = [sys.executable]
     if processes > 1:
@@ -55,19 +57,26 @@ def run(folder: Path, tiny_folder, passages_file, processes: int, restarts: int 
     flags += ["--samples", 3, "--rounds", 1, "--select", "best", "--population", 2]
     flags += ["--student", tiny_folder]  # loaded once more
     flags += ["--temperature", 0.1]  # all words are nearly alike to a random model: no rounding
-    command = [*start, "driver.py", "qa", *flags]
+    return list(map(str, [*start, "driver.py", "qa", *flags]))
+
+
+def run(folder: Path, *about):
     options = {"capture_output": True, "text": True, "cwd": folder, "timeout": 200}
-    return subprocess.run(list(map(str, command)), **options)
+    return subprocess.run(command(folder, *about), **options)
+
+
+def write_four(path: Path) -> None:
+    entries = []
+    for n in range(4):
+        entry = {"id": f"p{n}", "title": f"Rolm {n}", "passage": f"Rolm {n} was founded by Ada."}
+        entries.append(entry | {"questions": [{"question": "Who?", "answers": ["Ada", "the"]}]})
+    write_jsonl(path, entries)
 
 
 @pytest.fixture(scope="module")
 def alone(tiny_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("alone")
-    entries = []
-    for n in range(4):
-        entry = {"id": f"p{n}", "title": f"Rolm {n}", "passage": f"Rolm {n} was founded by Ada."}
-        entries.append(entry | {"questions": [{"question": "Who?", "answers": ["Ada", "the"]}]})
-    write_jsonl(folder / "passages.json", entries)
+    write_four(folder / "passages.json")
     done = run(folder, tiny_folder, folder / "passages.json", 1)
     assert done.returncode == 0, done.stderr
     return folder
@@ -77,20 +86,27 @@ def test_many_end_with_what_one_ends_with(alone, tiny_folder, tmp_path):
     """One of two is killed in mid-round: torchrun starts all again, and what was done is not done
     again."""
     (tmp_path / "dies").write_text("")
-    done = run(tmp_path, tiny_folder, alone / "passages.json", processes=2, restarts=1)
+    done = run(tmp_path, tiny_folder, alone / "passages.json", 2, 1)
     assert done.returncode == 0, done.stderr
     assert not (tmp_path / "dies").exists() and done.stdout.count("round 1  reward") == 1
-    one, many = (folder / "out" / "round-1" for folder in (alone, tmp_path))
-    for name in ("sampled.jsonl", "scored.jsonl", "candidates.jsonl"):
-        assert same(read_jsonl(one / name), read_jsonl(many / name)), name
-    assert not list(many.glob("*-of-*"))
+    assert not list((tmp_path / "out" / "round-1").glob("*-of-*"))
+    assert unlike(alone, tmp_path) == []
     updates = [(folder / "updates").read_text().count("one") for folder in (alone, tmp_path)]
     in_flight = updates[1] - updates[0]
     assert 1 <= in_flight <= 2
-    own, theirs = (load_file(f / "policy" / "adapter_model.safetensors") for f in (one, many))
-    assert any(tensor.any() for name, tensor in own.items() if "lora_B" in name)
+    policy = load_file(alone / "out/round-1/policy/adapter_model.safetensors")
+    assert any(tensor.any() for name, tensor in policy.items() if "lora_B" in name)
+
+
+def unlike(one: Path, other: Path) -> list[str]:
+    """What two runs in these folders wrote differently, but for rounding."""
+    rounds, found = [folder / "out" / "round-1" for folder in (one, other)], []
+    for name in ("sampled.jsonl", "scored.jsonl", "candidates.jsonl"):
+        found += [] if same(*(read_jsonl(folder / name) for folder in rounds)) else [name]
+    own, theirs = (load_file(f / "policy" / "adapter_model.safetensors") for f in rounds)
     for name in own.keys() | theirs.keys():
-        assert torch.allclose(own[name], theirs[name], atol=1e-5), name
+        found += [] if torch.allclose(own[name], theirs[name], atol=1e-5) else [name]
+    return found
 
 
 def same(a, b) -> bool:

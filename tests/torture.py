@@ -8,6 +8,9 @@ On tiny random models, by part:
                 what a run that is left alone writes, byte by byte, but for the seconds. By turns
                 outer rounds on passages and on puzzles, a ladder, and a memory of documents.
     stop        SIGTERM and Ctrl-C end it with one line that says how to go on, and it goes on
+    ranks       torchrun runs an outer round in two processes, one of which is killed (-9) at a
+                random moment: all are started again, and end with what an undisturbed run has,
+                but for rounding
     repeat      the same seed writes the same bytes; populations of 1, 3 and 8 choose the same
     order       in another order, and beside others, a candidate learns the same (within 1e-4 of its
                 loss) and a sample has the same text
@@ -28,12 +31,14 @@ import contextlib
 import hashlib
 import importlib
 import json
+import math
 import multiprocessing
 import os
 import resource
 import shutil
 import signal
 import string
+import subprocess
 import sys
 import time
 from functools import partial
@@ -45,6 +50,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run it from a
 
 import hypothesis
 import numpy as np
+import test_ranks
 import torch
 from conftest import one_note, write_checkpoint, write_passages, write_tasks, write_tiny
 from hypothesis import strategies
@@ -190,6 +196,42 @@ def stop(home: Path, work: Path, count: int, rng):
         wrong = wrong if told or in_time else f"{child.exitcode}, {said[-1:]}"
         yield wrong and f"{job}, {number.name}: {wrong}"
         shutil.rmtree(folder)
+
+
+def pair(folder: Path, home: Path, after: float, rank: int) -> tuple[str, float]:
+    """An outer round in two processes, of which torchrun sees one killed so many seconds after they
+    began. How it ended, "" if well; and after how many seconds."""
+    command = test_ranks.command(folder, home / "tiny", home / "four.json", 2, 1)
+    with open(folder / "said", "w") as said:
+        run = subprocess.Popen(command, cwd=folder, stdout=said, stderr=said)
+    while run.poll() is None and len(workers := children(run.pid)) < 2:
+        time.sleep(0.01)
+    began = time.perf_counter()
+    while run.poll() is None and time.perf_counter() - began < after:
+        time.sleep(0.01)
+    if run.poll() is None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(workers[rank], signal.SIGKILL)
+    wrong = run.wait() and f"ends with {run.returncode}: {(folder / 'said').read_text()[-300:]}"
+    return wrong or "", time.perf_counter() - began
+
+
+def ranks(home: Path, work: Path, count: int, rng):
+    test_ranks.write_four(home / "four.json")
+    wrong, took = pair(work / "alone", home, math.inf, 0)
+    assert not wrong, wrong
+    for n in range(count):
+        folder, after, rank = work / f"ranks-{n}", rng.uniform(0, took), int(rng.integers(2))
+        wrong, _ = pair(folder, home, after, rank)
+        wrong = wrong or ", ".join(test_ranks.unlike(work / "alone", folder))
+        yield wrong and f"process {rank}, killed after {after:.2f} s: {wrong}"
+        shutil.rmtree(folder)
+
+
+def children(pid: int) -> list[int]:
+    """Of a process, by Linux' account of it."""
+    path = Path(f"/proc/{pid}/task/{pid}/children")
+    return list(map(int, path.read_text().split())) if path.is_file() else []
 
 
 def repeat(home: Path, work: Path, count: int, rng):
@@ -461,6 +503,7 @@ def haul(home: Path, work: Path, count: int, rng):
 PARTS = {  # -> (function, how much of it)
     "kill": (kill, 52),
     "stop": (stop, 16),
+    "ranks": (ranks, 20),
     "repeat": (repeat, 10),
     "order": (order, 100),
     "selfedits": (selfedits, 10_000),
