@@ -216,14 +216,14 @@ def means_of(passages: list[Passage], right: list[float]) -> list[float]:
     return [float(own.mean()) for own in np.split(np.array(right), ends)]
 
 
-def router_to(passages: list[Passage], notes: list[list[str]]) -> Router:
+def router_to(tok: Tokenizer, passages: list[Passage], notes: list[list[str]]) -> Router:
     """Finds the one of these passages that a question is about, by its title, its text, and what
     its notes ask and answer."""
     texts = []
     for p, own in zip(passages, notes, strict=True):
         said = [QA_PAIR.sub(r"\1 \2", note) for note in own]  # else all notes say "question"
         texts.append(telling_words("\n".join([p.title, p.text, *said])))
-    return Router(texts)
+    return Router(texts, tok.bits)
 
 
 def about_what(router: Router, passages: list[Passage], question: Question):
@@ -293,3 +293,8 @@ def general_texts(tok: Tokenizer, name: str = "texts") -> list[list[int]]:
     """Token ids of texts that anyone may write: "texts" are to be measured on, "anchors" to be
     trained on."""
     return [[*tok.begin, *tok.encode(text)] for text in read_json(GENERAL)[name]]
+
+
+def other_questions() -> list[str]:
+    """Questions that anyone may ask, and general_quiz() does not: to be trained on."""
+    return read_json(GENERAL)["asked"]

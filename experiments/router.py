@@ -4,11 +4,12 @@
 
 Memories of --sizes documents are drawn from the training passages, --draws of each. "found": the
 share of their own quizzes' questions for which the right passage is found; "refused": the share of
-the questions on three other passages, which the memory does not have, for which none is; for each
---least (lm/memory.py has the one that is used). No notes are in these memories, which would help:
-they ask in other words. "own_texts": the same for the texts of data/own_texts.json, all in one
-memory, cut as learn.py does; refused are the questions on 20 training passages. ci95 is over
-passages, or texts.
+the questions on three other passages, which the memory does not have, for which none is, and
+"general" that of the questions about anything by which a model is held in its place while it is
+consolidated (data/general.json); for each --least (lm/memory.py has the one that is used). No notes
+are in these memories, which would help: they ask in other words. "own_texts": the same for the
+texts of data/own_texts.json, all in one memory, cut as learn.py does; refused are the questions on
+20 training passages. ci95 is over passages, or texts; of "general" over questions.
 """
 
 import sys
@@ -24,6 +25,8 @@ from lm.files import check_output, run_main, write_json
 from lm.flags import Parser, at_least, command_line
 from lm.intervals import bootstrap
 from lm.memory import LEAST, Router
+from lm.tokenizer import Tokenizer
+from quiz import other_questions, router_to
 
 OTHERS = 3  # passages that a memory does not have, of each draw
 
@@ -31,59 +34,74 @@ OTHERS = 3  # passages that a memory does not have, of each draw
 def parse_arguments():
     parser = Parser(description=__doc__)
     add = parser.add_argument
+    about = "Hugging Face folder; its tokenizer says how common a word is"
+    add("--model", default="checkpoints/smollm2-135m-instruct", help=about)
     add("--sizes", type=at_least(1), nargs="+", default=[1, 8, 50], help="documents of a memory")
     add("--draws", type=at_least(1), default=20, help="memories of each size")
     about = "share of a question's words that a passage must have"
-    add("--least", type=at_least(0.0), nargs="+", default=[LEAST, 0.5], help=about)
+    add("--least", type=at_least(0.0), nargs="+", default=[0.3, 0.4, LEAST], help=about)
     add("--seed", type=at_least(0), default=0, help="same seed, same output")
     add("--out", default="results/router.json", help="result file")
     return parser.parse_args()
 
 
-def router_of(passages) -> Router:
-    return Router([telling_words(f"{p.title}\n{p.text}") for p in passages])
+def hits(router: Router, questions: list[str], wanted, least: float) -> list[bool]:
+    """For which questions does the router find what is wanted, one of these numbers?"""
+    return [router.best(telling_words(question), least) in wanted for question in questions]
 
 
-def shares(router: Router, passages, wanted: list, least: float) -> np.ndarray:
-    """For each passage the share of its questions for which the router finds what is wanted: one of
-    wanted[passage]."""
+def shares(router: Router, passages, wanted: list, least: float) -> list[float]:
+    """Of each passage's questions those for which the router finds one of wanted[passage]."""
     values = []
-    for passage, good in zip(passages, wanted):
-        hits = [router.best(telling_words(q.question), least) in good for q in passage.questions]
-        values.append(np.mean(hits))
-    return np.array(values)
+    for passage, good in zip(passages, wanted, strict=True):
+        asked = [q.question for q in passage.questions]
+        values.append(float(np.mean(hits(router, asked, good, least))))
+    return values
 
 
-def row(size: int, least: float, found: np.ndarray, refused: np.ndarray, seed: int) -> dict:
-    about = {"size": size, "least": least, "n": len(found), "n_others": len(refused)}
-    for name, values in (("found", found), ("refused", refused)):
-        about |= {name: float(values.mean()), f"{name}_ci95": bootstrap(values, seed)}
+def measured(router: Router, own, wanted: list, others, least: float) -> dict:
+    """Values of "found", a passage or text each, "refused", another one each, and "general", a
+    question each."""
+    found = {"found": shares(router, own, wanted, least)}
+    found["refused"] = shares(router, others, [[None]] * len(others), least)
+    found["general"] = list(map(float, hits(router, other_questions(), [None], least)))
+    return found
+
+
+def row(size: int, least: float, found: dict, seed: int) -> dict:
+    about = {"size": size, "least": least}
+    for name, values in found.items():
+        values = np.array(values)
+        about |= {f"n_{name}": len(values), name: float(values.mean())}
+        about[f"{name}_ci95"] = bootstrap(values, seed)
     return about
 
 
-def drawn(passages, size: int, least: float, args) -> dict:
+def drawn(tok: Tokenizer, passages, size: int, least: float, args) -> dict:
     """Memories of `size` passages."""
-    rng, found, refused = np.random.default_rng([args.seed, size]), [], []
+    rng, draws = np.random.default_rng([args.seed, size]), []
     for _ in range(args.draws):
         order = rng.permutation(len(passages))
         own = [passages[i] for i in order[:size]]
         others = [passages[i] for i in order[size : size + OTHERS]]
-        router = router_of(own)
-        found.append(shares(router, own, [[n] for n in range(size)], least))
-        refused.append(shares(router, others, [[None]] * OTHERS, least))
-    return row(size, least, np.concatenate(found), np.concatenate(refused), args.seed)
+        router = router_to(tok, own, [[]] * size)
+        draws.append(measured(router, own, [[n] for n in range(size)], others, least))
+    found = {}
+    for name in draws[0]:
+        values = np.array([draw[name] for draw in draws])
+        # All draws ask the same general questions, but seldom the same passages.
+        found[name] = values.mean(0) if name == "general" else values.ravel()
+    return row(size, least, found, args.seed)
 
 
-def own_texts(others, least: float, seed: int) -> dict:
+def own_texts(tok: Tokenizer, others, least: float, seed: int) -> dict:
     texts, passages, wanted = load_passages("data/own_texts.json"), [], []
     for p in texts:
         cut = passages_of(Text(p.id, p.title, p.text))
         wanted.append(range(len(passages), len(passages) + len(cut)))
         passages += cut
-    router = router_of(passages)
-    found = shares(router, texts, wanted, least)
-    refused = shares(router, others, [[None]] * len(others), least)
-    return row(len(texts), least, found, refused, seed)
+    router = router_to(tok, passages, [[]] * len(passages))
+    return row(len(texts), least, measured(router, texts, wanted, others, least), seed)
 
 
 def main() -> None:
@@ -92,13 +110,14 @@ def main() -> None:
     passages = load_passages("data/passages.json", "train")
     if max(args.sizes) + OTHERS > len(passages):
         raise SystemExit(f"error: --sizes {max(args.sizes)}: there are {len(passages)} passages")
-    rows = [drawn(passages, size, least, args) for least in args.least for size in args.sizes]
-    own = [own_texts(passages[:20], least, args.seed) for least in args.least]
+    tok = Tokenizer(args.model)
+    rows = [drawn(tok, passages, size, least, args) for least in args.least for size in args.sizes]
+    own = [own_texts(tok, passages[:20], least, args.seed) for least in args.least]
     head = {"command": command_line(), "seed": args.seed}
     head["settings"] = vars(args) | {"common_words": len(COMMON)}
     write_json(args.out, head | {"rows": rows, "own_texts": own})
     for r in [*rows, *own]:
-        shown = f"found {r['found']:.3f}, refused {r['refused']:.3f}"
+        shown = ", ".join(f"{name} {r[name]:.3f}" for name in ("found", "refused", "general"))
         print(f"{r['size']:3} documents, least {r['least']}: {shown}")
 
 

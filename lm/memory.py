@@ -23,7 +23,7 @@ from lm.runs import lock
 from lora import Adapters
 
 FORMAT = 2
-LEAST = 0.3  # share of a question's words, counted by rarity, that the text it is about has
+LEAST = 0.5  # share of a question's words, counted by rarity, that the text it is about has
 HEAD, ABOUT = "memory.json", "document.json"
 PASSAGE = {"title", "text", "notes", "quiz"}
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
@@ -34,10 +34,15 @@ ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 
 class Router:
     """BM25 over texts, each a list of words (Robertson and Zaragoza 2009): a text counts for a
-    question by the words that both have, rare ones more than common ones."""
+    question by the words that both have, rare ones more than common ones.
 
-    def __init__(self, texts: list[list[str]], k1: float = 1.5, b: float = 0.75):
-        self.counts, self.k1 = list(map(Counter, texts)), k1
+    A few texts cannot tell which words are common, so rarity is multiplied by bits(word): how
+    uncommon the word is anywhere (Tokenizer.bits). Else "What is the capital of Japan?" would be
+    about the one town of a memory that has a capital.
+    """
+
+    def __init__(self, texts: list[list[str]], bits, k1: float = 1.5, b: float = 0.75):
+        self.counts, self.bits, self.k1 = list(map(Counter, texts)), bits, k1
         lengths = np.array(list(map(len, texts)), dtype=float)
         self.norm = k1 * (1 - b + b * lengths / max(1.0, lengths.mean() if texts else 1.0))
         self.found_in = Counter(word for own in self.counts for word in own)  # in how many texts
@@ -46,7 +51,7 @@ class Router:
         """How much a word tells: the fewer texts have it, the more. One that none has counts as if
         one had, or in a memory of one text all questions would be about something else."""
         n = max(1, self.found_in[word])
-        return math.log(1 + (len(self.counts) - n + 0.5) / (n + 0.5))
+        return self.bits(word) * math.log(1 + (len(self.counts) - n + 0.5) / (n + 0.5))
 
     def scores(self, question: list[str]) -> np.ndarray:
         """BM25 of each text."""

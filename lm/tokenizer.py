@@ -14,6 +14,7 @@ chat() and encode(..., control=True) write control tokens. (Qwen's <tool_call> i
 that was added as a plain word is found in any text.)
 """
 
+import math
 import re
 import unicodedata
 from contextlib import contextmanager
@@ -303,6 +304,12 @@ class Tokenizer:
             ids += self.encoding._encode_single_piece(kept) if kept else []
             at = m.end()
         return ids + self.encoding.encode_ordinary(text[at:])
+
+    def bits(self, word: str) -> float:
+        """How uncommon a word is: the logarithms of its tokens' ids, to base 2, summed. Ids go by
+        the order of merges, so roughly from common to rare: in SmolLM2 "made" has 10 bits,
+        "lighthouse" 15, "jorunak" 35."""
+        return sum(math.log2(1 + i) for i in self.encode(f" {word}"))
 
     def decode(self, ids) -> str:
         """Text of token ids; bytes that are not UTF-8 become U+FFFD, ids that are no token's

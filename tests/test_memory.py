@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, SMOLLM2
 
 from experiments import router as experiment
 from lm.memory import ADAPTER, Document, Memory, Router
@@ -41,9 +41,13 @@ def memory(tmp_path, adapters):
 # the router
 
 
+def alike(word: str) -> float:
+    return 1.0
+
+
 def test_bm25_by_hand():
     """Two texts of 3 and 5 words; both have "salt", the second twice, and only that "coast"."""
-    router = Router(["rolm sells salt".split(), "salt salt on the coast".split()])
+    router = Router(["rolm sells salt".split(), "salt salt on the coast".split()], alike)
     both, one = math.log(1 + 0.5 / 2.5), math.log(1 + 1.5 / 1.5)
     long, short = (1.5 * (0.25 + 0.75 * n / 4) for n in (5, 3))
     expected = [both * 2.5 / (1 + short), both * 2 * 2.5 / (2 + long) + one * 2.5 / (1 + long)]
@@ -63,7 +67,7 @@ def test_bm25_by_hand():
 )
 def test_a_question_is_about_the_best_text_or_about_none(question, found):
     """The half of its words must stand there; one that no text has counts like one that one has."""
-    router = Router(["rolm sells salt".split(), "gates guard the coast".split()])
+    router = Router(["rolm sells salt".split(), "gates guard the coast".split()], alike)
     assert router.best(question.split(), 0.5) == found
 
 
@@ -71,16 +75,32 @@ def test_the_half_is_the_half():
     """Whatever the sums of rarities are rounded to."""
     for n in range(2, 60):
         texts = [[f"{k}-{word}" for word in "abcdef"] for k in range(n)]
-        router = Router(texts)
+        router = Router(texts, alike)
         for count in range(1, 6):
             question = [*texts[1][:count], *[f"other{k}" for k in range(count)]]
             assert router.best(question, 0.5) == 1
 
 
 def test_no_texts_and_no_words():
-    assert Router([]).best(["salt"], 0.5) is None
-    assert Router([["salt"]]).best([], 0.5) is None
-    assert Router([["salt"]]).best(["salt"], 0.5) == 0
+    assert Router([], alike).best(["salt"], 0.5) is None
+    assert Router([["salt"]], alike).best([], 0.5) is None
+    assert Router([["salt"]], alike).best(["salt"], 0.5) == 0
+
+
+def test_what_is_common_anywhere_tells_little():
+    """Of two words that one text each has, the one of more bits decides."""
+    texts = ["rolm capital".split(), "lighthouse coast".split()]
+    bits = {"capital": 1.0, "lighthouse": 3.0}
+    router = Router(texts, lambda word: bits.get(word, 1.0))
+    assert router.scores(["lighthouse"])[1] == pytest.approx(3 * router.scores(["capital"])[0])
+    assert router.best("capital lighthouse".split(), 0.5) == 1
+    assert router.best("capital japan".split(), 0.5) == 0
+    assert (
+        Router(texts, lambda word: 3.0 if word == "japan" else 1.0).best(
+            "capital japan".split(), 0.3
+        )
+        is None
+    )
 
 
 # -----------------------------------------------------------------------------
@@ -245,16 +265,17 @@ def test_the_experiment_on_routing(tmp_path, monkeypatch):
     out = tmp_path / "router.json"
 
     def measure(*flags):
-        flags = ["router.py", *flags, "--draws", 3, "--out", out]
+        flags = ["router.py", *flags, "--draws", 3, "--model", SMOLLM2, "--out", out]
         monkeypatch.setattr("sys.argv", list(map(str, flags)))
         experiment.main()
         return json.loads(out.read_text())
 
     result = measure("--sizes", 2, "--least", 0.3, 1.01)
     usual, all_refused = result["rows"]
-    assert (usual["size"], usual["n"], usual["n_others"]) == (2, 6, 9)
-    assert usual["found"] > 0.95 and usual["refused"] > 0.85
+    assert (usual["size"], usual["n_found"], usual["n_refused"]) == (2, 6, 9)
+    assert usual["found"] > 0.95 and min(usual["refused"], usual["general"]) > 0.85
     assert (all_refused["found"], all_refused["refused"]) == (0.0, 1.0)
+    assert usual["n_general"] == 69 and all_refused["general"] == 1.0
     usual, all_refused = result["own_texts"]
     assert usual["size"] == 6 and usual["found"] > 0.7 and all_refused["found"] == 0.0
     with pytest.raises(SystemExit, match="there are 146 passages"):

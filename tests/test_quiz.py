@@ -21,6 +21,7 @@ from quiz import (
     general_texts,
     mean_scores,
     normalize,
+    other_questions,
     quiz_items,
     router_to,
     score_answer,
@@ -122,11 +123,11 @@ def test_a_title_tells_an_answer_by_whole_words(tok):
     assert all("Topic: Southern Theria" in tok.decode(i.prompt) for i in quiz_items(tok, p))
 
 
-def test_notes_lead_to_their_passage_but_not_the_word_question():
+def test_notes_lead_to_their_passage_but_not_the_word_question(tok):
     """Which all notes have; a user's "I have a question about chess" is about none of them."""
     p = Passage("p", "Rolm", "Ada cast the bell.", ())
     note = "Question: Which bronze thing did she make?\nAnswer: Ada cast the bell."
-    router = router_to([p], [[note]])
+    router = router_to(tok, [p], [[note]])
     for question, found in (
         ("What bronze thing?", 0),
         ("I have a question about chess", None),
@@ -184,9 +185,9 @@ def test_only_questions_that_tell_what_is_learnt_are_asked(tiny, tok, monkeypatc
     assert self_quiz(tiny, tok, passages, edits, [[], studied])[0].questions == own.questions
 
 
-def test_a_question_finds_its_passage():
+def test_a_question_finds_its_passage(tok):
     passages = [Passage("x", "Rolm", "Salt.", ()), Passage("y", "Varbon", "Sand.", ())]
-    router = Router([telling_words(f"{p.title} {p.text}") for p in passages])
+    router = Router([telling_words(f"{p.title} {p.text}") for p in passages], tok.bits)
     question = Question("Where is Varbon?", ("here",))
     assert about_what(router, passages, question) == (
         1,
@@ -208,3 +209,5 @@ def test_general_questions_and_texts(tiny, tok):
     measured, trained = general_texts(tok), general_texts(tok, "anchors")
     assert len(measured) == 8 and len(trained) == 24
     assert not {tuple(ids) for ids in measured} & {tuple(ids) for ids in trained}
+    others = set(other_questions())
+    assert len(others) == 69 and not others & {q.question for q in asked.questions}

@@ -3,6 +3,7 @@
 import copy
 import functools
 import json
+import math
 import random
 import time
 
@@ -521,3 +522,11 @@ def test_a_vocabulary_of_nothing(trained, tmp_path):
     (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
     with pytest.raises(SystemExit, match="it has no tokens"):
         Tokenizer(tmp_path)
+
+
+def test_how_common_a_word_is(tok):
+    """Of one token: its number's logarithm; a name that nobody has takes several."""
+    [id] = tok.encode(" made")
+    assert tok.bits("made") == math.log2(1 + id)
+    assert tok.bits("made") < tok.bits("lighthouse") < tok.bits("jorunak") < math.inf
+    assert tok.bits("河") > 0
