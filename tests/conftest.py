@@ -77,9 +77,9 @@ def write_checkpoint(
     return Path(folder)
 
 
-def load_swapped(folder):
-    """The model in `folder`, in float32, on the kernels as in the scripts."""
-    model = load_model(folder, "cpu", "float32")
+def load_swapped(folder, dtype="float32"):
+    """The model in `folder` on the kernels as in the scripts."""
+    model = load_model(folder, "cpu", dtype)
     lm.kernels.swap_in(model)
     return model
 

@@ -150,6 +150,26 @@ def test_a_diverged_candidate_stops_alone(model):
         assert same_change(adapters.flat[p], alone.flat[0], Adapters.init(model, TOP, 1, 0).flat[0])
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("plan", [{"steps": 3}, {"epochs": 3}])
+def test_nothing_to_learn_from(dtype, plan, folder):
+    """No sequence, no token that counts, none that is predicted: nothing is learnt, no loss is
+    made up, and a neighbour learns what it does alone."""
+    model, good = load_swapped(folder, dtype=dtype), [example(12, 1, skip=6)]
+    uncounted, single = Example((1, 2, 3), (False,) * 3), Example((5,), (True,))
+    texts, config = [good, [], [uncounted], [single], good], SFTConfig(lr=1e-2, **plan)
+    adapters = Adapters.init(model, TOP, 5, seed=0)
+    before = adapters.flat.clone()
+    outcomes = inner_update(model, adapters, texts, [config] * 5, seed=0)
+    first, nothing, *unlearnt, last = outcomes
+    assert first.loss > 0 and (first.loss, first.tokens) == (last.loss, last.tokens)
+    assert (nothing.loss, nothing.steps, nothing.tokens) == (None, 0, 0)
+    assert [(o.loss, o.steps) for o in unlearnt] == [(0.0, 3)] * 2
+    assert not any(o.diverged for o in outcomes)
+    assert torch.equal(adapters.flat[1:4], before[1:4])
+    assert not torch.equal(adapters.flat[0], before[0])
+
+
 def test_a_candidate_that_forgot_everything_diverged(model):
     """A huge learning rate leaves finite weights with which all tokens are equally likely."""
     taught = Adapters.init(model, ALL, 1, 0)
