@@ -451,7 +451,7 @@ def consolidate_all(model, tok: Tokenizer, memory: Memory, args) -> None:
     documents = list(memory.documents.values())
     teachers = [memory.adapter(model, d.name) for d in documents]
     examples = [examples_of(tok, d.passages, d.settings["seed"]) for d in documents]
-    how = (anchor_examples(model, tok), sft_config(args), sub_seed(args.seed, 0))
+    how = (anchor_examples(tok), sft_config(args), sub_seed(args.seed, 0))
     adapters, outcome = consolidate(model, teachers, examples, *how)
     if outcome.diverged:
         raise SystemExit(f"error: training diverged; try a lower --lr than {args.lr}")

@@ -294,7 +294,3 @@ def general_texts(tok: Tokenizer, name: str = "texts") -> list[list[int]]:
     trained on."""
     return [[*tok.begin, *tok.encode(text)] for text in read_json(GENERAL)[name]]
 
-
-def other_questions() -> list[str]:
-    """Questions that anyone may ask, and general_quiz() does not: to be trained on."""
-    return read_json(GENERAL)["asked"]

@@ -44,18 +44,7 @@ from lm.log import Log
 from lm.packing import Example, arrange, make_row, row_tokens
 from lm.tokenizer import Tokenizer
 from lora import Adapters, LoRAConfig, merged
-from quiz import (
-    ANSWER_LEN,
-    ask,
-    general_texts,
-    mean_scores,
-    normalize,
-    other_questions,
-    quiz_items,
-    quiz_prompt,
-    score_answer,
-)
-from sampler import generate
+from quiz import ask, general_texts, mean_scores, normalize, quiz_items, quiz_prompt, score_answer
 from selfedit import QA_PAIR, STYLES, SelfEdit, note_prompts, says_how, write_self_edits
 
 # -----------------------------------------------------------------------------
@@ -547,16 +536,9 @@ def expecting(examples: list[Example], soft: list[tuple], share: float = 1.0) ->
     return taught
 
 
-def anchor_examples(model, tok: Tokenizer) -> list[Example]:
-    """What a model is held in its place by (data/general.json): texts about anything, and questions
-    about anything with what it answers as it is."""
-    examples = [Example.reply([], ids) for ids in general_texts(tok, "anchors")]
-    prompts = [quiz_prompt(tok, "", question) for question in other_questions()]
-    end, ends = tok.end_ids[0], {*tok.end_ids, *tok.newline_ids}
-    for prompt, ids in zip(prompts, generate(model, prompts, ANSWER_LEN, ends)):
-        said = [t for t in ids if t not in ends]
-        examples.append(Example.reply(prompt, [*said, end]))
-    return examples
+def anchor_examples(tok: Tokenizer) -> list[Example]:
+    """Texts about anything, by which a model is held in its place (data/general.json)."""
+    return [Example.reply([], ids) for ids in general_texts(tok, "anchors")]
 
 
 def consolidate(

@@ -5,11 +5,11 @@
 Memories of --sizes documents are drawn from the training passages, --draws of each. "found": the
 share of their own quizzes' questions for which the right passage is found; "refused": the share of
 the questions on three other passages, which the memory does not have, for which none is, and
-"general" that of the questions about anything by which a model is held in its place while it is
-consolidated (data/general.json); for each --least (lm/memory.py has the one that is used). No notes
-are in these memories, which would help: they ask in other words. "own_texts": the same for the
-texts of data/own_texts.json, all in one memory, cut as learn.py does; refused are the questions on
-20 training passages. ci95 is over passages, or texts; of "general" over questions.
+"general" that of questions about anything (data/asked.json); for each --least (lm/memory.py has the
+one that is used). No notes are in these memories, which would help: they ask in other words.
+"own_texts": the same for the texts of data/own_texts.json, all in one memory, cut as learn.py does;
+refused are the questions on 20 training passages. ci95 is over passages, or texts; of "general"
+over questions.
 """
 
 import sys
@@ -21,13 +21,14 @@ import numpy as np
 
 from data.documents import COMMON, Text, passages_of, telling_words
 from data.qa import load_passages
-from lm.files import check_output, run_main, write_json
+from lm.files import check_output, read_json, run_main, write_json
 from lm.flags import Parser, at_least, command_line
 from lm.intervals import bootstrap
 from lm.memory import LEAST, Router
 from lm.tokenizer import Tokenizer
-from quiz import other_questions, router_to
+from quiz import router_to
 
+ASKED = Path(__file__).resolve().parent.parent / "data" / "asked.json"
 OTHERS = 3  # passages that a memory does not have, of each draw
 
 
@@ -43,6 +44,10 @@ def parse_arguments():
     add("--seed", type=at_least(0), default=0, help="same seed, same output")
     add("--out", default="results/router.json", help="result file")
     return parser.parse_args()
+
+
+def other_questions() -> list[str]:
+    return read_json(ASKED)["questions"]
 
 
 def hits(router: Router, questions: list[str], wanted, least: float) -> list[bool]:

@@ -255,7 +255,7 @@ class Stream:
 
     def anchors(self) -> list[Example]:
         """Texts about anything, and what the base model expects there."""
-        examples = anchor_examples(self.model, self.tok)
+        examples = anchor_examples(self.tok)
         return expecting(examples, predictions(self.model, examples))
 
     # rows: adapters
@@ -297,7 +297,7 @@ class Stream:
         start, teachers = time.perf_counter(), [adapters.pick([n]) for n in range(self.args.count)]
         steps = self.args.consolidate_steps * self.config.steps
         config = replace(self.config, lr=self.args.consolidate_lr, steps=steps)
-        how = (anchor_examples(self.model, self.tok), config, sub_seed(self.seed, 3))
+        how = (anchor_examples(self.tok), config, sub_seed(self.seed, 3))
         adapters, outcome = consolidate(self.model, teachers, self.examples, *how)
         seconds += time.perf_counter() - start
         asked, general = (self.routed(of, self.args.count) for of in (self.passages, self.general))

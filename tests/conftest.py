@@ -203,12 +203,10 @@ def brief_answers(monkeypatch):
 
 @pytest.fixture
 def brief_general(tmp_path, monkeypatch):
-    """Short answers, and data/general.json with one text, three questions, and to hold the
-    model in its place two texts and two questions."""
+    """Short answers, and data/general.json with one text, three questions and two anchors."""
     about = json.loads((ROOT / "data" / "general.json").read_text())
     short = {"texts": ["Bread rises slowly."], "questions": about["questions"][:3]}
     short["anchors"] = ["Rain falls on the sea.", "A hen lays eggs."]
-    short["asked"] = about["asked"][:2]
     (tmp_path / "general.json").write_text(json.dumps(short))
     monkeypatch.setattr("quiz.GENERAL", tmp_path / "general.json")
     for name in ("quiz.ask", "reward.ask"):

@@ -15,8 +15,7 @@ from experiments import distill
 from inner import SFTConfig, inner_update, lay_rows, train_step
 from lm.packing import Example
 from lora import Adapters, attached, merged
-from quiz import other_questions, quiz_prompt
-from reward import anchor_examples, consolidate, expecting, predictions
+from reward import consolidate, expecting, predictions
 from selfedit import Part, SelfEdit
 
 
@@ -67,20 +66,6 @@ def test_many_adapters_into_one(model):
     before, after = off(teachers[0]), off(one)
     assert after[0] < 0.3 and after[1] < 0.2 * before[1]
     assert after[2] < 0.5 * off(without)[2]
-
-
-def test_what_holds_a_model_in_its_place(tiny, tok, brief_general):
-    """Texts, every token of which counts; and questions, with what the model answers as it is."""
-    rain, hen, *chats = anchor_examples(tiny, tok)
-    assert tok.decode(rain.ids) == "Rain falls on the sea." and all(rain.counts)
-    assert tok.decode(hen.ids) == "A hen lays eggs." and len(chats) == 2
-    for question, chat in zip(other_questions(), chats, strict=True):
-        prompt = quiz_prompt(tok, "", question)
-        reply = list(chat.ids[len(prompt) :])
-        assert chat == Example.reply(prompt, reply) and reply[-1] == tok.end_ids[0]
-        ids = torch.tensor([chat.ids[:-1]])
-        greedy = tiny(ids)[0, len(prompt) - 1 :].argmax(-1).tolist()
-        assert reply[:-1] == greedy[:-1] and len(reply) > 1
 
 
 def test_unlike_shapes_are_refused(model):

@@ -14,6 +14,7 @@ from conftest import ROOT, SMOLLM2
 from experiments import router as experiment
 from lm.memory import ADAPTER, Document, Memory, Router
 from lora import Adapters, LoRAConfig
+from quiz import general_quiz
 
 
 def document(name: str, **changes) -> Document:
@@ -257,6 +258,12 @@ def test_two_cannot_write_at_once(memory):
     code = f"from lm.memory import Memory\nMemory({str(memory.folder)!r}).open_to_write('base')"
     second = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert second.returncode == 1 and "another process is at work in" in second.stderr
+
+
+def test_the_router_was_not_chosen_by_what_it_is_measured_on():
+    asked = experiment.other_questions()
+    assert len(set(asked)) == 69
+    assert not {q.question for q in general_quiz().questions} & set(asked)
 
 
 def test_the_experiment_on_routing(tmp_path, monkeypatch):

@@ -21,7 +21,6 @@ from quiz import (
     general_texts,
     mean_scores,
     normalize,
-    other_questions,
     quiz_items,
     router_to,
     score_answer,
@@ -209,5 +208,3 @@ def test_general_questions_and_texts(tiny, tok):
     measured, trained = general_texts(tok), general_texts(tok, "anchors")
     assert len(measured) == 8 and len(trained) == 24
     assert not {tuple(ids) for ids in measured} & {tuple(ids) for ids in trained}
-    others = set(other_questions())
-    assert len(others) == 69 and not others & {q.question for q in asked.questions}
