@@ -293,4 +293,3 @@ def general_texts(tok: Tokenizer, name: str = "texts") -> list[list[int]]:
     """Token ids of texts that anyone may write: "texts" are to be measured on, "anchors" to be
     trained on."""
     return [[*tok.begin, *tok.encode(text)] for text in read_json(GENERAL)[name]]
-

@@ -5,11 +5,11 @@
 Memories of --sizes documents are drawn from the training passages, --draws of each. "found": the
 share of their own quizzes' questions for which the right passage is found; "refused": the share of
 the questions on three other passages, which the memory does not have, for which none is, and
-"general" that of questions about anything (data/asked.json); for each --least (lm/memory.py has the
-one that is used). No notes are in these memories, which would help: they ask in other words.
-"own_texts": the same for the texts of data/own_texts.json, all in one memory, cut as learn.py does;
-refused are the questions on 20 training passages. ci95 is over passages, or texts; of "general"
-over questions.
+"anything" that of questions about anything (data/anything.json); for each --least. lm/memory.py has
+the one that is used, which was chosen by these figures. No notes are in these memories, which would
+help: they ask in other words. "own_texts": the same for the texts of data/own_texts.json, all in
+one memory, cut as learn.py does; refused are the questions on 20 training passages. ci95 are over
+the "n_" passages, texts or questions, each the mean of its draws.
 """
 
 import sys
@@ -28,7 +28,7 @@ from lm.memory import LEAST, Router
 from lm.tokenizer import Tokenizer
 from quiz import router_to
 
-ASKED = Path(__file__).resolve().parent.parent / "data" / "asked.json"
+ANYTHING = Path(__file__).resolve().parent.parent / "data" / "anything.json"
 OTHERS = 3  # passages that a memory does not have, of each draw
 
 
@@ -46,8 +46,8 @@ def parse_arguments():
     return parser.parse_args()
 
 
-def other_questions() -> list[str]:
-    return read_json(ASKED)["questions"]
+def anything() -> list[str]:
+    return read_json(ANYTHING)["questions"]
 
 
 def hits(router: Router, questions: list[str], wanted, least: float) -> list[bool]:
@@ -59,17 +59,17 @@ def shares(router: Router, passages, wanted: list, least: float) -> list[float]:
     """Of each passage's questions those for which the router finds one of wanted[passage]."""
     values = []
     for passage, good in zip(passages, wanted, strict=True):
-        asked = [q.question for q in passage.questions]
-        values.append(float(np.mean(hits(router, asked, good, least))))
+        own = [q.question for q in passage.questions]
+        values.append(float(np.mean(hits(router, own, good, least))))
     return values
 
 
 def measured(router: Router, own, wanted: list, others, least: float) -> dict:
-    """Values of "found", a passage or text each, "refused", another one each, and "general", a
+    """Values of "found", a passage or text each, "refused", another one each, and "anything", a
     question each."""
     found = {"found": shares(router, own, wanted, least)}
     found["refused"] = shares(router, others, [[None]] * len(others), least)
-    found["general"] = list(map(float, hits(router, other_questions(), [None], least)))
+    found["anything"] = list(map(float, hits(router, anything(), [None], least)))
     return found
 
 
@@ -84,19 +84,19 @@ def row(size: int, least: float, found: dict, seed: int) -> dict:
 
 def drawn(tok: Tokenizer, passages, size: int, least: float, args) -> dict:
     """Memories of `size` passages."""
-    rng, draws = np.random.default_rng([args.seed, size]), []
+    rng, found = np.random.default_rng([args.seed, size]), {}
     for _ in range(args.draws):
         order = rng.permutation(len(passages))
-        own = [passages[i] for i in order[:size]]
-        others = [passages[i] for i in order[size : size + OTHERS]]
+        drawn_now = {"found": order[:size], "refused": order[size : size + OTHERS]}
+        own, others = ([passages[i] for i in some] for some in drawn_now.values())
         router = router_to(tok, own, [[]] * size)
-        draws.append(measured(router, own, [[n] for n in range(size)], others, least))
-    found = {}
-    for name in draws[0]:
-        values = np.array([draw[name] for draw in draws])
-        # All draws ask the same general questions, but seldom the same passages.
-        found[name] = values.mean(0) if name == "general" else values.ravel()
-    return row(size, least, found, args.seed)
+        values = measured(router, own, [[n] for n in range(size)], others, least)
+        drawn_now["anything"] = range(len(values["anything"]))
+        for name, numbers in drawn_now.items():
+            for n, value in zip(numbers, values[name], strict=True):
+                found.setdefault(name, {}).setdefault(n, []).append(value)
+    means = {name: list(map(np.mean, of.values())) for name, of in found.items()}
+    return row(size, least, means, args.seed)
 
 
 def own_texts(tok: Tokenizer, others, least: float, seed: int) -> dict:
@@ -122,7 +122,7 @@ def main() -> None:
     head["settings"] = vars(args) | {"common_words": len(COMMON)}
     write_json(args.out, head | {"rows": rows, "own_texts": own})
     for r in [*rows, *own]:
-        shown = ", ".join(f"{name} {r[name]:.3f}" for name in ("found", "refused", "general"))
+        shown = ", ".join(f"{name} {r[name]:.3f}" for name in ("found", "refused", "anything"))
         print(f"{r['size']:3} documents, least {r['least']}: {shown}")
 
 

@@ -37,8 +37,8 @@ class Router:
     question by the words that both have, rare ones more than common ones.
 
     A few texts cannot tell which words are common, so rarity is multiplied by bits(word): how
-    uncommon the word is anywhere (Tokenizer.bits). Else "What is the capital of Japan?" would be
-    about the one town of a memory that has a capital.
+    uncommon the word is anywhere (Tokenizer.bits). Else "capital" and "japan" would count alike,
+    and "What is the capital of Japan?" be about the one text of a memory that has a capital.
     """
 
     def __init__(self, texts: list[list[str]], bits, k1: float = 1.5, b: float = 0.75):

@@ -306,9 +306,9 @@ class Tokenizer:
         return ids + self.encoding.encode_ordinary(text[at:])
 
     def bits(self, word: str) -> float:
-        """How uncommon a word is: the logarithms of its tokens' ids, to base 2, summed. Ids go by
-        the order of merges, so roughly from common to rare: in SmolLM2 "made" has 10 bits,
-        "lighthouse" 15, "jorunak" 35."""
+        """How uncommon a word is, written as it is: the logarithms of its tokens' ids, to base 2,
+        summed. Ids go by the order of merges, so roughly from common to rare: in SmolLM2 "made" has
+        10 bits, "lighthouse" 15, "jorunak" 35. A name in small letters is rare: "japan" has 21."""
         return sum(math.log2(1 + i) for i in self.encode(f" {word}"))
 
     def decode(self, ids) -> str:

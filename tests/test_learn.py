@@ -108,6 +108,7 @@ def test_study_ask_list_show_export_forget(tiny, tiny_folder, tmp_path, monkeypa
         ("Who founded Rolm?", "rolm", "Topic: Rolm\n"),
         ("What is sold to the coast?", "b", "Topic: Varbon\n"),
         ("Which salt goes to the coast?", "b", "Topic: Varbon\n"),
+        ("Which salt pit is near?", None, "user\nQuestion: Which salt"),
         ("Which salt pit is near Paris?", None, "user\nQuestion: Which salt"),
     ):
         seen.clear()

@@ -24,6 +24,8 @@ def tries(part: str, home, tmp_path, count: int, seed: int = 0) -> list[str]:
     [
         ("kill", 1, 1),
         ("stop", 1, 1),
+        ("ranks", 1, 1),
+        ("repeat", 2, 5),
         ("order", 2, 2),
         ("selfedits", 100, 100),
         ("files", 7, 7),
@@ -49,6 +51,12 @@ def test_what_does_not_hold_is_told(home, tmp_path, monkeypatch):
         patch.setattr(torture, "inner_update", lost_its_way())
         assert "learns the same: False" in tries("order", home, tmp_path, 1)[0]
         assert "neighbours the same: False" in tries("numbers", home, tmp_path, 1)[0]
+    with monkeypatch.context() as patch:
+        patch.setattr(torture.test_ranks, "unlike", lambda *_: ["scored.jsonl"])
+        patch.setattr(torture, "pair", lambda *_: ("", 1.0))
+        (tmp_path / "ranks" / "ranks-0").mkdir(parents=True)
+        [told] = tries("ranks", home, tmp_path / "ranks", 1)
+        assert told.endswith(" s: scored.jsonl")
     monkeypatch.setattr(torture, "readers", lambda *_: {"odd": (home / "arc.json", fails)})
     [told] = tries("files", home, tmp_path / "files", 1)
     assert told == "odd, arc.json: KeyError('x')"

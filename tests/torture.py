@@ -206,21 +206,49 @@ def stop(home: Path, work: Path, count: int, rng):
 
 
 def pair(folder: Path, home: Path, after: float, rank: int) -> tuple[str, float]:
-    """An outer round in two processes, of which torchrun sees one killed so many seconds after they
-    began. How it ended, "" if well; and after how many seconds."""
+    """An outer round in two processes, one of which is killed so many seconds after they began, and
+    torchrun starts both again. How it ended, "" if well; and for how long they were at work."""
     command = test_ranks.command(folder, home / "tiny", home / "four.json", 2, 1)
     with open(folder / "said", "w") as said:
         run = subprocess.Popen(command, cwd=folder, stdout=said, stderr=said)
-    while run.poll() is None and len(workers := children(run.pid)) < 2:
+    try:
+        workers = until(lambda: len(children(run.pid)) == 2 and children(run.pid))
+        began = time.perf_counter()
+        until(lambda: time.perf_counter() > began + after or not children(run.pid))
+        took, killed = time.perf_counter() - began, took_one(children(run.pid), workers[rank])
+        if killed != (after < math.inf):
+            return "it had ended before", took
+        if code := run.wait(300):
+            return f"ends with {code}: {(folder / 'said').read_text()[-300:]}", took
+        return "", took
+    except (TimeoutError, subprocess.TimeoutExpired):
+        return "does not come back", math.inf
+    finally:
+        if run.poll() is None:  # torchrun ends its processes when it is asked to end
+            run.terminate()
+            run.wait(60)
+
+
+def until(true, seconds: float = 300):
+    """What true() is when it is true. Raises TimeoutError if it does not become so."""
+    end = time.perf_counter() + seconds
+    while not (value := true()):
+        if time.perf_counter() > end:
+            raise TimeoutError
         time.sleep(0.01)
-    began = time.perf_counter()
-    while run.poll() is None and time.perf_counter() - began < after:
-        time.sleep(0.01)
-    if run.poll() is None:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(workers[rank], signal.SIGKILL)
-    wrong = run.wait() and f"ends with {run.returncode}: {(folder / 'said').read_text()[-300:]}"
-    return wrong or "", time.perf_counter() - began
+    return value
+
+
+def took_one(there: list[int], pid: int) -> bool:
+    """Kill it, if it is there."""
+    if pid in there:
+        os.kill(pid, signal.SIGKILL)
+    return pid in there
+
+
+def children(pid: int) -> list[int]:
+    """Of a process, by Linux' account of it."""
+    return list(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
 
 
 def ranks(home: Path, work: Path, count: int, rng):
@@ -228,17 +256,12 @@ def ranks(home: Path, work: Path, count: int, rng):
     wrong, took = pair(work / "alone", home, math.inf, 0)
     assert not wrong, wrong
     for n in range(count):
-        folder, after, rank = work / f"ranks-{n}", rng.uniform(0, took), int(rng.integers(2))
+        # Not in the last tenth: then they may have ended.
+        folder, after, rank = work / f"ranks-{n}", rng.uniform(0, 0.9 * took), int(rng.integers(2))
         wrong, _ = pair(folder, home, after, rank)
         wrong = wrong or ", ".join(test_ranks.unlike(work / "alone", folder))
         yield wrong and f"process {rank}, killed after {after:.2f} s: {wrong}"
         shutil.rmtree(folder)
-
-
-def children(pid: int) -> list[int]:
-    """Of a process, by Linux' account of it."""
-    path = Path(f"/proc/{pid}/task/{pid}/children")
-    return list(map(int, path.read_text().split())) if path.is_file() else []
 
 
 def repeat(home: Path, work: Path, count: int, rng):
