@@ -324,7 +324,8 @@ class Puzzles:
         too."""
         others = {*path.parent.parent.glob(f"*/{path.name}")} - {path}
         known = [] if self.args.learner == "policy" else sorted(others)
-        return Log(path, lambda result: result["solved"], known)
+        needed = NOTHING.keys() - {"voted"}
+        return Log(path, lambda result: result["solved"], known, needed)
 
     def candidate(self, task: Task, settings: dict, seed: int) -> Candidate:
         how = (self.args.augmented, seed, self.context)

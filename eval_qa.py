@@ -101,6 +101,7 @@ from quiz import ask, mean_scores, quiz_items
 from reward import (
     NOTHING,
     QUESTIONS,
+    RESULT,
     accuracy_of,
     by_sentence,
     edit_candidate,
@@ -278,7 +279,7 @@ class Climb:
     def study(self, method: str, protocol: str, name: str, candidates: list) -> list[dict | None]:
         """Each candidate's result; None for what is not studied."""
         lora = lora_config(self.args, self.student)
-        log = Log(self.work / f"{name}.jsonl", accuracy_of)
+        log = Log(self.work / f"{name}.jsonl", accuracy_of, needed=RESULT)
         groups = populations([c for c in candidates if c], self.args.population)
         how = (lora, sub_seed(self.seed, 1), log, quiz_candidates, f"{method} ({protocol})")
         update_and_quiz(self.student, self.its_tok, groups, *how)

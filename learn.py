@@ -42,11 +42,12 @@ from data.documents import Text, passages_of, read_texts
 from data.qa import Passage, Question
 from data.text import question_and_answer, sentences
 from inner import add_sft_flags, lora_config, sft_config, update_one
-from lm.adapters import base_of, load_adapter, shipped_policy
+from lm.adapters import load_adapter, shipped_policy
 from lm.checkpoint import save_model
 from lm.files import check_output, chunks, run_main, sub_seed
 from lm.flags import Parser, add_model_flags, at_least, load
 from lm.memory import Document, Memory
+from lm.runs import weights_of
 from lm.tokenizer import Tokenizer
 from lora import Adapters, merge, merged
 from quiz import (
@@ -209,7 +210,7 @@ def study(model, tok: Tokenizer, memory: Memory, texts: list[Text], args) -> Non
     for document in texts:
         is_known(memory, document, args)  # complains now rather than after the work
     policy = policy_of(model, args)
-    memory.open_to_write(base_of(model))
+    memory.open_to_write(weights_of(model))
     for document in texts:
         if is_known(memory, document, args):
             print(f"{document.name}: known already")
@@ -499,7 +500,7 @@ def main() -> None:
         check_output(args.memory, folder=True)
         memory = Memory(args.memory)  # complains now rather than when the model is loaded
         model, tok = load(args)
-        memory.refuse_other_base(base_of(model))
+        memory.refuse_other_base(weights_of(model))
         study(model, tok, memory, texts, args)
         return
     memory = Memory(args.memory, must_exist=True)
@@ -519,7 +520,7 @@ def main() -> None:
         if args.action in ("export", "consolidate"):
             refuse_existing(args.to)
         model, tok = load(args)
-        memory.refuse_other_base(base_of(model))
+        memory.refuse_other_base(weights_of(model))
         if args.action == "ask":
             talk(model, tok, memory, args)
         elif args.action == "check":

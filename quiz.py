@@ -221,7 +221,9 @@ def router_to(tok: Tokenizer, passages: list[Passage], notes: list[list[str]]) -
     its notes ask and answer."""
     texts = []
     for p, own in zip(passages, notes, strict=True):
-        said = [QA_PAIR.sub(r"\1 \2", note) for note in own]  # else all notes say "question"
+        pairs = [QA_PAIR.fullmatch(note) for note in own]
+        # Else all notes say "question".
+        said = [" ".join(pair.groups()) if pair else note for note, pair in zip(own, pairs)]
         texts.append(telling_words("\n".join([p.title, p.text, *said])))
     return Router(texts, tok.bits)
 

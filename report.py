@@ -397,7 +397,7 @@ def made_of(path: Path, make, *args) -> str:
     if a field is missing, or holds something else than it should."""
     try:
         return make(*args)
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as e:
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as e:
         why = f"{e} is missing" if isinstance(e, KeyError) else f"a field holds something else: {e}"
         raise SystemExit(f"error: {path}: {why}") from e
 

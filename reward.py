@@ -225,6 +225,9 @@ def quiz_candidates(
     return results
 
 
+RESULT = ("answers", "steps", "tokens", "loss", "diverged")  # what a log has of each candidate
+
+
 def accuracy_of(result: dict) -> float:
     return mean_scores(result["answers"])["accuracy"]
 
@@ -247,7 +250,8 @@ def update_and_quiz(
 def study(model, tok, candidates: list[Candidate], args, seed: int, path, label) -> list[dict]:
     """The result of each candidate's inner update and quiz, in populations, as args say; those that
     the log at `path` has are not studied again."""
-    log, groups = Log(path, accuracy_of), populations(candidates, args.population)
+    log = Log(path, accuracy_of, needed=RESULT)
+    groups = populations(candidates, args.population)
     how = (lora_config(args, model), seed, log, quiz_candidates, label)
     update_and_quiz(model, tok, groups, *how)
     return [log[c] for c in candidates]
@@ -590,7 +594,7 @@ class Passages:
         return sub_seed(self.args.seed, k, 1)
 
     def log(self, path: Path) -> Log:
-        return Log(path, accuracy_of)
+        return Log(path, accuracy_of, needed=RESULT)
 
     def candidates(self, edits: list[SelfEdit], seed: int) -> list[Candidate | None]:
         """One for each self-edit; then, if --select compares with them, for the passages alone. The

@@ -17,8 +17,10 @@ import json
 import re
 from argparse import Namespace
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from types import UnionType
+from typing import get_args, get_origin
 
 import numpy as np
 
@@ -92,7 +94,22 @@ class SelfEdit:
 
     @classmethod
     def from_record(cls, record: dict) -> "SelfEdit":
-        return cls(**record | {"parts": [Part(**part) for part in record["parts"]]})
+        """KeyError or TypeError if it is of another form."""
+        parts = [checked(Part, part) for part in record["parts"]]
+        return checked(cls, record | {"parts": parts})
+
+
+def checked(cls, record: dict):
+    """cls(**record). TypeError if a field holds something else than it should."""
+    for f in fields(cls):
+        plain = (get_origin(f.type) or f.type,)
+        kinds = get_args(f.type) if isinstance(f.type, UnionType) else plain
+        kinds += (int,) if float in kinds else ()
+        if f.name in record and not isinstance(record[f.name], kinds):
+            raise TypeError(f"{f.name} is {record[f.name]!r:.40}")
+    if not all(isinstance(note, str) for note in record.get("notes", [])):
+        raise TypeError("a note is no text")
+    return cls(**record)
 
 
 def read_edits(path, resume: bool = False) -> list[SelfEdit]:
@@ -578,7 +595,9 @@ def sample_self_edits(
     copies = copies if isinstance(copies, dict) else dict.fromkeys(prompts, copies)
     how = (read, copies, args, seed)
     if WORLD > 1 and log and Path(log).is_file():  # all there, or begun by one, which goes on
-        return gathered([] if RANK else sample_share(model, tok, prompts, *how, log, label))
+        edits = gathered([] if RANK else sample_share(model, tok, prompts, *how, log, label))
+        whole(log, lambda path: None)
+        return edits
     places = {i: n for n, i in enumerate(prompts)}
     own = {i: prompts[i] for i in dealt(list(prompts))}
     edits = gathered(sample_share(model, tok, own, *how, own_file(log), label))

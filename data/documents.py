@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from os.path import commonprefix
 from pathlib import Path
 
-from data.qa import Passage
+from data.qa import LONGEST_TEXT, Passage
 from data.text import UNSPACED, pieces, sections, with_marked_headings
 from lm.files import fingerprint, read_bytes
 
-LONGEST_TEXT = 50_000  # characters; what is longer would take hours
 LONGEST_PASSAGE = 120  # words; of scripts without blanks three times as many characters
 
 

@@ -29,6 +29,8 @@ from lm.files import LARGEST, digest, parse_json, read_bytes
 from lm.flags import at_least
 from lm.runs import trained_as
 
+LONGEST_TEXT = 50_000  # characters of a text; what is longer would take hours
+
 
 @dataclass(frozen=True)
 class Question:
@@ -136,9 +138,10 @@ def _json_or_lines(data: bytes, path):
         for form in ("Parquet", "Arrow", "CSV", "TSV", "zip"):
             if f".{form.lower()}" in str(path).lower():
                 raise SystemExit(f"error: {path}: {form} is not read; write it as JSON lines")
-    lines = data.split(b"\n")
-    if not (lines[0][:1] == b"{" and lines[0].rstrip()[-1:] == b"}"):
+    first = data.partition(b"\n")[0].rstrip()
+    if not (first[:1] == b"{" and first[-1:] == b"}"):
         return parse_json(data, path)
+    lines = map(bytes.rstrip, io.BytesIO(data))
     values = [parse_json(line, f"{path} line {n}") for n, line in enumerate(lines, 1) if line]
     return values[0] if len(values) == 1 and "title" not in values[0] else values
 
@@ -198,6 +201,9 @@ def _passage(entry, n: int, path) -> Passage:
     for name, field in (("title", entry.get("title")), ("passage", text)):
         if not isinstance(field, str) or not field.strip():
             raise SystemExit(f"{where}: {name!r} must be a non-empty text")
+    if len(text) > LONGEST_TEXT:
+        told = f"{len(text):,} characters, of at most {LONGEST_TEXT:,}"
+        raise SystemExit(f"{where}: 'passage' has {told}")
     if entry.get("split", "") not in ("", "train", "heldout"):
         raise SystemExit(f"{where}: 'split' must be 'train' or 'heldout', not {entry['split']!r}")
     if not isinstance(entry.get("questions"), list) or not entry["questions"]:

@@ -70,7 +70,8 @@ def split(line: str) -> list[str]:
     """The sentences of a line."""
     found, start = [], 0
     for mark in END.finditer(line):
-        if ends(line[start : mark.start()], mark[0].strip(), line[mark.end() :].lstrip()):
+        before, after = line[start : mark.start()][-40:], line[mark.end() :][:40].lstrip()
+        if ends(before, mark[0].strip(), after):
             found.append(line[start : mark.end()].strip())
             start = mark.end()
     return [s for s in [*found, line[start:].strip()] if s]
@@ -107,7 +108,8 @@ def lines_of(text: str) -> list[tuple[str, bool]]:
             header, last = header if line else None, ""
         elif line.startswith("|"):
             cells = [cell.strip() for cell in line.strip("|").split("|")]
-            pairs = [f"{name}: {cell}" for name, cell in zip(header or [], cells) if cell]
+            names = [name if len(name) <= 100 else name[:100] + "…" for name in header or []]
+            pairs = [f"{name}: {cell}" for name, cell in zip(names, cells) if cell]
             found += [("; ".join(pairs), True)] if pairs else []
             header = header or cells
         elif last and not MARKER.match(line) and not LABEL.match(line) and wraps(last, line, width):

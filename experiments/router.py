@@ -88,7 +88,8 @@ def drawn(tok: Tokenizer, passages, size: int, least: float, args) -> dict:
     for _ in range(args.draws):
         order = rng.permutation(len(passages))
         drawn_now = {"found": order[:size], "refused": order[size : size + OTHERS]}
-        own, others = ([passages[i] for i in some] for some in drawn_now.values())
+        own = [passages[i] for i in drawn_now["found"]]
+        others = [passages[i] for i in drawn_now["refused"]]
         router = router_to(tok, own, [[]] * size)
         values = measured(router, own, [[n] for n in range(size)], others, least)
         drawn_now["anything"] = range(len(values["anything"]))

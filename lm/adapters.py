@@ -97,6 +97,7 @@ def aimed_at(config: dict, path: str) -> bool:
 # which base model an adapter belongs to
 
 
+ROOM = 1 << 30  # bytes that an adapter may take beyond its file's
 POLICIES = Path(__file__).resolve().parent.parent / "policies"  # each named as its base's folder
 
 
@@ -159,6 +160,10 @@ def load_adapter(model: Transformer, folder) -> Adapters:
             raise SystemExit(
                 f"error: {file}: {name} has shape {shape}, the model and r = {rank} need {needed}"
             )
+    # All targets of all layers between the first and the last: most of them may be zero.
+    if (size := 4 * adapters.size) > ROOM + 2 * file.stat().st_size:
+        told = f"{len(tensors)} tensors are of modules so far apart that they would"
+        raise SystemExit(f"error: {file}: its {told} take {size / 1e9:.0f} GB")
     flat = torch.zeros(1, adapters.size)
     for name, (path, part, _) in expected.items():
         values = numbers(file, name, tensors[name], torch.float32, "cpu")

@@ -7,6 +7,7 @@ catch SystemExit.
 
 import contextlib
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -21,7 +22,8 @@ from safetensors import SafetensorError
 
 from lm.ranks import RANK, WORLD, may_write
 
-LARGEST = 1 << 30  # bytes of a file that is read as a whole
+LARGEST = 1 << 28  # bytes of a file that is read as a whole; as text they may be four times as many
+VALUES = 10_000_000  # objects, lists and items of JSON, a hundred bytes of memory each
 
 GOES_ON = "; the same command goes on where it was"
 
@@ -87,13 +89,14 @@ def read_bytes(path) -> bytes:
     except OSError as e:
         raise SystemExit(f"error: cannot read {path}: {e.strerror}") from e
     if len(data) > LARGEST:
-        raise SystemExit(f"error: cannot read {path}: it is larger than {LARGEST >> 30} GB")
+        raise SystemExit(f"error: cannot read {path}: it is larger than {LARGEST >> 20} MB")
     return data
 
 
 def parse_json(data: bytes, where):
     """The JSON value in `data`, UTF-8 with or without a byte-order mark. Exits with one line that
-    begins with `where` if it is none, is nested too deep, or has a key twice in one object."""
+    begins with `where` if it is none, is nested too deep, has a key twice in one object, or would
+    take gigabytes: "[{},{},{}" takes 24 times as much memory as there is text."""
 
     def unique(pairs: list) -> dict:
         value = dict(pairs)
@@ -102,6 +105,8 @@ def parse_json(data: bytes, where):
             raise SystemExit(f"error: {where}: {twice!r:.60} stands twice in one object")
         return value
 
+    if sum(map(data.count, (b"{", b"[", b","))) > VALUES:
+        raise SystemExit(f"error: {where} has more than {VALUES:,} values")
     try:
         return json.loads(data.decode("utf-8-sig"), object_pairs_hook=unique)
     except ValueError as e:
@@ -164,7 +169,7 @@ def write_atomic(path, write) -> None:
 
 def remove(path: Path) -> None:
     with contextlib.suppress(OSError):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def share(path: Path) -> None:
@@ -210,12 +215,13 @@ def write_jsonl(path, records: list) -> None:
 def read_jsonl(path, resume: bool = False) -> list:
     """The records of a JSON-lines file. Exits with one line that names a line that is no JSON
     object. Work that is to `resume` goes on without a last record that is cut off, with a note."""
-    records, lines = [], read_bytes(path).rstrip(b"\n").split(b"\n")
-    for n, line in enumerate(lines, 1):
+    records, data = [], read_bytes(path).rstrip(b"\n")
+    last = data.count(b"\n") + 1
+    for n, line in enumerate(map(bytes.rstrip, io.BytesIO(data)), 1):
         try:
             value = parse_json(line, f"{path} line {n}") if line else {}
         except SystemExit:
-            if n < len(lines) or not resume:
+            if n < last or not resume:
                 raise
             warn(f"{path}: the last line is damaged; left out")
             continue

@@ -70,14 +70,15 @@ class Log:
         log[candidate]
     """
 
-    def __init__(self, path, score, known=()):
+    def __init__(self, path, score, known=(), needed=()):
         """score(result) is a number; its mean is shown while the work runs. `known`: other such
-        files, only to be read. Exits with one line if a file holds something else."""
-        self.path, self.score = Path(path), score
+        files, only to be read; `needed`: what each result must have. Exits with one line if a file
+        holds something else."""
+        self.path, self.score, self.needed = Path(path), score, needed
         self.known, self.done = {}, {}
         for file in known:
             self.known |= self.read(file)
-        for file in [self.path, *parts_of(self.path)]:
+        for file in [*parts_of(self.path), self.path]:
             if file.is_file():
                 self.done |= self.read(file)
         self.progress = None
@@ -88,7 +89,8 @@ class Log:
             try:
                 found[r["n"]] = r
                 float(self.score(r))
-            except (KeyError, TypeError, ValueError, AttributeError) as e:
+                [r[name] for name in self.needed]
+            except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as e:
                 raise SystemExit(f"error: {path} line {n} is no result: {e!r}") from e
             if len(found) < n:
                 raise SystemExit(f"error: {path}: {r['n']!r} stands there twice")

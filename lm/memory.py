@@ -10,6 +10,7 @@ knows; and a document whose folder is gone has never been learnt.
 """
 
 import math
+import os
 from collections import Counter
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -22,7 +23,7 @@ from lm.files import check_output, read_json, remove, warn, write_atomic, write_
 from lm.runs import lock
 from lora import Adapters
 
-FORMAT = 2
+FORMAT = 3
 LEAST = 0.5  # share of a question's words, counted by rarity, that the text it is about has
 HEAD, ABOUT = "memory.json", "document.json"
 PASSAGE = {"title", "text", "notes", "quiz"}
@@ -156,6 +157,8 @@ class Memory:
         self.base = head["base"]
         for path in self.folders():
             try:
+                if path.is_symlink():  # what it points to could not be forgotten
+                    raise SystemExit(f"error: {path} is a link")
                 self.documents[path.name] = Document.read(path)
             except SystemExit as e:
                 warn(f"{path.name} is left out: {str(e).removeprefix('error: ')}")
@@ -166,7 +169,7 @@ class Memory:
 
     def refuse_other_base(self, base: str) -> None:
         """Before adapters are used: exit with one line if they are not for this base model, whose
-        fingerprint is `base` (lm.adapters.base_of)."""
+        fingerprint is `base` (lm.runs.weights_of)."""
         if any(self.folders()) and self.base != base:
             raise SystemExit(f"error: {self.folder} was learnt by another base model than this one")
 
@@ -222,3 +225,5 @@ class Memory:
             raise SystemExit(f"error: cannot remove {self.folder / name}: {e.strerror}") from e
         self.documents.pop(name, None)
         remove(gone)
+        if os.path.lexists(gone):
+            raise SystemExit(f"error: {name} is forgotten, but {gone} cannot be removed: do it")

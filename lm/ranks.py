@@ -89,12 +89,16 @@ def parts_of(path: Path) -> list[Path]:
 
 
 def whole(path, write) -> None:
-    """The parts become one file: write(path), on rank 0, when all are done; then they go."""
-    if WORLD > 1 and path:
+    """The parts become one file: write(path), on rank 0, when all are done; then they go, also
+    those of more processes before."""
+    if not path:
+        return
+    path = Path(path)
+    if WORLD > 1 or parts_of(path):
         write(path)
-        gathered([])
-        for part in () if RANK else parts_of(Path(path)):
-            part.unlink()
+    gathered([])
+    for part in () if RANK else (*parts_of(path), *path.parent.glob(f".{path.stem}.*-of-*")):
+        part.unlink()
 
 
 def may_write(path) -> bool:

@@ -42,9 +42,9 @@ def open_run(folder, settings: dict, model=None, student=None) -> Path:
         settings |= {"dtype": str(model.dtype), "weights": weights_of(model)}
     if student not in (None, model):
         settings["student_weights"] = weights_of(student)
-    agree(settings)
     if not RANK:
         lock(folder)
+    agree(settings)  # the others wait for the one that has the lock
     if (folder / "settings.json").is_file():
         before = read_json(folder / "settings.json")
         before = {key: LATER[key] for key in LATER if key in settings} | before
@@ -124,6 +124,9 @@ class Rounds:
         for k, metrics in enumerate(self.metrics, 1):
             if metrics.get("round") != k:
                 raise SystemExit(f"error: {file} line {k} is not of round {k}")
+            for key in SOUND.keys() & metrics.keys():
+                if not isinstance(metrics[key], (int, float)):
+                    raise SystemExit(f"error: {file} line {k}: {key} is {metrics[key]!r:.40}")
 
     @property
     def done(self) -> int:
@@ -152,12 +155,14 @@ class Rounds:
             warn(f"round {metrics['round']}: {', '.join(lost)}: what is imitated grows alike")
 
 
+SOUND = {"repeats": 0.0, "distinct": 1.0, "notes_mean": 0.0}  # metrics where nothing was counted
+
+
 def collapse(metrics: list[dict]) -> list[str]:
     """Signs, in words, that the self-edits of the last of these rounds have lost their variety:
     half of the texts repeat themselves, or there are half as many notes, or half as many unlike
     texts, as in the first round."""
-    sound, signs = {"repeats": 0.0, "distinct": 1.0, "notes_mean": 0.0}, []  # if not counted
-    first, last = sound | metrics[0], sound | metrics[-1]
+    first, last, signs = SOUND | metrics[0], SOUND | metrics[-1], []
     if last["repeats"] > 0.5:
         signs.append(f"{100 * last['repeats']:.0f} % of the texts say the same twice")
     if last["distinct"] < first["distinct"] / 2:
@@ -280,4 +285,8 @@ def say_what_differs(where, before: dict, args) -> None:
 
 def policy_digests(policies: dict) -> dict:
     """What a resumed run must find unchanged."""
-    return {name: digest(folder / "adapter_model.safetensors") for name, folder in policies.items()}
+    found = {}
+    for name, folder in policies.items():
+        both = [digest(folder / f"adapter_{file}") for file in ("model.safetensors", "config.json")]
+        found[name] = fingerprint("".join(both).encode())
+    return found

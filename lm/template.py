@@ -24,7 +24,8 @@ TAG = re.compile(
 )
 
 
-MOST = 10_000_000  # characters, or items, of what a template makes of another
+MOST = 10_000_000  # characters, or items, that a template makes of others; or characters it prints
+LOOPS = 100_000  # most rounds of a loop
 
 
 class Loop(dict):
@@ -40,9 +41,9 @@ class Undefined(tuple):
 
 UNDEFINED = Undefined()
 FILTERS = {
-    "trim": lambda x: str(x).strip(),
+    "trim": lambda x: as_text(x).strip(),
     "length": len,
-    "string": str,
+    "string": lambda x: as_text(x),
     "list": list,
     "first": lambda x: next(iter(x), UNDEFINED),
     "last": lambda x: x[-1] if x else UNDEFINED,
@@ -66,7 +67,7 @@ OPERATORS = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
     ast.Mod: lambda a, b: refuse("% of a text") if isinstance(a, str) else a % b,
-    ast.LShift: lambda a, b: str(a) + str(b),  # Jinja's ~, see expression()
+    ast.LShift: lambda a, b: as_text(a) + as_text(b),  # Jinja's ~, see expression()
     ast.Eq: operator.eq,
     ast.NotEq: operator.ne,
     ast.Lt: operator.lt,
@@ -80,6 +81,11 @@ OPERATORS = {
 
 def refuse(what):
     raise ValueError(f"{what} is not supported")
+
+
+def as_text(x) -> str:
+    """x as it is printed. Lists may hold each other many times over, so they are not."""
+    return refuse("a list or dictionary as text") if isinstance(x, (list, dict)) else str(x)
 
 
 def bounded(x):
@@ -250,14 +256,26 @@ def parse(rest, ends=()):
     return body, ""
 
 
-def run(body: list, names: dict, out: list) -> None:
+class Printed(list):
+    """Texts, together no longer than any chat."""
+
+    length = 0
+
+    def append(self, text: str) -> None:
+        self.length += len(text)
+        if self.length > MOST:
+            refuse(f"a text of more than {MOST:,}")
+        super().append(text)
+
+
+def run(body: list, names: dict, out: Printed) -> None:
     """Append to `out` what the statements print."""
     of = lambda source: value(expression(source), names)  # noqa: E731
     for kind, *parts in body:
         if kind == "text":
-            out += parts
+            out.append(parts[0])
         elif kind == "print":
-            out.append(str(of(parts[0])))
+            out.append(as_text(of(parts[0])))
         elif kind == "set":
             owner, _, key = parts[0].rpartition(".")
             (names[owner] if owner else names)[key] = of(parts[1])
@@ -265,7 +283,10 @@ def run(body: list, names: dict, out: list) -> None:
             run(next((branch for test, branch in parts[0] if of(test)), []), names, out)
         else:
             loop = expression(f"[0 for {parts[0]}]").generators[0]  # Python's own syntax for it
-            scopes = [names | bound(loop.target, x) for x in value(loop.iter, names)]
+            items = value(loop.iter, names)
+            if len(items) > LOOPS:
+                refuse(f"a loop of {len(items):,} rounds")
+            scopes = [names | bound(loop.target, x) for x in items]
             for condition in loop.ifs:
                 scopes = [scope for scope in scopes if value(condition, scope)]
             for n, scope in enumerate(scopes):  # what is set within stays within
@@ -293,7 +314,7 @@ def raise_exception(message):
 def render(template: str, names: dict) -> str:
     """The text that a template makes of `names`. ValueError says what is not understood, or what
     the template itself refuses."""
-    out = []
+    out = Printed()
     functions = {"raise_exception": raise_exception, "namespace": dict}
     try:
         run(parsed(template), functions | names, out)

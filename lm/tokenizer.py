@@ -378,7 +378,9 @@ class Tokenizer:
             )
         # A control token that a message spells is marked, so that the template's own stand out.
         texts, control = "".join(m["content"] for m in messages), any_of(self.control).pattern
-        mark = next(c for c in map(chr, range(0xE000, 0xF900)) if c not in texts)
+        mark = next((c for c in map(chr, range(0xE000, 0xF900)) if c not in texts), None)
+        if mark is None:
+            raise SystemExit("error: a text has every character of Unicode's private use in it")
         messages = [
             m | {"content": re.sub(control, lambda t: mark + mark.join(t[0]), m["content"])}
             for m in messages

@@ -130,6 +130,7 @@ GOOD = {"title": "Rolm", "passage": "Rolm is a town.", "questions": [ASKED]}
         ("{", "not valid JSON"),
         ('{"a": 1}', "no list of passages"),
         ("[]", "no passages"),
+        ([{**GOOD, "passage": "x" * 50_001}], "'passage' has 50,001 characters, of at most 50,000"),
         ([GOOD, "oops"], "passage 1 is not an object"),
         ([GOOD, {**GOOD, "title": ""}], r"passage 1 \(''\): 'title'"),
         ([{**GOOD, "passage": 7}], r"passage 0 \('Rolm'\): 'passage'"),

@@ -139,6 +139,19 @@ def test_a_file_that_does_not_end_is_not_read(tmp_path, monkeypatch):
         read_json(tmp_path / "y.json")
 
 
+def test_json_that_would_take_gigabytes(tmp_path, monkeypatch):
+    """Each value counts: a list's, an object's; and of one file all lines together do not."""
+    monkeypatch.setattr("lm.files.VALUES", 9)
+    path = tmp_path / "x.json"
+    path.write_text('{"a": [{}, {}, {}, {}]}')  # six that open, three commas
+    assert read_json(path)["a"] == [{}] * 4
+    path.write_text('{"a": [{}, {}, {}, {}, {}]}')
+    with pytest.raises(SystemExit, match=r"^error: .*x\.json has more than 9 values$"):
+        read_json(path)
+    path.write_text('{"a": [1, 2, 3]}\n\n{"a": [{}, {}, {}]}\n{"a": [1, 2]}\n')
+    assert [len(r["a"]) for r in read_jsonl(path)] == [3, 3, 2]
+
+
 def test_half_of_a_character_can_be_written(tmp_path):
     write_json(tmp_path / "x.json", {"é": "\ud83d"})
     assert read_json(tmp_path / "x.json") == {"é": "\ud83d"}

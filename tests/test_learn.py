@@ -22,6 +22,7 @@ from inner import Outcome, lora_config
 from lm.adapters import base_of, load_adapter, save_adapter
 from lm.checkpoint import load_model
 from lm.files import read_json, sub_seed, write_json
+from lm.runs import weights_of
 from lm.tokenizer import Tokenizer
 from lora import Adapters, LoRAConfig, attached
 from quiz import ask, quiz_items, quiz_prompt, score_answer
@@ -138,7 +139,7 @@ def test_study_ask_list_show_export_forget(tiny, tiny_folder, tmp_path, monkeypa
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].endswith("🦙.  [rolm]") and lines[1].endswith("  [nothing that was learnt]")
     head = (me / "memory.json").read_text()
-    (me / "memory.json").write_text(head.replace(base_of(tiny), "another"))
+    (me / "memory.json").write_text(head.replace(weights_of(tiny), "another"))
     for args in (["ask", "Who?"], ["study", *files], ["export", "b", tmp_path / "w"]):
         with pytest.raises(SystemExit, match="was learnt by another base model than this one"):
             run(monkeypatch, tiny_folder, *args, memory=me)
@@ -152,6 +153,8 @@ def test_study_ask_list_show_export_forget(tiny, tiny_folder, tmp_path, monkeypa
 
     ids = torch.arange(10)[None]
     run(monkeypatch, tiny_folder, "export", "b", tmp_path / "whole", memory=me)
+    with pytest.raises(SystemExit, match="was learnt by another base model than this one"):
+        run(monkeypatch, tmp_path / "whole", "ask", "Who?", memory=me)
     with torch.no_grad(), attached(tiny, adapters["b"]):
         expected = tiny(ids)
     with torch.no_grad():
@@ -175,7 +178,7 @@ def test_study_ask_list_show_export_forget(tiny, tiny_folder, tmp_path, monkeypa
 
 def test_a_question_that_is_too_long_ends_no_chat(tiny_folder, tmp_path, monkeypatch, capsys):
     (tmp_path / "me").mkdir()
-    (tmp_path / "me/memory.json").write_text('{"format": 2, "base": "any"}')
+    (tmp_path / "me/memory.json").write_text('{"format": 3, "base": "any"}')
     monkeypatch.setattr("sys.stdin", io.StringIO(f"{'Who? ' * 2000}\nHow tall is it?\n"))
     run(monkeypatch, tiny_folder, "ask", memory=tmp_path / "me")
     lines = capsys.readouterr().out.splitlines()
@@ -613,7 +616,7 @@ def test_all_documents_in_one_set_of_weights(two_documents, tiny, tiny_folder, m
         run(monkeypatch, tiny_folder, "export", "b", "a" * 300, memory=me)
     with pytest.raises(SystemExit, match="is empty"):
         (me.parent / "none").mkdir()
-        (me.parent / "none/memory.json").write_text('{"format": 2, "base": "any"}')
+        (me.parent / "none/memory.json").write_text('{"format": 3, "base": "any"}')
         run(monkeypatch, None, "check", memory=me.parent / "none")
 
 

@@ -87,6 +87,7 @@ def test_a_result_under_another_configuration_is_refused(tmp_path):
         ({"score": 1.0}, r"line 2 is no result: KeyError\('n'\)"),
         ({"n": ["b"], "score": 1.0}, "line 2 is no result"),
         ({"n": "b", "score": None}, "line 2 is no result"),
+        ({"n": "b", "score": 10**400}, "line 2 is no result"),
         ({"n": "a", "score": 1.0}, ": 'a' stands there twice"),
     ],
 )

@@ -230,6 +230,13 @@ def test_an_adapter_of_no_effect_is_read_again(model, folder, tmp_path):
     assert load_adapter(model, tmp_path / "adapter").config.alpha == 0.0
 
 
+def test_an_adapter_that_would_take_much_more_than_its_file(model, folder, tmp_path, monkeypatch):
+    save_adapter(random_adapters(model, CONFIGS[1]), tmp_path / "adapter", folder)
+    monkeypatch.setattr("lm.adapters.ROOM", -(1 << 20))
+    with pytest.raises(SystemExit, match="tensors are of modules so far apart"):
+        load_adapter(model, tmp_path / "adapter")
+
+
 def test_bad_settings_are_refused(model):
     for rank, target, stop in ((0, "q_proj", 4), (2, "q_proj", 5), (2, "qq", 4)):
         with pytest.raises(SystemExit, match="LoRA"):

@@ -1,6 +1,7 @@
 """quiz.py: scores with worked answers, log-probabilities against a plain forward pass."""
 
 import math
+import time
 from dataclasses import replace
 from functools import partial
 
@@ -127,6 +128,9 @@ def test_notes_lead_to_their_passage_but_not_the_word_question(tok):
     p = Passage("p", "Rolm", "Ada cast the bell.", ())
     note = "Question: Which bronze thing did she make?\nAnswer: Ada cast the bell."
     router = router_to(tok, [p], [[note]])
+    start = time.perf_counter()
+    router_to(tok, [p], [["Question:" * 50_000]])
+    assert time.perf_counter() - start < 2  # seconds: a square would be minutes
     for question, found in (
         ("What bronze thing?", 0),
         ("I have a question about chess", None),

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from lm import files, ranks
 from lm.files import read_jsonl, write_jsonl
-from lm.log import Log
+from lm.log import Log, trained_on
 from lora import Adapters, LoRAConfig
 
 # What a random model writes is taken as it is, or nothing would be imitated. The process that is
@@ -154,13 +154,27 @@ def test_results_of_all_are_known_to_all(second_of_two, tmp_path, monkeypatch):
 def test_the_parts_of_a_file_go_when_it_is_whole(tmp_path, monkeypatch):
     for name in ("a.1-of-2.jsonl", "a.2-of-3.jsonl", "b.1-of-2.jsonl"):
         (tmp_path / name).write_text("{}\n")
-    for world, rank, left in ((1, 0, 3), (2, 1, 3), (2, 0, 1)):
+    (tmp_path / ".a.2-of-2.jsonl.partial").write_text("{")  # by one that was killed
+    for world, rank, wrote, left in ((2, 1, 1, 4), (1, 0, 1, 1), (1, 0, 0, 1), (2, 0, 1, 1)):
         monkeypatch.setattr(ranks, "RANK", rank)
         monkeypatch.setattr(ranks, "WORLD", world)
         monkeypatch.setattr(ranks, "gathered", lambda items: items)
         written = []
         ranks.whole(tmp_path / "a.jsonl", written.append)
-        assert len(written) == (world > 1) and len(list(tmp_path.iterdir())) == left
+        assert len(written) == wrote and len(list(tmp_path.iterdir())) == left
+
+
+def test_one_process_goes_on_with_the_parts_of_several(tmp_path):
+    """Also if nothing is left to do; a part that is older than the whole file counts less."""
+    groups = [[candidate(n)] for n in range(2)]
+    for n in (0, 1):
+        record = {"n": n, "of": trained_on(groups[n][0]), "score": float(n)}
+        write_jsonl(tmp_path / f"scored.{n + 1}-of-2.jsonl", [record])
+    write_jsonl(tmp_path / "scored.jsonl", [record | {"score": 5.0}])
+    log = Log(tmp_path / "scored.jsonl", lambda r: r["score"])
+    assert list(log.remaining(groups, "study")) == []
+    assert [p.name for p in tmp_path.iterdir()] == ["scored.jsonl"]
+    assert [r["score"] for r in read_jsonl(tmp_path / "scored.jsonl")] == [0.0, 5.0]
 
 
 def test_what_runs_alone_is_refused_to_torchrun(second_of_two, monkeypatch):

@@ -171,6 +171,13 @@ def test_metrics_of_other_rounds_are_refused(rounds, tmp_path):
         Rounds(tmp_path, 3)
 
 
+def test_metrics_that_are_no_numbers_are_refused(tmp_path):
+    """Before a round's work, not after it."""
+    write_jsonl(tmp_path / "metrics.jsonl", [{"round": 1, "distinct": "x"}])
+    with pytest.raises(SystemExit, match="metrics.jsonl line 1: distinct is 'x'"):
+        Rounds(tmp_path, 3)
+
+
 @pytest.mark.parametrize(
     "run, out, work, expected",
     [

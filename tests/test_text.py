@@ -139,6 +139,7 @@ def test_pieces_hold_whole_statements_and_lose_nothing():
         "." * 50_000 + " a",
         "." * 50_000 + "a",
         "a. " * 20_000,
+        "A. " * 20_000,
         "*" * 50_000 + "a",
         "“" * 50_000 + ".",
         "| " * 50_000,
@@ -150,6 +151,12 @@ def test_time_does_not_grow_with_the_square_of_the_length(text):
     start = time.perf_counter()
     sentences(text)
     assert time.perf_counter() - start < 2  # seconds: a square would be minutes
+
+
+def test_a_table_does_not_grow_with_the_square_of_its_length():
+    """Each row says its columns' names."""
+    found = sentences(f"|{'H' * 20_000}|\n" + "|a|\n" * 5_000)
+    assert len(found) == 5_000 and found[0] == f"{'H' * 100}…: a"
 
 
 @pytest.mark.parametrize(

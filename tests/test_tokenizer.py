@@ -443,6 +443,14 @@ def test_a_reply_ends_as_in_the_template(small, tmp_path):
     assert ours.decode(spelled) == "<|User|><|User|><|Assistant|>\ue000<|Assistant|>"
 
 
+def test_a_text_with_all_of_private_use(tok):
+    """There is no character left to mark a control token by."""
+    text = "".join(map(chr, range(0xE000, 0xF900)))
+    assert tok.chat([{"role": "user", "content": text[1:]}])
+    with pytest.raises(SystemExit, match="^error: a text has every character of .* private use"):
+        tok.chat([{"role": "user", "content": text}])
+
+
 def test_named_templates(small, tmp_path):
     (tmp_path / "tokenizer.json").write_bytes((small / "tokenizer.json").read_bytes())
     named = [{"name": n, "template": f"{n}{{{{ messages[-1].content }}}}</s>"} for n in ("x", "y")]
@@ -452,6 +460,8 @@ def test_named_templates(small, tmp_path):
     assert ours.chat(CHATS[1]) == ours.encode("helloHi</s>", control=True)
 
 
+LONG, PRINTED = "{% set s = 'a' %}" + "{% set s = s ~ s %}" * 23, "{{ s }}"
+NESTED = "{% set s = [1] %}" + "{% set s = [s, s] %}" * 40
 GROWING = "{% set s = s.replace('a', 'aaaaaaaa') %}"
 
 
@@ -473,6 +483,10 @@ GROWING = "{% set s = s.replace('a', 'aaaaaaaa') %}"
         (f"{{% set s = 'aaaaaaaa' %}}{'{% set s = s + s %}' * 35}", "a text or list of 16,777,216"),
         (f"{{% set s = [1] %}}{'{% set s = s + s %}' * 35}", "a text or list of 16,777,216"),
         (f"{{% set s = 'a' %}}{GROWING * 12}", "a text of more than .* is not supported"),
+        (f"{LONG}{PRINTED}{PRINTED}", "a text of more than .* is not supported"),
+        (f"{NESTED}{PRINTED}", "a list or dictionary as text is not supported"),
+        (f"{NESTED}{{{{ s ~ s }}}}", "a list or dictionary as text is not supported"),
+        (f"{LONG}{{% for c in s %}}{{% endfor %}}", "a loop of 8,388,608 rounds is not supported"),
         ("{% for m in messages %}{{ loop.revindex0 }}{% endfor %}", "loop.revindex0 is not"),
         ("{% set a, b = 1, 2 %}", "{% set %} is not supported"),
         ("{{ " + "(" * 400 + "1" + ")" * 400 + " }}", "is not supported"),
