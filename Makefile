@@ -84,6 +84,7 @@ studies: .venv/dev model
 	$(PY) experiments/own_texts.py
 	$(PY) experiments/router.py
 	$(PY) experiments/stream.py
+	$(PY) experiments/stream.py --count 32 --rows separate retrieval --work runs/long --out results/long.json
 	$(PY) experiments/choice.py
 	$(PY) experiments/distill.py --limit 24
 	$(PY) experiments/many.py --counts 8 24 --edits 1 --limit 24 --policy $(POLICY) $(SEAL)

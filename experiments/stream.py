@@ -1,7 +1,7 @@
 """Learn passages one after another: what is still known of them at the end, and what of all else?
 
     python experiments/stream.py --count 8 --seeds 3             # -> results/stream.json
-    python experiments/stream.py --count 32 --rows separate retrieval --out results/long.json
+    python experiments/stream.py --count 32 --rows separate retrieval --work FOLDER --out FILE
 
 Each seed draws --count passages and an order. The untrained model writes notes on each, the same
 for all rows; each passage is learnt from its text and its notes, in --steps steps at --lr. After
