@@ -170,10 +170,13 @@ def notes(title: str, record: dict) -> str:
     questions about it; other notes with that of the whole quiz."""
     credits, asked = dict(record["sentences"]), [question_and_answer(n) for n in record["notes"]]
     others = [n for n, (_, answer) in zip(record["notes"], asked) if answer not in credits]
+    questions = {}
+    for question, answer in asked:
+        questions.setdefault(answer, []).append(question)
     text = f"<section><h4>{title}</h4><p>{escape(record['method'])}: {len(asked)} notes</p>\n"
     for sentence, credit in credits.items() if len(others) < len(asked) else ():
         earned = "not asked" if credit is None else f"earned {percent(credit)}"
-        text += group(sentence, earned, [q for q, answer in asked if answer == sentence])
+        text += group(sentence, earned, questions.get(sentence, []))
     if others:
         scores = [a["accuracy"] for a in record["answers"]]
         text += group("All together", f"earned {percent(sum(scores) / len(scores))}", others)
@@ -191,7 +194,8 @@ def quiz(records: list[dict]) -> str:
         body += f"<tr><th>{escape(answers[0]['question'])}<small>accepted: {accepted}</small></th>"
         for r, a in zip(records, answers):
             given = escape(a["answer"].strip()) or "(nothing)"
-            body += f'<td data-row="{escape(r["method"])}">{mark(a["accuracy"] == 1, given)}</td>'
+            name = escape(r["method"][:40])
+            body += f'<td data-row="{name}">{mark(a["accuracy"] == 1, given)}</td>'
         body += "</tr>\n"
     return f'<h4>Quiz</h4><table class="quiz">{line(head, "th")}{body}</table>\n'
 
@@ -233,8 +237,9 @@ def attempt(r: dict, n_tests: int, solved: list[bool]) -> str:
     text = f'<section class="card"><h5>{escape(r["method"])}</h5><p>{told}</p><div class="grids">'
     for said in r["prediction"] or [r["flaw"]] * n_tests:
         rows = said.strip("\n").split("\n")
-        is_grid = re.fullmatch(r"[0-9\n]+", said) and len(set(map(len, rows))) == 1
-        text += grid(rows, "prediction") if is_grid else f"<p>{escape(said) or 'no prediction'}</p>"
+        is_grid = re.fullmatch(r"[0-9\n]{1,1000}", said) and len(set(map(len, rows))) == 1
+        told = escape(said[:1000]) or "no prediction"
+        text += grid(rows, "prediction") if is_grid else f"<p>{told}</p>"
     told = asked_for(r["config"] or {}, r["flaw"])
     return f"{text}</div><p><small>{told}</small></p></section>\n"
 

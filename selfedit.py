@@ -96,11 +96,16 @@ class SelfEdit:
     def from_record(cls, record: dict) -> "SelfEdit":
         """KeyError or TypeError if it is of another form."""
         parts = [checked(Part, part) for part in record["parts"]]
+        settings = record.get("settings")
+        if settings and not are_settings(settings):
+            raise TypeError(f"settings are {settings!r:.40}")
         return checked(cls, record | {"parts": parts})
 
 
 def checked(cls, record: dict):
     """cls(**record). TypeError if a field holds something else than it should."""
+    if not isinstance(record, dict):
+        raise TypeError(f"{record!r:.40} is no object")
     for f in fields(cls):
         plain = (get_origin(f.type) or f.type,)
         kinds = get_args(f.type) if isinstance(f.type, UnionType) else plain
@@ -498,18 +503,24 @@ def parse_settings(text: str, ended: bool) -> tuple[dict, str]:
     value, flaw = first_object(text, ended)
     if flaw:
         return {}, flaw
-    if set(value) != set(KEYS) or type(value["data"]) is not list or value["loss"] not in LOSS:
-        return {}, "malformed"
-    data, counts = value["data"], [value[tool] for tool in (*TOOLS, "epochs")]
-    known = all(type(name) is str and name in DATA for name in data) and len(set(data)) == len(data)
-    lr = value["learning_rate"]
-    if not known or {type(n) for n in counts} != {int} or type(lr) not in (int, float):
+    if not are_settings(value):
         return {}, "malformed"
     within = all(0 <= value[tool] <= most for tool, (_, most) in TOOLS.items())
-    within &= MIN_LR <= lr <= MAX_LR and 1 <= value["epochs"] <= MAX_EPOCHS
-    if not within or not any([data, *counts[:-1]]):
+    within &= MIN_LR <= value["learning_rate"] <= MAX_LR and 1 <= value["epochs"] <= MAX_EPOCHS
+    if not within or not any([value["data"], *(value[tool] for tool in TOOLS)]):
         return {}, "out of bounds"
     return {key: value[key] for key in KEYS}, ""
+
+
+def are_settings(value) -> bool:
+    """Are these KEYS, with values of their kinds?"""
+    if not isinstance(value, dict) or set(value) != set(KEYS) or value["loss"] not in LOSS:
+        return False
+    data, counts = value["data"], [value[tool] for tool in (*TOOLS, "epochs")]
+    if type(data) is not list or not all(type(name) is str and name in DATA for name in data):
+        return False
+    numbers = {type(n) for n in counts} == {int} and type(value["learning_rate"]) in (int, float)
+    return numbers and len(set(data)) == len(data)
 
 
 # -----------------------------------------------------------------------------

@@ -19,6 +19,7 @@ inputs and outputs:
     repeat   the grid twice beside itself, twice below, or two by two
 """
 
+from collections import Counter
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,6 +30,7 @@ from lm.files import read_json, read_json_value, warn
 from lm.flags import at_least, refuse_unused
 
 LARGEST = 30  # cells along a side
+MOST_PAIRS = 20  # of a task: the tasks made of it are as many as the cube; official ones have ten
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,7 +75,7 @@ def load_tasks(path, split: str = "", ids=(), largest: int = LARGEST) -> list[Ta
     Exits with one line that names the task and the field if the file is not ARC, if an id is not
     there, or there twice. What is wrong in a folder is left out, with a note.
     """
-    path, found, left_out = Path(path), {}, []
+    path, found, left_out, wanted = Path(path), {}, [], set(ids)
 
     def sound(read, *args):
         try:
@@ -88,7 +90,7 @@ def load_tasks(path, split: str = "", ids=(), largest: int = LARGEST) -> list[Ta
         if of != file and of.is_file():
             continue  # the answers to that file's tasks
         for name, value in sound(_tasks_in, file, split) or []:
-            if ids and name not in ids:
+            if ids and name not in wanted:
                 continue
             if name in found:
                 raise SystemExit(f"error: {file}: task {name} is there twice")
@@ -120,7 +122,7 @@ def task_ids(path, split: str) -> list[str]:
     if not ids or not isinstance(ids, list) or not all(isinstance(i, str) for i in ids):
         raise SystemExit(f"error: {path}: no list of task ids under {split!r} (--split)")
     if len(set(ids)) < len(ids):
-        twice = max(ids, key=ids.count)
+        [(twice, _)] = Counter(ids).most_common(1)
         raise SystemExit(f"error: {path}: task {twice} is twice under {split!r}")
     return ids
 
@@ -195,6 +197,8 @@ def _task(name: str, value, file: Path) -> Task:
     parts = {}
     for part, least in (("train", 2), ("test", 1)):
         pairs = value.get(part)
+        if isinstance(pairs, list) and len(pairs) > MOST_PAIRS:
+            raise SystemExit(f"{where}: {part!r} has {len(pairs)} pairs, of at most {MOST_PAIRS}")
         if not isinstance(pairs, list) or len(pairs) < least:
             raise SystemExit(
                 f"{where}: {part!r} must be a list of at least {least} pair{'s' * (least > 1)}"

@@ -25,7 +25,7 @@ import zlib
 from collections import Counter
 from dataclasses import dataclass
 
-from lm.files import LARGEST, digest, parse_json, read_bytes
+from lm.files import LARGEST, digest, parse_json, read_bytes, refuse_many
 from lm.flags import at_least
 from lm.runs import trained_as
 
@@ -141,6 +141,7 @@ def _json_or_lines(data: bytes, path):
     first = data.partition(b"\n")[0].rstrip()
     if not (first[:1] == b"{" and first[-1:] == b"}"):
         return parse_json(data, path)
+    refuse_many(data, path)
     lines = map(bytes.rstrip, io.BytesIO(data))
     values = [parse_json(line, f"{path} line {n}") for n, line in enumerate(lines, 1) if line]
     return values[0] if len(values) == 1 and "title" not in values[0] else values

@@ -70,7 +70,8 @@ def split(line: str) -> list[str]:
     """The sentences of a line."""
     found, start = [], 0
     for mark in END.finditer(line):
-        before, after = line[start : mark.start()][-40:], line[mark.end() :][:40].lstrip()
+        before = line[max(start, mark.start() - 40) : mark.start()]
+        after = line[mark.end() : mark.end() + 40].lstrip()
         if ends(before, mark[0].strip(), after):
             found.append(line[start : mark.end()].strip())
             start = mark.end()
@@ -108,7 +109,8 @@ def lines_of(text: str) -> list[tuple[str, bool]]:
             header, last = header if line else None, ""
         elif line.startswith("|"):
             cells = [cell.strip() for cell in line.strip("|").split("|")]
-            names = [name if len(name) <= 100 else name[:100] + "…" for name in header or []]
+            names = (header or [])[: len(cells)]
+            names = [name if len(name) <= 100 else name[:100] + "…" for name in names]
             pairs = [f"{name}: {cell}" for name, cell in zip(names, cells) if cell]
             found += [("; ".join(pairs), True)] if pairs else []
             header = header or cells

@@ -43,6 +43,7 @@ from lm.runs import add_ladder_flags, find_policies, open_run, policy_digests, s
 from lora import merged
 from reward import (
     QUESTIONS,
+    RESULT,
     Candidate,
     accuracy_of,
     edit_candidate,
@@ -121,7 +122,8 @@ def measure(model, tok, passages, policies: dict, args, work: Path) -> tuple[lis
             candidates = []
             for n, (passage, own) in enumerate(zip(passages, learnt, strict=True)):
                 candidates.append(candidate(tok, n, passage, own, budget, args))
-            log, label = Log(work / f"{name}-{budget}.jsonl", accuracy_of), f"{name} {budget}"
+            log = Log(work / f"{name}-{budget}.jsonl", accuracy_of, needed=RESULT)
+            label = f"{name} {budget}"
             how = (lora, sub_seed(args.seed, 1), log, quiz_candidates, label)
             groups = populations([c for c in candidates if c], args.population)
             update_and_quiz(model, tok, groups, *how)

@@ -41,6 +41,7 @@ from lm.log import Log, Progress
 from lm.runs import open_run
 from lora import Adapters, LoRAConfig, attached
 from reward import (
+    RESULT,
     accuracy_of,
     by_sentence,
     passage_candidate,
@@ -148,7 +149,7 @@ def study(model, tok, edits, passages, longer, args, lot: int, work: Path) -> Lo
     for pool, p in zip(found, longer):
         for half in pool.halves:
             candidates.append(passage_candidate(tok, len(candidates), p, half, config))
-    log, lora = Log(work / f"lot-{lot}.jsonl", accuracy_of), lora_config(args, model)
+    log, lora = Log(work / f"lot-{lot}.jsonl", accuracy_of, needed=RESULT), lora_config(args, model)
     groups = populations(candidates, args.population)
     update_and_quiz(model, tok, groups, lora, seed, log, ask_all, f"lot {lot}")
     results = iter([log[c] for c in candidates])

@@ -30,7 +30,14 @@ from lm.flags import Parser, at_least, load, refuse_unused, result_head
 from lm.intervals import bootstrap
 from lm.log import Log
 from lm.runs import open_run
-from reward import accuracy_of, edit_candidate, populations, quiz_candidates, update_and_quiz
+from reward import (
+    RESULT,
+    accuracy_of,
+    edit_candidate,
+    populations,
+    quiz_candidates,
+    update_and_quiz,
+)
 from selfedit import DATA, LOSS, TOOLS, WORKED, settings_of, settle, write_self_edits
 
 RATES = (0.001, 0.002, 0.004, 0.006, 0.008, 0.012)
@@ -76,7 +83,7 @@ def measure(model, tok, passages, args, work: Path) -> dict:
         for n, (passage, e) in enumerate(zip(passages, edits, strict=True)):
             e = replace(e, settings=settings)
             candidates.append(edit_candidate(tok, n, passage, e, args, seed)[0])
-        log = Log(work / f"{k}.jsonl", accuracy_of)
+        log = Log(work / f"{k}.jsonl", accuracy_of, needed=RESULT)
         groups = populations([c for c in candidates if c], args.population)
         label = f"settings {k + 1}/{args.count}"
         update_and_quiz(model, tok, groups, lora, seed, log, quiz_candidates, label)

@@ -62,6 +62,7 @@ from lm.runs import open_run
 from lora import attached
 from quiz import answer_logprobs, quiz_items
 from reward import (
+    RESULT,
     accuracy_of,
     edit_candidate,
     populations,
@@ -229,7 +230,7 @@ def measure(model, tok, passages, longer, args, work: Path) -> list[dict]:
         groups = populations([c for c in candidates if c], args.population)
         by_seed, lora = [], lora_config(args, model)
         for s in range(args.seeds):
-            log = Log(work / f"{recipe}-{s}.jsonl", accuracy_of)
+            log = Log(work / f"{recipe}-{s}.jsonl", accuracy_of, needed=RESULT)
             label, seed = f"{recipe} {s + 1}/{args.seeds}", sub_seed(args.seed, 1, s)
             update_and_quiz(model, tok, groups, lora, seed, log, ask_all, label)
             by_seed.append([log[c]["answers"] if c else None for c in candidates])

@@ -31,6 +31,7 @@ from lm.log import Log
 from lm.runs import open_run
 from quiz import mean_scores
 from reward import (
+    RESULT,
     accuracy_of,
     passage_candidate,
     populations,
@@ -108,7 +109,7 @@ def measure(model, tok, passages, recipe: Recipe, args, work: Path) -> dict:
     name = "-".join(f"{v:g}" if isinstance(v, float) else str(v) for v in vars(recipe).values())
     start, path = time.perf_counter(), work / f"{name}.jsonl"
     timed = not path.is_file()  # else some were learnt before this run was killed and resumed
-    log, groups = Log(path, accuracy_of), populations(candidates, args.population)
+    log, groups = Log(path, accuracy_of, needed=RESULT), populations(candidates, args.population)
     how = (lora_config(own, model), sub_seed(args.seed, 1), log, quiz_candidates, name)
     update_and_quiz(model, tok, groups, *how)
     seconds = (time.perf_counter() - start) / len(passages)

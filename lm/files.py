@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from lm.ranks import RANK, WORLD, may_write
 
 LARGEST = 1 << 28  # bytes of a file that is read as a whole; as text they may be four times as many
-VALUES = 10_000_000  # objects, lists and items of JSON, a hundred bytes of memory each
+VALUES = 4_000_000  # objects, lists and items in a file of JSON, up to 300 bytes of memory each
 
 GOES_ON = "; the same command goes on where it was"
 
@@ -105,14 +105,19 @@ def parse_json(data: bytes, where):
             raise SystemExit(f"error: {where}: {twice!r:.60} stands twice in one object")
         return value
 
-    if sum(map(data.count, (b"{", b"[", b","))) > VALUES:
-        raise SystemExit(f"error: {where} has more than {VALUES:,} values")
+    refuse_many(data, where)
     try:
         return json.loads(data.decode("utf-8-sig"), object_pairs_hook=unique)
     except ValueError as e:
         raise SystemExit(f"error: {where} is not valid JSON: {e}") from e
     except RecursionError as e:
         raise SystemExit(f"error: {where} is nested too deep to be read") from e
+
+
+def refuse_many(data: bytes, where) -> None:
+    """Exit with one line if JSON, or lines of it, would take gigabytes of memory."""
+    if sum(map(data.count, (b"{", b"[", b","))) > VALUES:
+        raise SystemExit(f"error: {where} has more than {VALUES:,} values")
 
 
 def read_json_value(path):
@@ -216,6 +221,7 @@ def read_jsonl(path, resume: bool = False) -> list:
     """The records of a JSON-lines file. Exits with one line that names a line that is no JSON
     object. Work that is to `resume` goes on without a last record that is cut off, with a note."""
     records, data = [], read_bytes(path).rstrip(b"\n")
+    refuse_many(data, path)
     last = data.count(b"\n") + 1
     for n, line in enumerate(map(bytes.rstrip, io.BytesIO(data)), 1):
         try:

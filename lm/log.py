@@ -61,6 +61,9 @@ class Progress:
         self.step(0, **fields, tok_s=round(self.n_tokens / (time.perf_counter() - self.start)))
 
 
+NUMBERS = ("steps", "tokens", "diverged", "cells", "logprob")  # what a result may have
+
+
 class Log:
     """Results of candidates in a JSON-lines file, each with its candidate's name under "n" and,
     under "of", a fingerprint of what it was trained on. What stands there is not computed again:
@@ -90,6 +93,7 @@ class Log:
                 found[r["n"]] = r
                 float(self.score(r))
                 [r[name] for name in self.needed]
+                [float(r[name]) for name in NUMBERS if name in r]
             except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as e:
                 raise SystemExit(f"error: {path} line {n} is no result: {e!r}") from e
             if len(found) < n:

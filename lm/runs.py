@@ -125,7 +125,7 @@ class Rounds:
             if metrics.get("round") != k:
                 raise SystemExit(f"error: {file} line {k} is not of round {k}")
             for key in SOUND.keys() & metrics.keys():
-                if not isinstance(metrics[key], (int, float)):
+                if not isinstance(metrics[key], (int, float)) or abs(metrics[key]) > 1e9:
                     raise SystemExit(f"error: {file} line {k}: {key} is {metrics[key]!r:.40}")
 
     @property
@@ -287,6 +287,6 @@ def policy_digests(policies: dict) -> dict:
     """What a resumed run must find unchanged."""
     found = {}
     for name, folder in policies.items():
-        both = [digest(folder / f"adapter_{file}") for file in ("model.safetensors", "config.json")]
-        found[name] = fingerprint("".join(both).encode())
+        found[name] = digest(folder / "adapter_model.safetensors")
+        found[f"{name} config"] = digest(folder / "adapter_config.json")  # not in older runs
     return found

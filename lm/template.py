@@ -24,8 +24,9 @@ TAG = re.compile(
 )
 
 
-MOST = 10_000_000  # characters, or items, that a template makes of others; or characters it prints
-LOOPS = 100_000  # most rounds of a loop
+LONGEST = 1_000_000  # characters of a template
+MOST = 10_000_000  # characters, or items, of all that it makes in one chat; or characters it prints
+LOOPS = 100_000  # rounds of a loop
 
 
 class Loop(dict):
@@ -85,12 +86,17 @@ def refuse(what):
 
 def as_text(x) -> str:
     """x as it is printed. Lists may hold each other many times over, so they are not."""
-    return refuse("a list or dictionary as text") if isinstance(x, (list, dict)) else str(x)
+    plain = x is UNDEFINED or x is None or isinstance(x, (str, int, float))
+    return str(x) if plain else refuse("a list or dictionary as text")
+
+
+MADE = [0]  # characters and items, since render() began
 
 
 def bounded(x):
-    """x, unless it has grown beyond any chat."""
-    if isinstance(x, (str, list)) and len(x) > MOST:
+    """x, unless with it more has been made than for any chat."""
+    MADE[0] += len(x) if isinstance(x, (str, list, tuple)) else 0
+    if MADE[0] > MOST:
         refuse(f"a text or list of {len(x):,}")
     return x
 
@@ -110,7 +116,7 @@ def expression(source: str) -> ast.expr:
     )
     try:
         return ast.parse(f"({python}\n)", mode="eval").body
-    except SyntaxError:
+    except (SyntaxError, MemoryError):
         return refuse(repr(source.strip()))
 
 
@@ -118,7 +124,7 @@ def value(node, names: dict):
     """What an expression amounts to, under `names`."""
     of = lambda n: value(n, names)  # noqa: E731
     match node:
-        case ast.Constant():
+        case ast.Constant() if isinstance(node.value, (str, int, float)):  # bool, too
             return node.value
         case ast.Name():
             constant = {"true": True, "false": False, "none": None}
@@ -137,7 +143,7 @@ def value(node, names: dict):
         case ast.UnaryOp(op=ast.USub()):
             return -of(node.operand)
         case ast.BinOp(op=ast.MatMult()):
-            return named(FILTERS, "filter", node.right, of, of(node.left))
+            return bounded(named(FILTERS, "filter", node.right, of, of(node.left)))
         case ast.BinOp() if type(node.op) in OPERATORS:
             return bounded(OPERATORS[type(node.op)](of(node.left), of(node.right)))
         case ast.Compare(ops=[ast.Is() | ast.IsNot()]):
@@ -148,12 +154,13 @@ def value(node, names: dict):
         case ast.Attribute():
             return item(of(node.value), node.attr)
         case ast.Subscript(slice=ast.Slice() as s):
-            return of(node.value)[slice(*(n and of(n) for n in (s.lower, s.upper, s.step)))]
+            ends = (n and of(n) for n in (s.lower, s.upper, s.step))
+            return bounded(of(node.value)[slice(*ends)])
         case ast.Subscript():
             return item(of(node.value), of(node.slice))
         case ast.Call():
             options = {k.arg: of(k.value) for k in node.keywords}
-            return function(node.func, names)(*map(of, node.args), **options)
+            return bounded(function(node.func, names)(*map(of, node.args), **options))
     return refuse(repr(ast.unparse(node)))
 
 
@@ -286,13 +293,13 @@ def run(body: list, names: dict, out: Printed) -> None:
             items = value(loop.iter, names)
             if len(items) > LOOPS:
                 refuse(f"a loop of {len(items):,} rounds")
-            scopes = [names | bound(loop.target, x) for x in items]
             for condition in loop.ifs:
-                scopes = [scope for scope in scopes if value(condition, scope)]
-            for n, scope in enumerate(scopes):  # what is set within stays within
-                about = {"index0": n, "index": n + 1, "length": len(scopes)}
-                scope["loop"] = Loop(about | {"first": n == 0, "last": n == len(scopes) - 1})
-                run(parts[1], scope, out)
+                items = [x for x in items if value(condition, names | bound(loop.target, x))]
+            for n, x in enumerate(items):
+                about = {"index0": n, "index": n + 1, "length": len(items)}
+                about |= {"first": n == 0, "last": n == len(items) - 1}
+                # What is set within stays within.
+                run(parts[1], names | bound(loop.target, x) | {"loop": Loop(about)}, out)
 
 
 def bound(target, x) -> dict:
@@ -314,7 +321,9 @@ def raise_exception(message):
 def render(template: str, names: dict) -> str:
     """The text that a template makes of `names`. ValueError says what is not understood, or what
     the template itself refuses."""
-    out = Printed()
+    if len(template) > LONGEST:
+        raise ValueError(f"it has {len(template):,} characters, of at most {LONGEST:,}")
+    out, MADE[0] = Printed(), 0
     functions = {"raise_exception": raise_exception, "namespace": dict}
     try:
         run(parsed(template), functions | names, out)

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import tiktoken
 
-from lm.files import read_json
+from lm.files import read_bytes, read_json
 from lm.template import render
 
 # GPT-2's pattern, as the `tokenizers` library's ByteLevel applies it.
@@ -338,7 +338,7 @@ class Tokenizer:
             named = [t for t in template if isinstance(t, dict) and t.get("name") == "default"]
             template = named[0].get("template") if named else template
         if (jinja := folder / "chat_template.jinja").is_file():
-            file, template = jinja, jinja.read_text(encoding="utf-8", errors="replace")
+            file, template = jinja, read_bytes(jinja).decode("utf-8", "replace")
         for name, text in [*self.names.items(), ("chat_template", template)]:
             if not isinstance(text, str | None):
                 raise SystemExit(f"error: {file}: {name} must be a text, not {text!r:.40}")

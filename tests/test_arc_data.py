@@ -198,6 +198,10 @@ def test_forms(tmp_path):
         ([1], "is not ARC"),
         ({}, "no task there"),
         ({"t": 7}, "task t is not ARC"),
+        (
+            {"t": {**GOOD, "train": [PAIR] * 21}},
+            "task t: 'train' has 21 pairs, of at most 20",
+        ),
         ({"t": {"train": [PAIR, PAIR]}}, "task t: 'test' must be a list of at least 1 pair"),
         ({"t": {**GOOD, "train": [PAIR]}}, "task t: 'train' must be a list of at least 2 pairs"),
         ({"t": {**GOOD, "test": ["x"]}}, r"task t: test\[0\] must be an object"),

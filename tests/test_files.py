@@ -13,6 +13,7 @@ import torch
 from conftest import ROOT
 from safetensors.torch import save_file
 
+from data.qa import load_passages
 from lm.files import (
     GOES_ON,
     check_output,
@@ -140,7 +141,7 @@ def test_a_file_that_does_not_end_is_not_read(tmp_path, monkeypatch):
 
 
 def test_json_that_would_take_gigabytes(tmp_path, monkeypatch):
-    """Each value counts: a list's, an object's; and of one file all lines together do not."""
+    """Each value counts, a list's and an object's, of all lines together."""
     monkeypatch.setattr("lm.files.VALUES", 9)
     path = tmp_path / "x.json"
     path.write_text('{"a": [{}, {}, {}, {}]}')  # six that open, three commas
@@ -148,8 +149,12 @@ def test_json_that_would_take_gigabytes(tmp_path, monkeypatch):
     path.write_text('{"a": [{}, {}, {}, {}, {}]}')
     with pytest.raises(SystemExit, match=r"^error: .*x\.json has more than 9 values$"):
         read_json(path)
-    path.write_text('{"a": [1, 2, 3]}\n\n{"a": [{}, {}, {}]}\n{"a": [1, 2]}\n')
-    assert [len(r["a"]) for r in read_jsonl(path)] == [3, 3, 2]
+    path.write_text('{"a": [1, 2, 3]}\n\n{"a": [1, 2, 3]}\n{"b": 1}\n')
+    assert [len(r) for r in read_jsonl(path)] == [1, 1, 1]
+    path.write_text('{"a": [1, 2, 3]}\n{"a": [1, 2, 3]}\n{"b": [1]}\n')
+    for read in (read_jsonl, load_passages):
+        with pytest.raises(SystemExit, match=r"^error: .*x\.json has more than 9 values$"):
+            read(path)
 
 
 def test_half_of_a_character_can_be_written(tmp_path):

@@ -173,9 +173,10 @@ def test_metrics_of_other_rounds_are_refused(rounds, tmp_path):
 
 def test_metrics_that_are_no_numbers_are_refused(tmp_path):
     """Before a round's work, not after it."""
-    write_jsonl(tmp_path / "metrics.jsonl", [{"round": 1, "distinct": "x"}])
-    with pytest.raises(SystemExit, match="metrics.jsonl line 1: distinct is 'x'"):
-        Rounds(tmp_path, 3)
+    for value in ("x", None, 10**400):
+        write_jsonl(tmp_path / "metrics.jsonl", [{"round": 1, "distinct": value}])
+        with pytest.raises(SystemExit, match=f"metrics.jsonl line 1: distinct is {value!r:.10}"):
+            Rounds(tmp_path, 3)
 
 
 @pytest.mark.parametrize(
@@ -217,7 +218,11 @@ def test_the_policies_of_a_run_in_order(a_run):
     assert list(found) == [f"seal-{k}" for k in range(1, 13)]
     assert found["seal-10"] == a_run / "round-10" / "policy" and found["seal-12"] == Path("other")
     del found["seal-12"]
-    assert len(set(policy_digests(found).values())) == 11
+    digests = policy_digests(found)
+    assert len({digests[name] for name in found}) == 11
+    (found["seal-1"] / "adapter_config.json").write_text('{"lora_alpha": 5}')  # another policy
+    changed = policy_digests(found)
+    assert [name for name in changed if changed[name] != digests[name]] == ["seal-1 config"]
     assert find_policies(arguments(None, policy=["other"]), "qa") == {"seal-1": Path("other")}
     assert find_policies(arguments(None), "qa") == {}
 

@@ -460,7 +460,7 @@ def test_named_templates(small, tmp_path):
     assert ours.chat(CHATS[1]) == ours.encode("helloHi</s>", control=True)
 
 
-LONG, PRINTED = "{% set s = 'a' %}" + "{% set s = s ~ s %}" * 23, "{{ s }}"
+LONG, PRINTED = "{% set s = 'a' %}" + "{% set s = s ~ s %}" * 21, "{{ s }}"
 NESTED = "{% set s = [1] %}" + "{% set s = [s, s] %}" * 40
 GROWING = "{% set s = s.replace('a', 'aaaaaaaa') %}"
 
@@ -480,13 +480,19 @@ GROWING = "{% set s = s.replace('a', 'aaaaaaaa') %}"
         ("{{ raise_exception('No\nusers here') }}", "No users here"),
         ("{{ 1 % 0 }}", "modulo"),
         ("{{ '%9999999999d' % 1 }}", "% of a text is not supported"),
-        (f"{{% set s = 'aaaaaaaa' %}}{'{% set s = s + s %}' * 35}", "a text or list of 16,777,216"),
-        (f"{{% set s = [1] %}}{'{% set s = s + s %}' * 35}", "a text or list of 16,777,216"),
+        (f"{{% set s = 'aaaaaaaa' %}}{'{% set s = s + s %}' * 35}", "a text or list of 8,388,608"),
+        (f"{{% set s = [1] %}}{'{% set s = s + s %}' * 35}", "a text or list of 8,388,608"),
         (f"{{% set s = 'a' %}}{GROWING * 12}", "a text of more than .* is not supported"),
-        (f"{LONG}{PRINTED}{PRINTED}", "a text of more than .* is not supported"),
+        (f"{LONG}{PRINTED * 5}", "a text of more than .* is not supported"),
+        (f"{LONG}{'{% set t = [s.upper()] %}' * 3}", "a text or list of 2,097,152 is not"),
+        (f"{LONG}{'{% set t = [s[1:]] %}' * 3}", "a text or list of 2,097,151 is not"),
+        (f"{NESTED}{{{{ namespace(a=s).values() }}}}", "a list or dictionary as text is not"),
+        ("{{ b'%50d' % 1 }}", "b'%50d' is not supported|not supported"),
+        ("{{ " + "not " * 20_000 + "1 }}", "is not supported"),
+        (" " * 1_000_001, "has 1,000,001 characters, of at most 1,000,000"),
         (f"{NESTED}{PRINTED}", "a list or dictionary as text is not supported"),
         (f"{NESTED}{{{{ s ~ s }}}}", "a list or dictionary as text is not supported"),
-        (f"{LONG}{{% for c in s %}}{{% endfor %}}", "a loop of 8,388,608 rounds is not supported"),
+        (f"{LONG}{{% for c in s %}}{{% endfor %}}", "a loop of 2,097,152 rounds is not supported"),
         ("{% for m in messages %}{{ loop.revindex0 }}{% endfor %}", "loop.revindex0 is not"),
         ("{% set a, b = 1, 2 %}", "{% set %} is not supported"),
         ("{{ " + "(" * 400 + "1" + ")" * 400 + " }}", "is not supported"),

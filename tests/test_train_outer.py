@@ -171,12 +171,15 @@ def a_part_more(records):
         ("sampled", lambda records: records[4].update(x=1), "sampled.jsonl line 5 is no self-edit"),
         ("sampled", lambda records: records[4].update(loss="x"), "no self-edit: .*loss is 'x'"),
         ("sampled", lambda records: records[4]["parts"][0].update(notes=None), "notes is None"),
+        ("sampled", lambda records: records[4].update(parts=["x"]), "'x' is no object"),
+        ("sampled", lambda records: records[4].update(settings={"data": 5}), "settings are"),
         ("sampled", lambda records: records[4]["parts"][0].update(notes=[5]), "a note is no text"),
         ("sampled", lambda records: records.append(records[0]), "sampled.jsonl: its lines are not"),
         ("scored", two_names, "is not of the self-edit that it stands for"),
         ("scored", lambda records: records[1].update(n=0), "scored.jsonl: 0 stands there twice"),
         ("scored", lambda records: records[1].pop("answers"), "scored.jsonl line 2 is no result"),
         ("scored", lambda records: records[1].pop("steps"), "scored.jsonl line 2 is no result"),
+        ("scored", lambda records: records[1].update(tokens=None), "scored.jsonl line 2 is no res"),
     ],
 )
 def test_a_log_that_was_changed_is_noticed(
