@@ -172,7 +172,7 @@ MUTANTS = [
         "tests/test_settings.py -k what_is_a_flaw"),
     Mutant("selfedit.py", '1 <= value["epochs"] <= MAX_EPOCHS', 'value["epochs"] <= MAX_EPOCHS',
         "tests/test_settings.py -k what_is_a_flaw"),
-    Mutant("selfedit.py", "set(value) != set(KEYS) or", "if not set(KEYS) <= set(value) or",
+    Mutant("selfedit.py", "set(value) != set(KEYS) or", "not set(KEYS) <= set(value) or",
         "tests/test_settings.py -k what_is_a_flaw"),
     Mutant("selfedit.py", "if len(value) < len(pairs):", "if False:",
         "tests/test_settings.py -k what_is_a_flaw"),
