@@ -97,7 +97,7 @@ class SelfEdit:
         """KeyError or TypeError if it is of another form."""
         parts = [checked(Part, part) for part in record["parts"]]
         settings = record.get("settings")
-        if settings and not are_settings(settings):
+        if settings and settings_flaw(settings):
             raise TypeError(f"settings are {settings!r:.40}")
         return checked(cls, record | {"parts": parts})
 
@@ -503,24 +503,24 @@ def parse_settings(text: str, ended: bool) -> tuple[dict, str]:
     value, flaw = first_object(text, ended)
     if flaw:
         return {}, flaw
-    if not are_settings(value):
-        return {}, "malformed"
-    within = all(0 <= value[tool] <= most for tool, (_, most) in TOOLS.items())
-    within &= MIN_LR <= value["learning_rate"] <= MAX_LR and 1 <= value["epochs"] <= MAX_EPOCHS
-    if not within or not any([value["data"], *(value[tool] for tool in TOOLS)]):
-        return {}, "out of bounds"
-    return {key: value[key] for key in KEYS}, ""
+    flaw = settings_flaw(value)
+    return ({}, flaw) if flaw else ({key: value[key] for key in KEYS}, "")
 
 
-def are_settings(value) -> bool:
-    """Are these KEYS, with values of their kinds?"""
-    if not isinstance(value, dict) or set(value) != set(KEYS) or value["loss"] not in LOSS:
-        return False
+def settings_flaw(value) -> str:
+    """What parse_settings() finds wrong with an object."""
+    if type(value) is not dict or set(value) != set(KEYS) or type(value["data"]) is not list:
+        return "malformed"
     data, counts = value["data"], [value[tool] for tool in (*TOOLS, "epochs")]
-    if type(data) is not list or not all(type(name) is str and name in DATA for name in data):
-        return False
-    numbers = {type(n) for n in counts} == {int} and type(value["learning_rate"]) in (int, float)
-    return numbers and len(set(data)) == len(data)
+    known = all(type(name) is str and name in DATA for name in data) and len(set(data)) == len(data)
+    lr = value["learning_rate"]
+    if not known or {type(n) for n in counts} != {int} or type(lr) not in (int, float):
+        return "malformed"
+    if type(value["loss"]) is not str or value["loss"] not in LOSS:
+        return "malformed"
+    within = all(0 <= value[tool] <= most for tool, (_, most) in TOOLS.items())
+    within &= MIN_LR <= lr <= MAX_LR and 1 <= value["epochs"] <= MAX_EPOCHS
+    return "" if within and any([data, *counts[:-1]]) else "out of bounds"
 
 
 # -----------------------------------------------------------------------------

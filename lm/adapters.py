@@ -80,6 +80,8 @@ def read_adapter_config(path) -> dict:
     for key in ("target_modules", "layers_to_transform"):
         if not isinstance(config.get(key), list | (str if key == "target_modules" else int) | None):
             raise SystemExit(f"error: {path}: {key} = {config[key]!r:.40} is not a list")
+        if isinstance(config.get(key), list) and len(config[key]) > 1000:
+            raise SystemExit(f"error: {path}: {key} names {len(config[key]):,}, of at most 1,000")
     return config
 
 

@@ -61,7 +61,7 @@ class Progress:
         self.step(0, **fields, tok_s=round(self.n_tokens / (time.perf_counter() - self.start)))
 
 
-NUMBERS = ("steps", "tokens", "diverged", "cells", "logprob")  # what a result may have
+NUMBERS = ("steps", "tokens", "cells", "logprob")  # what a result may have
 
 
 class Log:
@@ -91,9 +91,12 @@ class Log:
         for n, r in enumerate(records, 1):
             try:
                 found[r["n"]] = r
-                float(self.score(r))
+                numbers = [self.score(r), *(r[name] for name in NUMBERS if name in r)]
                 [r[name] for name in self.needed]
-                [float(r[name]) for name in NUMBERS if name in r]
+                if not all(isinstance(x, (int, float)) and abs(x) < 1e30 for x in numbers):
+                    raise ValueError(f"not numbers: {numbers!r:.80}")
+                if type(r.get("diverged", False)) is not bool:
+                    raise ValueError(f"diverged is {r['diverged']!r:.40}")
             except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as e:
                 raise SystemExit(f"error: {path} line {n} is no result: {e!r}") from e
             if len(found) < n:

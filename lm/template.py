@@ -14,6 +14,7 @@ import ast
 import operator
 import re
 from functools import cache
+from types import NoneType
 
 STRING = r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*\""""
 INSIDE = rf"(?P<inside>(?:{STRING}|[^'\"])*?)"
@@ -95,9 +96,12 @@ MADE = [0]  # characters and items, since render() began
 
 def bounded(x):
     """x, unless with it more has been made than for any chat."""
-    MADE[0] += len(x) if isinstance(x, (str, list, tuple)) else 0
+    if isinstance(x, (str, list, tuple, dict)):
+        MADE[0] += len(x) + 30
+    if isinstance(x, (list, tuple)):
+        MADE[0] += sum(len(part) for part in x if isinstance(part, str))
     if MADE[0] > MOST:
-        refuse(f"a text or list of {len(x):,}")
+        refuse(f"a text or list of {len(x):,}, with all before it,")
     return x
 
 
@@ -124,13 +128,13 @@ def value(node, names: dict):
     """What an expression amounts to, under `names`."""
     of = lambda n: value(n, names)  # noqa: E731
     match node:
-        case ast.Constant() if isinstance(node.value, (str, int, float)):  # bool, too
+        case ast.Constant() if isinstance(node.value, (str, int, float, NoneType)):  # bool, too
             return node.value
         case ast.Name():
             constant = {"true": True, "false": False, "none": None}
             return constant[node.id] if node.id in constant else names.get(node.id, UNDEFINED)
         case ast.List() | ast.Tuple():
-            return [of(n) for n in node.elts]
+            return bounded([of(n) for n in node.elts])
         case ast.IfExp():
             return of(node.body if of(node.test) else node.orelse)
         case ast.BoolOp():
@@ -293,6 +297,7 @@ def run(body: list, names: dict, out: Printed) -> None:
             items = value(loop.iter, names)
             if len(items) > LOOPS:
                 refuse(f"a loop of {len(items):,} rounds")
+            items = list(items)  # within, what they are of may grow
             for condition in loop.ifs:
                 items = [x for x in items if value(condition, names | bound(loop.target, x))]
             for n, x in enumerate(items):
@@ -327,6 +332,6 @@ def render(template: str, names: dict) -> str:
     functions = {"raise_exception": raise_exception, "namespace": dict}
     try:
         run(parsed(template), functions | names, out)
-    except (TypeError, LookupError, AttributeError, ArithmeticError, RecursionError) as e:
+    except (TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError) as e:
         raise ValueError(str(e)) from e
     return "".join(out)

@@ -47,6 +47,7 @@ LLAMA3 = """<|begin_of_text|>{% for m in messages %}\
 <|start_header_id|>assistant<|end_header_id|>
 
 {% endif %}"""
+MOST_TOKENS = 1_000_000  # four times as many as the largest vocabularies
 MOST_BLANKS = 100_000  # in one run; tiktoken overflows its stack at ten times as many
 
 
@@ -119,7 +120,9 @@ def byte_ranks(model: dict, added: dict, path) -> tuple[dict[bytes, int], dict[b
         if model[key]:
             refuse(path, f"model: {key} = {model[key]!r}")
     vocab, to_byte = model["vocab"], gpt2_bytes()
-    pairs = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
+    if len(vocab) > MOST_TOKENS:
+        refuse(path, f"a vocabulary of more than {MOST_TOKENS:,}")
+    pairs = [m.split(" ", 1) if isinstance(m, str) else m for m in model["merges"]]
     merged = [vocab["".join(pair)] for pair in pairs]
     if merged != sorted(merged):
         refuse(path, "a list of merges that is not in the order of their ids")

@@ -604,3 +604,10 @@ def test_the_page_fits_phones_and_desks_in_light_and_dark(request, monkeypatch, 
         assert not console
         colours.setdefault(scheme, set()).add(found["colour"])
     assert colours == {"light": {"rgb(251, 250, 248)"}, "dark": {"rgb(22, 24, 27)"}}
+
+
+def test_a_prediction_longer_than_any_grid():
+    r = {"method": "x", "solved": 0, "cells": 0.0, "config": {}, "flaw": ""}
+    for said in ("1" * 5000, "11\n" * 5000, "no " * 5000):
+        text = report.attempt(r | {"prediction": [said]}, 1, [False])
+        assert text.count("<rect") <= 1000 and len(text) < 100_000

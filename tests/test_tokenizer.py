@@ -327,6 +327,10 @@ TEMPLATES = {  # Qwen 2.5 and Llama 3 without their branches for tools
     "{{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n'"
     "+ message['content'] | trim + '<|eot_id|>' }}{%- endfor %}{%- if add_generation_prompt %}"
     "{{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{%- endif %}",
+    "filtered": "{%- set last = None %}{%- for m in messages if m.role != None and m.content %}"
+    "{{ '<|im_start|>' ~ m.role ~ loop.index ~ loop.last ~ loop.length ~ '\n' ~ m.content }}"
+    "{{ '<|im_end|>\n' }}{%- endfor %}{%- if last is none and x is not defined %}{%- endif %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
     "hermes": "{{bos_token}}{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n'"
     " + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
@@ -386,7 +390,7 @@ TEMPLATES = {  # Qwen 2.5 and Llama 3 without their branches for tools
     "{% if add_generation_prompt -%}\n\n   assistant:{% endif %}\n\n",
 }
 VOCABULARY = {"llama3.2": "llama3", "hermes": "small", "qwen-math": "qwen", "r1": "small"}
-VOCABULARY |= {"qwen3": "small", "blanks": "small"}
+VOCABULARY |= {"qwen3": "small", "blanks": "small", "filtered": "small"}
 CHATS = [
     [{"role": "user", "content": "  What is 12 + 30?\n"}],
     [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}],
@@ -461,6 +465,7 @@ def test_named_templates(small, tmp_path):
 
 
 LONG, PRINTED = "{% set s = 'a' %}" + "{% set s = s ~ s %}" * 21, "{{ s }}"
+SPLIT = "{% set t = s.split('b') %}"
 NESTED = "{% set s = [1] %}" + "{% set s = [s, s] %}" * 40
 GROWING = "{% set s = s.replace('a', 'aaaaaaaa') %}"
 
@@ -480,14 +485,29 @@ GROWING = "{% set s = s.replace('a', 'aaaaaaaa') %}"
         ("{{ raise_exception('No\nusers here') }}", "No users here"),
         ("{{ 1 % 0 }}", "modulo"),
         ("{{ '%9999999999d' % 1 }}", "% of a text is not supported"),
-        (f"{{% set s = 'aaaaaaaa' %}}{'{% set s = s + s %}' * 35}", "a text or list of 8,388,608"),
-        (f"{{% set s = [1] %}}{'{% set s = s + s %}' * 35}", "a text or list of 8,388,608"),
+        (
+            f"{{% set s = 'aaaaaaaa' %}}{'{% set s = s + s %}' * 35}",
+            "a text or list of 8,388,608|4,194,304, with all",
+        ),
+        (
+            f"{{% set s = [1] %}}{'{% set s = s + s %}' * 35}",
+            "a text or list of 8,388,608|4,194,304, with all",
+        ),
         (f"{{% set s = 'a' %}}{GROWING * 12}", "a text of more than .* is not supported"),
         (f"{LONG}{PRINTED * 5}", "a text of more than .* is not supported"),
-        (f"{LONG}{'{% set t = [s.upper()] %}' * 3}", "a text or list of 2,097,152 is not"),
-        (f"{LONG}{'{% set t = [s[1:]] %}' * 3}", "a text or list of 2,097,151 is not"),
+        (
+            f"{LONG}{'{% set t = [s.upper()] %}' * 3}",
+            "a text or list of 2,097,152, with all before it, is not",
+        ),
+        (
+            f"{LONG}{'{% set t = [s[1:]] %}' * 3}",
+            "a text or list of 2,097,151, with all before it, is not",
+        ),
         (f"{NESTED}{{{{ namespace(a=s).values() }}}}", "a list or dictionary as text is not"),
-        ("{{ b'%50d' % 1 }}", "b'%50d' is not supported|not supported"),
+        ("{{ b'%50d' % 1 }}", "b'%50d'.* is not supported"),
+        (f"{LONG}{'{% set t = [s|list] %}' * 3}", "a text or list of 2,097,152, with all before"),
+        (f"{LONG}{SPLIT * 5}", "a text or list of 1, with all before"),
+        ("{% for k in a %}{% set b = namespace(c=1) %}{% endfor %}" * 3, "ends a reply with no"),
         ("{{ " + "not " * 20_000 + "1 }}", "is not supported"),
         (" " * 1_000_001, "has 1,000,001 characters, of at most 1,000,000"),
         (f"{NESTED}{PRINTED}", "a list or dictionary as text is not supported"),

@@ -1,7 +1,9 @@
 """tests/torture.py in short: a few tries of each part hold; and a part notices what does not."""
 
+import itertools
 import json
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -51,6 +53,14 @@ def test_what_does_not_hold_is_told(home, tmp_path, monkeypatch):
         patch.setattr(torture, "inner_update", lost_its_way())
         assert "learns the same: False" in tries("order", home, tmp_path, 1)[0]
         assert "neighbours the same: False" in tries("numbers", home, tmp_path, 1)[0]
+        patch.setattr(torture.selfedit, "parse_settings", busy)
+        assert tries("selfedits", home, tmp_path, 2)[0].endswith(" s")
+    with monkeypatch.context() as patch:
+        updates, seen = itertools.count(1), itertools.count(1)
+        patch.setattr(torture, "learnt", lambda *_: time.sleep(0.0005 * next(updates)))
+        patch.setattr(torture, "memory", lambda _: 1.05 ** next(seen))
+        told = tries("haul", home, tmp_path, 20)
+        assert all("memory grew by" in t and "times as long" in t for t in told) and len(told) == 8
     with monkeypatch.context() as patch:
         patch.setattr(torture.test_ranks, "unlike", lambda *_: ["scored.jsonl"])
         patch.setattr(torture, "pair", lambda *_: ("", 1.0))
@@ -60,6 +70,13 @@ def test_what_does_not_hold_is_told(home, tmp_path, monkeypatch):
     monkeypatch.setattr(torture, "readers", lambda *_: {"odd": (home / "arc.json", fails)})
     [told] = tries("files", home, tmp_path / "files", 1)
     assert told == "odd, arc.json: KeyError('x')"
+
+
+def busy(*_):
+    until = time.process_time() + 0.11
+    while time.process_time() < until:
+        pass
+    return {}, "malformed"
 
 
 def lost_its_way():

@@ -180,6 +180,7 @@ def a_part_more(records):
         ("scored", lambda records: records[1].pop("answers"), "scored.jsonl line 2 is no result"),
         ("scored", lambda records: records[1].pop("steps"), "scored.jsonl line 2 is no result"),
         ("scored", lambda records: records[1].update(tokens=None), "scored.jsonl line 2 is no res"),
+        ("scored", lambda records: records[1].update(diverged=2.5), "diverged is 2.5"),
     ],
 )
 def test_a_log_that_was_changed_is_noticed(
