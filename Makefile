@@ -6,7 +6,7 @@
 #   make results-proxy  RL by the proxy, two rounds, their ladders, the figures: two and a half hours
 #   make results-arc    the same for ARC: a warm-up, which tasks can be solved, two rounds, the ladder: an hour and a half;
 #   make demo-arc       the loop on a few puzzles: ten minutes
-#   make torture  are the promises of docs/TRUST.md kept? half an hour; make mutants: are the tests?
+#   make torture  are the promises of docs/TRUST.md kept? a quarter of an hour; make mutants: are the tests?
 #   make studies what is behind the defaults: hours
 # Killed, a target goes on where it was.
 # The times are for two cores with bfloat16 units; without, four to five times as long.

@@ -1,6 +1,6 @@
 """Is nothing lost, and nothing let in? Faults and hostile input, counted.
 
-    python tests/torture.py                                # -> results/torture.json: half an hour
+    python tests/torture.py                                # -> results/torture.json: 15 minutes
     python tests/torture.py --only kill files --share 0.1
 
 On tiny random models, by part:
