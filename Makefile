@@ -87,7 +87,7 @@ studies: .venv/dev model
 	$(PY) experiments/stream.py --count 32 --rows separate retrieval --work runs/long --out results/long.json
 	$(PY) experiments/choice.py --limit 24
 	$(PY) experiments/distill.py --limit 24
-	$(PY) experiments/many.py --counts 8 24 --edits 1 --limit 24 --policy $(POLICY) $(SEAL)
+	$(PY) experiments/many.py --counts 8 24 62 --edits 1 --policy $(POLICY) $(SEAL) --work runs/many --out results/many.json
 	$(PY) experiments/ranks.py --limit 12 --ranks 16 8
 
 model: checkpoints/smollm2-135m-instruct
