@@ -25,7 +25,7 @@ def a_run(tmp_path):
     first = [edit("a", 0.0), edit("a", 0.5, ["questions"], "all", 0.0059, 1)]
     first += [
         edit("b", 0.25, ["questions"], "all", 0.006, 2),
-        edit("b", 0.75, [], "answers", 1, 30),
+        edit("b", 0.75, [], "answers", 0.02, 30),
     ]
     second = [edit(p, 1.0, ["passage", "facts"], "all", 0.009, 12) for p in "aabb"]
     for k, edits in enumerate((first, second), 1):
