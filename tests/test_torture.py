@@ -57,7 +57,7 @@ def test_what_does_not_hold_is_told(home, tmp_path, monkeypatch):
         assert tries("selfedits", home, tmp_path, 2)[0].endswith(" s")
     with monkeypatch.context() as patch:
         updates, seen = itertools.count(1), itertools.count(1)
-        patch.setattr(torture, "learnt", lambda *_: time.sleep(0.0005 * next(updates)))
+        patch.setattr(torture, "learnt", lambda *_: time.sleep(0.0005 * 1.4 ** next(updates)))
         patch.setattr(torture, "memory", lambda _: 1.05 ** next(seen))
         told = tries("haul", home, tmp_path, 20)
         assert all("memory grew by" in t and "times as long" in t for t in told) and len(told) == 8

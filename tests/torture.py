@@ -212,7 +212,8 @@ def pair(folder: Path, home: Path, after: float, rank: int) -> tuple[str, float]
     with open(folder / "said", "w") as said:
         run = subprocess.Popen(command, cwd=folder, stdout=said, stderr=said)
     try:
-        workers = until(lambda: len(children(run.pid)) == 2 and children(run.pid))
+        until(lambda: len(children(run.pid)) == 2)
+        workers = children(run.pid)
         began = time.perf_counter()
         until(lambda: time.perf_counter() > began + after or not children(run.pid))
         took, killed = time.perf_counter() - began, took_one(children(run.pid), workers[rank])
@@ -229,14 +230,13 @@ def pair(folder: Path, home: Path, after: float, rank: int) -> tuple[str, float]
             run.wait(60)
 
 
-def until(true, seconds: float = 300):
-    """What true() is when it is true. Raises TimeoutError if it does not become so."""
+def until(true, seconds: float = 300) -> None:
+    """Wait for true(). Raises TimeoutError if it does not become so."""
     end = time.perf_counter() + seconds
-    while not (value := true()):
+    while not true():
         if time.perf_counter() > end:
             raise TimeoutError
         time.sleep(0.01)
-    return value
 
 
 def took_one(there: list[int], pid: int) -> bool:
