@@ -213,8 +213,9 @@ def plan_steps(n_rows: int, config: SFTConfig, seed: int) -> list[list[int]]:
 # the loss
 
 
-def backward_through_head(model: Transformer, x, target, share, weight, chunk: int = 256):
-    """Back-propagate sum(weight * cross-entropy) and return the cross-entropies (L).
+def backward_through_head(model: Transformer, x, target, share, weigh, chunk: int = 256):
+    """Back-propagate sum(weight * cross-entropy), where weigh(cross-entropies) gives the weights
+    (L), and return what is summed (L).
 
     x (L, C) are the states that predict target (L, K), each with its share (L, K) of the
     probability: without a teacher K is 1, and the share, too. The (L, V) logits never exist at
@@ -238,22 +239,29 @@ def backward_through_head(model: Transformer, x, target, share, weight, chunk: i
         p[at, t[:, :1]] = -p.sum(1, keepdim=True)  # that is close to 1
         logits.backward(p)
         g.copy_(h.grad)
+    weight = weigh(nll)
     grad *= weight[:, None].to(x.dtype)
     normed.backward(grad)
     x.backward(leaf.grad)
-    return nll
+    return weight * nll
 
 
 # -----------------------------------------------------------------------------
 # the update
 
 
-def train_step(model: Transformer, lora: attached, active: list[int], taken: list[list[Row]]):
+def as_given(rows: list[Row], nll):
+    """The weights (L) of the rows' targets, whatever their cross-entropies."""
+    return torch.cat([row.weight for row in rows]).to(nll.device)
+
+
+def train_step(model: Transformer, lora: attached, active: list, taken: list, weigh=as_given):
     """One forward and backward of p candidates: those in rows `active` of the adapters, each on its
     own `taken` rows.
 
     All tokens lie end to end, candidate after candidate. Returns losses (p), each a mean over the
-    candidate's own counted tokens, and gradients (p, N) in float32.
+    candidate's own counted tokens, and gradients (p, N) in float32. weigh(rows, cross-entropies)
+    gives the weights, if they are not the rows' own (lm/outer.py).
     """
     rows, device = [row for own in taken for row in own], model.device
     start = lora.adapters.config.start
@@ -268,14 +276,17 @@ def train_step(model: Transformer, lora: attached, active: list[int], taken: lis
     predicted = torch.tensor([len(row.at) for row in rows])
     owner = per_row.repeat_interleave(predicted).to(device)  # (L) candidate of each target
     counted = owner.bincount(minlength=len(taken))  # (p)
-    # The sum of the candidates' own means: no candidate's gradient depends on who trains beside it.
-    weight = torch.cat([row.weight for row in rows]).to(device) / counted[owner]
+
+    def mean(nll):
+        """The sum of the candidates' own means: no candidate's gradient depends on who trains
+        beside it."""
+        return weigh(rows, nll) / counted[owner]
 
     lora.bind(active, train=True)
     lora.share_out(ragged_or_even(list(map(n_tokens, taken)), device))
     hidden = model.run_layers(x, pos, attend_to(rows, model), start=start)
-    nll = backward_through_head(model, hidden[0, at.to(device)], target, share, weight)
-    losses = torch.zeros(len(taken), device=device).index_add_(0, owner, nll * weight)
+    terms = backward_through_head(model, hidden[0, at.to(device)], target, share, mean)
+    losses = torch.zeros(len(taken), device=device).index_add_(0, owner, terms)
     return losses, lora.gradients()
 
 

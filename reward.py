@@ -373,15 +373,18 @@ def credit(e: SelfEdit, passage: Passage, result: dict | None, reward: str) -> N
 # -----------------------------------------------------------------------------
 # selection: what is imitated
 
+GRADIENTS = ("grpo", "pairs")  # of --outer: they learn from what earned less, too (lm/outer.py)
 WHY = {  # kept? -> why
     "parts": ("no sound part is the best", "some parts are the best"),
     "best": ("not the best", "best"),
     "improving": ("no better than without it", "better than without it"),
     "notes": ("no note among the best", "some notes are among the best"),
+    "grpo": ("no part earned more than the mean", "some parts earned more than the mean"),
+    "pairs": ("no part is the best", "some parts are the best"),
 }
 
 
-def select(edits: list[SelfEdit], alone: dict, rule: str, keep: int) -> None:
+def select(edits: list[SelfEdit], alone: dict, rule: str, keep: int, outer: str = "restem") -> None:
     """Mark which self-edits, or parts of them, are imitated, and say why or why not. A part that
     has nothing to imitate, or was of no effect, is never imitated.
 
@@ -392,7 +395,10 @@ def select(edits: list[SelfEdit], alone: dict, rule: str, keep: int) -> None:
                 part: it earned most, and more than that part earns on average, over all self-edits
                 that did not diverge
     notes       the parts that have some of best_notes()
+
+    With an `outer` of GRADIENTS instead those are marked that are to become more likely.
     """
+    rule = outer if outer in GRADIENTS else rule
     for passage in dict.fromkeys(e.passage for e in edits):
         group = [e for e in edits if e.passage == passage]
         unflawed = [e for e in group if not e.flaw]
@@ -403,6 +409,10 @@ def select(edits: list[SelfEdit], alone: dict, rule: str, keep: int) -> None:
                 sound = bool(part.target) and not e.flaw and e.uses(part)
                 part.kept = sound and wins.get(rule, True)
         for k in range(len(group[0].parts)):
+            if rule in GRADIENTS:
+                better = [id(part) for part, weight in advantages(group, k, rule) if weight > 0]
+                for e in group:
+                    e.parts[k].kept = id(e.parts[k]) in better
             if rule == "parts":
                 keep_best_part(group, k)
             if rule == "notes":
@@ -440,12 +450,42 @@ def best_notes(group: list[SelfEdit], k: int, keep: int) -> list[str]:
     return sorted(better, key=earned.get, reverse=True)[:keep]
 
 
+def advantages(group: list[SelfEdit], k: int, outer: str) -> list[tuple]:
+    """(part, weight) of the parts k of one passage's self-edits that were sampled and have a
+    credit; none if all earned alike.
+
+    grpo    of credits [1, 0, None, 0.5]: 1.22, -1.22 and 0, the distance from their mean in
+            standard deviations
+    pairs   of the same: 1 for the first and -1 for the second, best and worst
+    """
+    found = [e.parts[k] for e in group if e.parts[k].ids and e.parts[k].credit is not None]
+    earned = np.array([part.credit for part in found])
+    if not len(found) or np.ptp(earned) < 1e-9:
+        return []
+    if outer == "pairs":
+        return [(found[earned.argmax()], 1.0), (found[earned.argmin()], -1.0)]
+    return list(zip(found, ((earned - earned.mean()) / earned.std()).tolist()))
+
+
+def to_weigh(prompts: dict, edits: list[SelfEdit], outer: str) -> list[tuple]:
+    """(prompt, sampled ids, weight) of advantages(): what --outer grpo and pairs learn from."""
+    found = []
+    for passage in dict.fromkeys(e.passage for e in edits):
+        group = [e for e in edits if e.passage == passage]
+        for k, prompt in enumerate(prompts[passage]):
+            found += [(prompt, part.ids, weight) for part, weight in advantages(group, k, outer)]
+    return found
+
+
 def to_imitate(
     prompts: dict, edits: list[SelfEdit], rule: str, keep: int, outer: str = "restem"
 ) -> list[tuple]:
     """(prompt, text, weight) of what is kept: parts as they are, or with the rule "notes" the best
     notes of all that a prompt gave. The weight is 1. With `outer` "weighted" it is the part's
-    credit, of which the mean becomes 1; what earned nothing is left out."""
+    credit, of which the mean becomes 1; what earned nothing is left out. Those that learn from what
+    earned less have to_weigh()."""
+    if outer in GRADIENTS:
+        return to_weigh(prompts, edits, outer)
     pairs = []
     if rule == "notes":
         for passage in dict.fromkeys(e.passage for e in edits):

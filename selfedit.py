@@ -50,6 +50,7 @@ class Part:
     note_credits: dict = field(default_factory=dict)
     kept: bool = False  # is it imitated?
     style: str = ""  # of its prompt; "settings" says how the notes are to be studied
+    ids: list[int] = field(default_factory=list)  # as sampled, with the token that ended it, if any
 
 
 @dataclass
@@ -114,6 +115,8 @@ def checked(cls, record: dict):
             raise TypeError(f"{f.name} is {record[f.name]!r:.40}")
     if not all(isinstance(note, str) for note in record.get("notes", [])):
         raise TypeError("a note is no text")
+    if not all(type(t) is int and t >= 0 for t in record.get("ids", [])):
+        raise TypeError("a token id is no number")
     return cls(**record)
 
 
@@ -622,6 +625,8 @@ def sample_share(
 ) -> list[SelfEdit]:
     """What this process samples of sample_self_edits()."""
     edits = read_edits(log, resume=True) if log and Path(log).is_file() else []
+    if any(t >= model.config.vocab_size for e in edits for part in e.parts for t in part.ids):
+        raise SystemExit(f"error: {log}: a token id that the model does not have; it was changed")
     expected = [(i, len(parts)) for i, parts in prompts.items() for _ in range(copies[i])]
     if [(e.passage, len(e.parts)) for e in edits] != expected[: len(edits)]:
         raise SystemExit(
@@ -643,16 +648,25 @@ def sample_share(
             sampled = generate(
                 model, asked, args.max_new, tok.end_ids, tick=progress.tokens, **options
             )
-            texts = iter([sampled_text(tok, reply) for reply in sampled])
+            replies = iter(sampled)
             for i in batch:
                 # A prompt's copies together.
-                own = [next(texts) for _ in range(len(prompts[i]) * copies[i])]
-                edits += [read(i, own[c :: copies[i]]) for c in range(copies[i])]
+                own = [next(replies) for _ in range(len(prompts[i]) * copies[i])]
+                for c in range(copies[i]):
+                    edits.append(read_replies(tok, read, i, own[c :: copies[i]]))
             if log:
                 write_jsonl(log, [e.record() for e in edits])
         made += total
         progress.step(total)
     return edits
+
+
+def read_replies(tok: Tokenizer, read, id, replies: list[list[int]]) -> SelfEdit:
+    """The record of one self-edit, of the token ids of its parts."""
+    e = read(id, [sampled_text(tok, ids) for ids in replies])
+    for part, ids in zip(e.parts, replies, strict=True):
+        part.ids = ids
+    return e
 
 
 def refuse_long_prompts(model, prompts: dict, max_new: int) -> None:

@@ -11,7 +11,7 @@ help it learn.
                             SE_1 .. SE_M ~ LM_theta( . | C)            sample
             for each SE_i:  theta_i = SFT(theta_0, C + SE_i)           inner update, a small LoRA
                             r_i = score of LM_theta_i on C's quiz      quiz, C is not in the prompt
-        theta <- SFT(theta, {(C, SE_i): r_i is the best})              reinforce (--select)
+        theta <- SFT(theta, {(C, SE_i): r_i is the best})              reinforce (--select, --outer)
 
 theta is the base model and one adapter, the policy, that all rounds go on training; theta_0 is the
 base model. With --student another model studies and answers. With --agents several policies on one
@@ -40,6 +40,8 @@ from inner import SFTConfig, inner_update, learner, lora_config, update_one
 from lm.adapters import load_adapter, save_adapter
 from lm.files import GOES_ON, chunks, run_main, sub_seed, write_jsonl
 from lm.flags import Parser, add_model_flags, at_least, load, load_student, refuse_unused
+from lm.outer import by_gradient
+from lm.packing import Example
 from lm.runs import Rounds, open_run
 from lora import PROJECTIONS, Adapters, LoRAConfig, merged
 from reward import select
@@ -56,6 +58,12 @@ EXCHANGE = {
     "all": "the best of all, whoever wrote it",
     "own": "the best of its own",
     "special": "those of the best of all that it wrote itself",
+}
+OUTER = {
+    "restem": "what is imitated, 1 (the paper)",
+    "weighted": "what is imitated, as much as it earned",
+    "grpo": "every sample, by how far it is from the mean of its prompt's (lm/outer.py)",
+    "pairs": "of each prompt the best sample against the worst",
 }
 RULES = {
     "parts": "the best of each part",
@@ -106,8 +114,8 @@ def add_loop_flags(parser, out: str, rewards: list[str], rules: list[str]) -> No
     about = "what is imitated. " + "; ".join(f"{rule}: {RULES[rule]}" for rule in rules)
     add("--select", default=rules[0], choices=rules, help=about)
     add = parser.add_argument_group("outer update (policy adapter on all layers)").add_argument
-    about = "what is imitated counts 1 (the paper's ReST-EM), or as much as it earned"
-    add("--outer", default="restem", choices=["restem", "weighted"], help=about)
+    about = "what counts, and how much. " + "; ".join(f"{k}: {v}" for k, v in OUTER.items())
+    add("--outer", default="restem", choices=OUTER, help=about)
     add("--outer-rank", type=at_least(1), default=64, help="LoRA rank")
     add("--outer-alpha", type=at_least(0.0), default=128.0, help="LoRA alpha")
     add("--outer-lr", type=at_least(0.0), default=5e-4, help="peak learning rate; the paper: 3e-4")
@@ -127,6 +135,12 @@ def refuse_contradictions(parser, args) -> None:
     writers = 1 if args.exchange == "own" else args.agents
     if args.select == "parts" and args.samples * writers < 2:
         parser.error("--select parts compares self-edits: it needs --samples of at least 2")
+    if args.outer in reward.GRADIENTS:
+        what = f"with --outer {args.outer}, which learns from all that has a credit"
+        refuse_unused(parser, args, ["select", "keep"], what)
+        if args.agents > 1 or args.reward == "logprob":
+            told = "the policy that wrote it all, and credits that begin at 0"
+            parser.error(f"--outer {args.outer} needs {told}: no --agents, no --reward logprob")
     if args.outer == "weighted" and args.reward != "accuracy":
         told = "what is earned is the weight, and must not be negative"
         parser.error(f"--outer weighted needs --reward accuracy: {told}")
@@ -162,11 +176,17 @@ DOMAINS = {"qa": reward.Passages, "arc": arc.Puzzles}
 
 def reinforce(model, tok, pairs: list[tuple], policy: Adapters, args, seed: int, label: str):
     """theta <- SFT(theta, pairs), each a prompt, a text and its weight: trains the policy in place.
-    Returns the last loss, None without pairs. Exits with one line if it diverges."""
+    With --outer grpo or pairs the text is the sampled ids, and may weigh less than nothing. Returns
+    the last loss, None without pairs. Exits with one line if it diverges."""
     if not pairs:
         return None
-    examples = [policy_example(tok, *pair) for pair in pairs]
-    outcome = update_one(model, policy, examples, outer_config(args), seed, label)
+    how = (outer_config(args), seed, label)
+    if args.outer in reward.GRADIENTS:
+        examples = [Example.reply(*pair) for pair in pairs]
+        outcome = by_gradient(model, policy, examples, args.outer, *how)
+    else:
+        examples = [policy_example(tok, *pair) for pair in pairs]
+        outcome = update_one(model, policy, examples, *how)
     if outcome.diverged:
         where = f"error: the outer update diverged at step {outcome.steps}"
         raise SystemExit(f"{where}; try a lower --outer-lr than {args.outer_lr}")
@@ -222,13 +242,13 @@ def main() -> None:
                 log.add(group, domain.quiz(student, its_tok, group, adapters, outcomes))
 
         # credit: r_i, of the whole and of each part; select: what is imitated
-        alone = domain.credit(edits, candidates, log)
+        alone, how = domain.credit(edits, candidates, log), (args.select, args.keep, args.outer)
         for group in own if args.exchange == "own" else [edits]:
-            select(group, alone, args.select, args.keep)
+            select(group, alone, *how)
         write_jsonl(folder / "candidates.jsonl", [e.record() for e in edits])
 
         # reinforce: theta <- SFT(theta, {(C, SE_i): kept}), ReST-EM
-        losses, how = [], (args.select, args.keep, args.outer)
+        losses = []
         for a, (tag, policy) in enumerate(zip(tags, policies)):
             shown = edits if args.exchange == "all" else own[a]
             pairs = reward.to_imitate(domain.prompts, shown, *how)

@@ -130,6 +130,7 @@ class Row:
     target: torch.Tensor  # (L, K) ids that it should predict, K = 1 without a teacher
     share: torch.Tensor  # (L, K) their probabilities
     weight: torch.Tensor  # (L)
+    before: torch.Tensor | None = None  # (L, 2) log-probabilities, for lm/outer.py
     x: torch.Tensor | None = None  # (T, C) what the frozen lower layers make of the tokens
 
     @property
