@@ -302,6 +302,8 @@ def generate(
             each = [n for n, i in enumerate(order) for _ in range(copies[i])]
             batch.keep(each)
             x = x[each]
+        if model.step:  # --compile
+            batch = model.step.rows(batch)
         for step in range(max_new):
             logits = model.head(x)
             logits[:, model.unused] = -torch.inf

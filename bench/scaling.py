@@ -18,7 +18,8 @@ from lm.grid import Step
 from lm.kernels import kept_product, swap_in
 from lm.packing import Example
 from lora import PROJECTIONS
-from model import RMSNorm, attention
+from model import attention
+from sampler import generate
 
 
 def timed(run) -> float:
@@ -198,32 +199,39 @@ def shares(profile, wall: float, P: int) -> dict:
 
 
 def kernels(b) -> None:
-    """lm/kernels.py: the inner update with all of it, with each of its three parts left out, and
-    with none."""
+    """lm/kernels.py: an inner update and sampling with all of it, with either of its parts left
+    out, and with none."""
     lora, sft = b.fast[0], replace(b.fast[1], steps=2)
-    models, seconds = {"all": b.model}, {}
-    for name in ("weights", "norms", "attention", "all three"):
+    prompts, how = [own[0] for own in b.prompts], {"copies": 4, "temperature": 0.7}
+    models = {"all": b.model}
+    for name in ("weights", "attention", "both"):
         models[name] = model = load_model(b.args.model, "cpu", str(b.model.dtype)[6:])
         swap_in(model)
-        if name in ("attention", "all three"):
+        if name in ("attention", "both"):
             model.attention = attention
         for module in model.modules():
-            if isinstance(module, torch.nn.Linear) and name in ("weights", "all three"):
+            if isinstance(module, torch.nn.Linear) and name in ("weights", "both"):
                 module.__class__ = torch.nn.Linear
-            if isinstance(module, RMSNorm) and name in ("norms", "all three"):
-                module.__class__ = RMSNorm
-    for turn in range(b.args.repeats):
+    work = {"training": lambda: b.train(b.longest, lora, sft)}
+    work["sampling"] = lambda: generate(b.model, prompts, 32, (), seed=b.args.seed, **how)
+    notes = {"training": "8 candidates, 2 steps of the default recipe"}
+    notes["sampling"] = "16 prompts x 4, 32 tokens each"
+    seconds = {}
+    for turn in range(b.args.repeats + 1):  # the first one only warms up
         order = list(models)[turn % len(models) :] + list(models)[: turn % len(models)]
         for name in order:  # each comes first, and last, in its turn
             b.model = models[name]
-            spent = timed(partial(b.train, b.longest, lora, sft))
-            seconds.setdefault(name, []).append(spent)
+            for kind, run in work.items():
+                seconds.setdefault((kind, name), []).append(timed(run))
     b.model = models.pop("all")
-    each = {name: statistics.median(times) for name, times in seconds.items()}
-    for name in models:
-        row = {"work": f"kernels-{name.split()[0]}", "ours_s": each["all"], "other_s": each[name]}
-        row |= {"other": f"ours without {name}", "ratio": each[name] / each["all"]}
-        b.add(row | {"note": "8 candidates, 2 steps of the default recipe", "turns": seconds})
+    each = {key: statistics.median(times[1:]) for key, times in seconds.items()}
+    for kind in work:
+        for name in models:
+            ours, other = each[kind, "all"], each[kind, name]
+            row = {"work": f"kernels-{kind}-{name}", "ours_s": ours, "other_s": other}
+            row |= {"other": f"ours without {name}", "ratio": other / ours, "note": notes[kind]}
+            turns = [seconds[kind, which][1:] for which in ("all", name)]
+            b.add(row | {"turns": turns})
 
 
 def compiled(b) -> None:

@@ -69,7 +69,7 @@ def parse_arguments():
     add("--probed", type=at_least(1), default=64, help="texts of a round that are measured anew")
     add("--work", default="runs/outer", help="folder of the runs, to resume a killed one")
     add("--out", default="results/outer.json", help="result file")
-    parser.set_defaults(settings=True, budget=2048)
+    parser.set_defaults(settings=True, budget=3072)
     args = settle(parser.parse_args())
     unused = ["style", "lr", "steps", "epochs", "compile"]
     refuse_unused(parser, args, unused, "here, where a self-edit says how it is studied")
@@ -158,7 +158,9 @@ def rounds_of(model, tok, runs: list[Path], passages, args) -> list[dict]:
         each = [round_of(model, tok, run, k, passages, args) for run in runs]
         earned = np.mean([own.pop("reward") for own in each], axis=0)
         row = {"round": k, "reward": float(earned.mean()), "ci95": bootstrap(earned, args.seed)}
-        rounds.append(row | {name: float(np.mean([own[name] for own in each])) for name in each[0]})
+        for name in each[0]:
+            row[name] = float(np.mean([own[name] for own in each]))
+        rounds.append(row)
     return rounds
 
 

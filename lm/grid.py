@@ -15,6 +15,7 @@ import math
 from dataclasses import dataclass, fields
 
 import torch
+import torch.nn.functional as F
 
 from lm.packing import Row, n_tokens
 from model import additive, attention, causal_mask
@@ -156,6 +157,100 @@ def adamw(flat, grad, m, v, count, lr, clip, active, alive, loss):
 
 
 # -----------------------------------------------------------------------------
+# decoding
+
+
+def next_states(model, lora, flat, cache, token, pos, at, seen):
+    """States (R, C) of one more token (R) in each row, at position pos (R), under the adapters flat
+    (P, N), if there are any, of R/P rows each. cache, of each layer (2, R, S, K, D), gets its keys
+    and values at place `at` (1); seen (R, S) says which places the token looks at."""
+    for path, module in lora.modules.items() if lora else ():
+        module.a, module.b = lora.adapters.views(flat, path)
+    bias = additive(seen[:, None], model.dtype)  # (R, 1, S)
+
+    def attend(layer: int):
+        def look(q, k, v):
+            cache[layer].index_copy_(2, at, torch.stack((k, v)))
+            return attention(q, *cache[layer], bias)
+
+        return look
+
+    x = model.embed(token[:, None])
+    x = model.run_layers(x, pos[:, None], [attend(i) for i in range(len(cache))])
+    for module in lora.modules.values() if lora else ():
+        module.a = module.b = None
+    return x[:, 0]
+
+
+class FixedRows:
+    """The rows of a sampler.Batch, once their prompts are read, in fixed shapes: P adapters with
+    R/P rows each, and S places. They read a token at a time; methods as there."""
+
+    def __init__(self, batch, compiled):
+        self.model, self.lora, self.compiled = batch.model, batch.lora, compiled
+        self.owner, self.length, valid = batch.owner, batch.valid.size(1), batch.valid
+        counts = torch.tensor(batch.counts, dtype=torch.long, device=valid.device)
+        self.cache, prefix = [], batch.prefix or [None] * len(batch.own)
+        for before, own in zip(prefix, batch.own):  # (2, rows, K, places, D)
+            own = own[:, :, :, : batch.length]
+            if before is not None:
+                own = torch.cat((before.repeat_interleave(counts, dim=1), own), dim=3)
+            self.cache.append(own.transpose(2, 3))
+        self.pos, self.seen = valid.sum(1), valid
+        self.slot = list(range(len(self.owner)))  # which of the R is each row
+        self.lay(self.length + 1)
+
+    def lay(self, places: int) -> None:
+        """Give each row a slot, in the smallest shapes that have room for all, and for so many
+        places."""
+        present = sorted(set(self.owner))
+        P, most = size_of(len(present), 1), max(map(self.owner.count, present))
+        each, S = size_of(most, 1), size_of(places, 128)
+        source, given = [self.slot[0]] * (P * each), []
+        for p, o in enumerate(present):
+            own = [n for n, other in enumerate(self.owner) if other == o]
+            for i, n in enumerate(own):
+                source[p * each + i] = self.slot[n]
+                given.append((n, p * each + i))
+        self.slot, self.each = [slot for _, slot in sorted(given)], each
+        index, more = torch.tensor(source, device=self.model.device), S - self.cache[0].size(2)
+        for i, own in enumerate(self.cache):  # a layer at a time: only one is there twice
+            self.cache[i] = F.pad(own[:, index], (0, 0, 0, 0, 0, more))
+        self.pos, self.seen = self.pos[index], self.seen[index]
+        self.seen = F.pad(self.seen, (0, S - self.seen.size(1)))
+        if self.lora:
+            flat = self.lora.adapters.flat[present].to(self.model.dtype)
+            self.flat = F.pad(flat, (0, 0, 0, P - len(present)))
+            self.lora.share_out(None)
+
+    @property
+    def full(self) -> bool:
+        return self.length == self.cache[0].size(2)
+
+    def extend(self, tokens: int) -> None:
+        if self.length + tokens > self.cache[0].size(2):
+            self.lay(self.length + tokens)
+
+    def keep(self, rows: list[int]) -> None:
+        """Keep only the given rows; the shapes stay, until half of the rows would do."""
+        self.owner, self.slot = [self.owner[r] for r in rows], [self.slot[r] for r in rows]
+        if 2 * max(map(self.owner.count, set(self.owner))) <= self.each:
+            self.lay(self.length)
+
+    def read(self, parts: list[list[int]]):
+        token = torch.zeros(len(self.pos), dtype=torch.long)
+        token[self.slot] = torch.tensor(parts)[:, 0]
+        at = torch.tensor([self.length], device=self.model.device)
+        self.seen[:, self.length] = True
+        torch.compiler.cudagraph_mark_step_begin()
+        flat = self.flat if self.lora else None
+        how = (token.to(self.model.device), self.pos, at, self.seen)
+        x = self.compiled(self.model, self.lora, flat, self.cache, *how)
+        self.pos, self.length = self.pos + 1, self.length + 1
+        return x[self.slot]
+
+
+# -----------------------------------------------------------------------------
 # the step
 
 
@@ -166,6 +261,11 @@ class Step:
         torch._dynamo.config.recompile_limit = 256  # a graph for each shape that a run has
         self.loss = torch.compile(population_loss, backend=backend, fullgraph=True, dynamic=False)
         self.adamw = torch.compile(adamw, backend=backend, fullgraph=True, dynamic=False)
+        self.next = torch.compile(next_states, backend=backend, fullgraph=True, dynamic=False)
+
+    def rows(self, batch) -> FixedRows:
+        """The rows of a sampler.Batch, as they go on."""
+        return FixedRows(batch, self.next)
 
     def update(self, lora, rows, plans, configs, lower, tick=None) -> list[tuple]:
         """Train each candidate's adapter on its rows, as inner.inner_update() says; plans[p][k] are

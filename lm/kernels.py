@@ -5,8 +5,6 @@ of it.
                  with 50 rows that takes as long as the product. Here oneDNN's form of it is kept,
                  which takes memory once more; in bfloat16 also its transpose's, where it is trained
                  through (in float32 the backward pass is as fast without).
-    norms        autograd's version of RMSNorm costs as much as a projection; here its backward pass
-                 is written out.
     attention    most of what attention writes are the scores; here they have one buffer and not
                  three.
 
@@ -20,12 +18,12 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from model import RMSNorm, Transformer
+from model import Transformer
 
 
 def swap_in(model: Transformer) -> None:
-    """Let the model's projections, norms and attention run on this file's versions. The weights
-    stay the same tensors.
+    """Let the model's projections and attention run on this file's versions. The weights stay the
+    same tensors.
 
     Replace a `weight` to change it afterwards (as lora.merge does): writing through `weight.data`
     would not be noticed.
@@ -36,8 +34,6 @@ def swap_in(model: Transformer) -> None:
     for module in model.modules():
         if isinstance(module, nn.Linear) and has_kept_products(module.weight.dtype):
             module.__class__, module.kept = KeptLinear, {}
-        if isinstance(module, RMSNorm):
-            module.__class__ = FastRMSNorm
 
 
 # -----------------------------------------------------------------------------
@@ -99,38 +95,6 @@ class KeptProduct(torch.autograd.Function):
         if weight.dtype == torch.float32:
             return grad @ weight, None
         return kept_product(grad, ctx.linear.form(transposed=True)), None
-
-
-# -----------------------------------------------------------------------------
-# norms
-
-
-class Normalize(torch.autograd.Function):
-    """x / rms(x), in float32 inside.
-
-    With h = x / rms(x):  dx = (dh - h * mean(dh * h)) / rms(x).
-    """
-
-    @staticmethod
-    def forward(ctx, x, eps):
-        h = x.float()
-        scale = torch.rsqrt(h.square().mean(-1, keepdim=True) + eps)
-        h = h * scale
-        ctx.save_for_backward(h, scale)
-        return h.to(x.dtype)
-
-    @staticmethod
-    def backward(ctx, grad):
-        h, scale = ctx.saved_tensors
-        g = grad.float()
-        return torch.addcmul(g, h, (g * h).mean(-1, keepdim=True), value=-1).mul_(scale).to(
-            grad.dtype
-        ), None
-
-
-class FastRMSNorm(RMSNorm):
-    def forward(self, x):
-        return self.weight * Normalize.apply(x, self.eps)
 
 
 # -----------------------------------------------------------------------------

@@ -504,8 +504,6 @@ MUTANTS = [
         "tests/test_intervals.py -k ratio"),
     Mutant("lm/intervals.py", "(gap <= 0).any()", "(gap <= 0).all()",
         "tests/test_intervals.py -k gap"),
-    Mutant("lm/kernels.py", "keepdim=True), value=-1)", "keepdim=True), value=1)",
-        "tests/test_kernels.py -k normalizing"),
     Mutant("lm/kernels.py", ".reshape(R, K, -1, D) * D**-0.5", ".reshape(R, K, -1, D)",
         "tests/test_kernels.py -k attention_swapped_in"),
     Mutant("lm/kernels.py", "if weight is not self.weight or version != weight._version:",

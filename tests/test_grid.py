@@ -13,9 +13,10 @@ from test_inner import CONFIGS, EXAMPLES, TOP, example, same_change
 
 import inner
 from inner import SFTConfig, inner_update
-from lm.grid import Step, grid_of, size_of
+from lm.grid import FixedRows, Step, grid_of, size_of
 from lm.packing import Example, make_row
-from lora import Adapters, LoRAConfig
+from lora import PROJECTIONS, Adapters, LoRAConfig
+from sampler import generate
 
 
 class Counted:
@@ -131,6 +132,76 @@ def test_a_token_held_for_impossible_is_no_divergence(model):
     sft = SFTConfig(lr=1e-6, steps=1, row_len=40)
     one, other, _ = both(model, TOP, [[example(20, 1)]], [sft], Counted())
     assert math.isfinite(other[0][0].loss) and other[0][0].loss == pytest.approx(one[0][0].loss)
+
+
+# -----------------------------------------------------------------------------
+# decoding
+
+
+def unlike(model, n: int) -> Adapters:
+    adapters = Adapters.init(model, LoRAConfig(4, 8.0, tuple(PROJECTIONS), 1, 4), n, seed=0)
+    draw = torch.Generator().manual_seed(1)
+    adapters.flat += 0.3 * torch.randn(adapters.flat.shape, generator=draw)
+    return adapters
+
+
+PROMPTS = [[7, 8, 9, 10, 11], [7, 8, 9, 3], [7, 8, 9, 20, 21, 22, 23], [9, 9], [7, 8, 30]]
+
+
+def both_ways(model, step, *args, **options) -> list:
+    found = []
+    for own in (None, step):
+        model.step = own
+        found.append(generate(model, *args, **options))
+    model.step = None
+    return found
+
+
+@pytest.mark.parametrize("copies", [1, [3, 1, 2, 1, 5]])
+@pytest.mark.parametrize("owner", [None, [2, 0, 2, 1, 2], [4, 4, 4, 4, 4]])
+def test_the_same_is_said(model, owner, copies):
+    """By rows that share a prompt, in part or as a whole, under unlike adapters or none."""
+    step, adapters = Step(Counted()), unlike(model, 5) if owner else None
+    options = {"temperature": 1.0, "seed": 3, "copies": copies, "adapters": adapters}
+    one, other = both_ways(model, step, PROMPTS, 40, (), owner=owner, **options)
+    assert one == other and len({tuple(ids) for ids in one}) == len(one)
+
+
+def test_rows_that_have_finished_leave_and_the_cache_grows(model, monkeypatch):
+    options = {"temperature": 1.0, "seed": 5, "copies": 4}
+    full = generate(model, PROMPTS, 150, (), **options)
+    ends = set(range(211)) - set(full[0][:140])  # so that one goes on, and others do not
+    sizes, real = [], FixedRows.lay
+
+    def lay(self, places):
+        real(self, places)
+        sizes.append(tuple(self.cache[0].shape[1:3]))
+
+    monkeypatch.setattr(FixedRows, "lay", lay)
+    one, other = both_ways(model, Step(Counted()), PROMPTS, 150, ends, **options)
+    assert one == other and 1 < len({len(ids) for ids in one})
+    assert sizes[0] == (32, 128) and sizes[-1][0] < 32 and sizes[-1][1] == 256
+
+
+def test_each_shape_of_rows_is_compiled_once(model):
+    """However many rows there are, and however long they become."""
+    backend = Counted()
+    model.step, graphs = Step(backend), []
+    for _ in range(2):
+        for n in (5, 6, 7, 8, 3, 4):
+            prompts = [[7, k, 9] for k in range(n)]
+            generate(model, prompts, 20, ())
+            graphs.append(backend.graphs)
+    model.step = None
+    assert graphs[0] == 1 and graphs[-1] == graphs[5] == 2
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_real_backends_say_the_same(model, backend):
+    adapters, owner = unlike(model, 2), [0, 1, 0, 1, 0]
+    how = {"adapters": adapters, "owner": owner}
+    one, other = both_ways(model, Step(backend), PROMPTS, 12, (), **how)
+    assert one == other
 
 
 def test_no_triton():

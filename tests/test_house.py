@@ -23,7 +23,8 @@ FLOORS = [
     "experiments/exercises.py experiments/own_texts.py experiments/noise.py",
     "experiments/tools.py experiments/grid.py experiments/budget.py experiments/ship.py",
     "experiments/credits.py experiments/ranks.py experiments/router.py experiments/distill.py",
-    "experiments/stream.py experiments/choice.py experiments/many.py experiments/shown.py experiments/outer.py",
+    "experiments/stream.py experiments/choice.py experiments/many.py experiments/shown.py",
+    "experiments/outer.py",
     "bench/baselines.py bench/scaling.py bench/speed.py bench/gpu.py bench/cost.py",
     "bench/memory.py",
 ]

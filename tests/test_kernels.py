@@ -8,10 +8,10 @@ from conftest import swap_in, write_checkpoint
 import lm.kernels
 from inner import SFTConfig, inner_update
 from lm.checkpoint import load_model, save_model
-from lm.kernels import FastRMSNorm, KeptLinear, KeptProduct, Normalize, OneBuffer, has_kept_products
+from lm.kernels import KeptLinear, KeptProduct, OneBuffer, has_kept_products
 from lm.packing import Example, Packed, Ragged
 from lora import PROJECTIONS, Adapters, LoRAConfig, attached, merged
-from model import RMSNorm, additive, attention, causal_mask
+from model import additive, attention, causal_mask
 
 LORA = LoRAConfig(4, 8.0, tuple(PROJECTIONS), 1, 4)
 # A kernel rounds in other places than what it replaces: by how much two results may differ, as a
@@ -102,7 +102,6 @@ def test_the_parts_are_swapped_in_and_the_weights_stay(family_folder):
     assert {name: p.data_ptr() for name, p in model.state_dict().items()} == before
     assert model.attention is lm.kernels.attention
     kinds = {type(m) for m in model.modules()}
-    assert FastRMSNorm in kinds and RMSNorm not in kinds
     assert (KeptLinear in kinds) is has_kept_products(torch.float32)
     assert (torch.nn.Linear in kinds) is not has_kept_products(torch.float32)
 
@@ -221,26 +220,6 @@ def test_a_weight_that_is_trained_itself_gets_its_gradient():
     linear(x).sum().backward()
     torch.testing.assert_close(linear.weight.grad, x.flatten(0, 1).sum(0).expand(80, 48))
     assert linear.bias.grad.tolist() == [14.0] * 80 and not linear.kept
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_normalizing_has_autograds_gradient(dtype):
-    x, grad = 3 * draw(2, 5, 24), torch.linspace(-1, 2, 240).view(2, 5, 24)
-    fast = lambda x: Normalize.apply(x, 1e-5)  # noqa: E731
-    torchs = lambda x: F.rms_norm(x, (24,), eps=1e-5)  # noqa: E731
-    x, grad = x.to(dtype), grad.to(dtype)
-    torch.testing.assert_close(*(with_gradients(f, [x], grad) for f in (fast, torchs)))
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_the_fast_norm_is_the_plain_one(dtype):
-    norm = RMSNorm(24, 1e-5).to(dtype).requires_grad_(False)
-    norm.weight += draw(24).to(dtype)
-    x, grad, results = 3 * draw(2, 5, 24).to(dtype), draw(2, 5, 24, seed=1).to(dtype), []
-    for kind in (RMSNorm, FastRMSNorm):
-        norm.__class__ = kind
-        results.append(with_gradients(norm, [x], grad))
-    torch.testing.assert_close(*results)
 
 
 SHAPES = [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 6e-2)]

@@ -55,7 +55,7 @@ def command(folder: Path, tiny_folder, passages_file, processes: int, restarts: 
     flags += ["--data", passages_file, "--max-new", 6, "--steps", 2, "--top-layers", 2]
     flags += ["--rank", 2, "--outer-rank", 2, "--outer-batch", 2, "--outer-row-len", 0]
     flags += ["--samples", 3, "--rounds", 1, "--select", "best", "--population", 2]
-    flags += ["--student", tiny_folder]  # loaded once more
+    flags += ["--student", tiny_folder, "--agents", 2]  # the student is loaded once more
     flags += ["--temperature", 0.1]  # all words are nearly alike to a random model: no rounding
     return list(map(str, [*start, "driver.py", "qa", *flags]))
 
@@ -101,11 +101,12 @@ def test_many_end_with_what_one_ends_with(alone, tiny_folder, tmp_path):
 def unlike(one: Path, other: Path) -> list[str]:
     """What two runs in these folders wrote differently, but for rounding."""
     rounds, found = [folder / "out" / "round-1" for folder in (one, other)], []
-    for name in ("sampled.jsonl", "scored.jsonl", "candidates.jsonl"):
+    for name in ("sampled.jsonl", "sampled-2.jsonl", "scored.jsonl", "candidates.jsonl"):
         found += [] if same(*(read_jsonl(folder / name) for folder in rounds)) else [name]
-    own, theirs = (load_file(f / "policy" / "adapter_model.safetensors") for f in rounds)
-    for name in own.keys() | theirs.keys():
-        found += [] if torch.allclose(own[name], theirs[name], atol=1e-5) else [name]
+    for agent in ("policy", "policy-2"):
+        own, theirs = (load_file(f / agent / "adapter_model.safetensors") for f in rounds)
+        for name in own.keys() | theirs.keys():
+            found += [] if torch.allclose(own[name], theirs[name], atol=1e-5) else [name]
     return found
 
 
