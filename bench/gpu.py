@@ -9,7 +9,8 @@ Parts; each is written to --out when it is done, and one that fails leaves its e
     train     the inner update at P = --populations, for --backends of --compile: tokens per second,
               the share of the device's rate of products, the seconds until the first run was over
               (compiling takes them), and the peak of memory
-    generate  sampled tokens, and answers to quiz questions under P adapters, per second
+    generate  tokens of P prompts, and answers to quiz questions under P adapters, per second, for
+              the same backends
     other     peft's tuned loop, and generate(), on the same device (bench/baselines.py); a prompt
               that sequences of a row share counts once on both sides
 The work is that of bench/speed.py, with the default recipe; figures are medians of --repeats.
@@ -176,16 +177,25 @@ def sample(b: Bench) -> list[dict]:
     for P in b.args.populations:
         prompts = first(P, b.prompts)
         how = {"temperature": 0.7, "top_p": 0.95, "seed": b.args.seed}
-        run = lambda p=prompts, how=how: generate(b.model, p, TOKENS, (), **how)  # noqa: E731
-        rows.append({"work": "sample", "rows": P, "tokens_per_s": P * TOKENS / b.median(run)})
-        adapters = Adapters.init(b.model, b.lora, P, b.args.seed)
+        sampled = lambda p=prompts, how=how: generate(b.model, p, TOKENS, (), **how)  # noqa: E731
         items = []
         for n, c in enumerate(b.population(P)):
             items += quiz_items(b.tok, c.subject, n)
-        asked = {"adapters": adapters, "owner": [i.owner for i in items]}
+        asked = {"adapters": Adapters.init(b.model, b.lora, P, b.args.seed)}
+        asked |= {"owner": [i.owner for i in items]}
         prompts = [list(i.prompt) for i in items]
-        run = lambda p=prompts, how=asked: generate(b.model, p, 32, (), **how)  # noqa: E731
-        rows.append({"work": "quiz", "P": P, "answers_per_s": len(items) / b.median(run)})
+        answered = lambda p=prompts, how=asked: generate(b.model, p, 32, (), **how)  # noqa: E731
+        for backend in b.args.backends:
+            b.model.step = Step(backend) if backend != "off" else None
+            for work, run, n in (("sample", sampled, P * TOKENS), ("quiz", answered, len(items))):
+                unit = "tokens_per_s" if work == "sample" else "answers_per_s"
+                row = {"work": work, "P": P, "compile": backend}
+                try:
+                    row["first_s"] = b.timed(run)
+                    rows.append(row | {unit: n / b.median(run)})
+                except Exception as e:
+                    rows.append(row | {"error": f"{type(e).__name__}: {e}"[:300]})
+        b.model.step = None
     return rows
 
 

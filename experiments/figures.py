@@ -15,6 +15,8 @@ Each figure is written beside its JSON:
                       ask for, round by round, and what they earn
     rounds.svg        qa_rounds.jsonl (metrics.jsonl of train_outer.py): reward of all and of the
                       reinforced self-edits
+    outer.svg         outer.json (experiments/outer.py): ways to reinforce, round by round, and what
+                      their policies are worth in the end, with 95 % intervals
     stream.svg        stream.json (experiments/stream.py): what is known of each passage after each
                       update
     arc_ladder.svg    arc_ladder.json (eval_arc.py): share of tasks that each row solves, 95 %
@@ -309,6 +311,40 @@ def draw_chosen(result: dict):
     return figure
 
 
+PANELS = {
+    "reward": "what the self-edits earned, %",
+    "repeats": "texts that say the same twice, %",
+    "distinct": "unlike pairs of words, %",
+    "entropy": "entropy, nats per token",
+    "kl": "KL to the base model, nats per token",
+}
+
+
+def draw_outer(result: dict):
+    """A panel for each of PANELS, by round, with a line for each way; and one with the accuracy on
+    evaluation passages."""
+    figure, panels = plt.subplots(2, 3, figsize=(11, 6.4))
+    looks = dict(zip(result["rounds"], zip(LINES[1:], "os^vDP")))
+    for axes, (key, label) in zip(panels.flat, PANELS.items()):
+        scale = 100 if label.endswith("%") else 1
+        for way, rounds in result["rounds"].items():
+            paint, mark = looks[way]
+            values = [scale * r[key] for r in rounds]
+            axes.plot([r["round"] for r in rounds], values, color=paint, marker=mark, label=way)
+        axes.set_xticks([r["round"] for r in rounds])
+        axes.set_xlabel("round")
+        axes.set_title(label, fontsize=11)
+    panels[0, 0].legend(frameon=False)
+    axes = panels[1, 2]
+    for n, row in enumerate(result["rows"][::-1]):
+        paint, mark = looks.get(row["row"], (GREY, "o"))
+        axes.plot([100 * v for v in row["ci95"]], [n, n], color=paint)
+        axes.plot(100 * row["accuracy"], n, mark, color=paint)
+    axes.set_yticks(range(len(result["rows"])), [row["row"] for row in result["rows"][::-1]])
+    axes.set_title(f"accuracy on {result['n_passages']} others, %", fontsize=11)
+    return figure
+
+
 def parse_arguments():
     parser = Parser(description=__doc__)
     parser.add_argument(
@@ -328,6 +364,7 @@ def main() -> None:
         "directions": (proxy[:1], lambda path: draw_directions(read_json(path))),
         "budget": ([folder / "qa_budget.json"], lambda path: draw_budget(read_json(path))),
         "stream": ([folder / "stream.json"], lambda path: draw_stream(read_json(path))),
+        "outer": ([folder / "outer.json"], lambda path: draw_outer(read_json(path))),
         "rounds": ([folder / "qa_rounds.jsonl"], lambda path: draw_rounds(read_jsonl(path))),
         "settings": (
             [folder / "settings_chosen.json"],

@@ -205,6 +205,8 @@ def test_the_gpus_script_in_small(tiny_folder, tmp_path, monkeypatch):
     trained = {(r["P"], r["compile"]): r for r in rows if r["part"] == "train"}
     assert set(trained) == {(2, "off"), (2, "eager")}
     assert all(r["tokens_per_s"] > 0 and r["of_peak"] > 0 for r in trained.values())
+    said = [(r["work"], r["compile"]) for r in rows if r["part"] == "generate"]
+    assert said == [(work, how) for how in ("off", "eager") for work in ("sample", "quiz")]
 
     def fails(b):
         raise RuntimeError("out of memory")
@@ -212,7 +214,7 @@ def test_the_gpus_script_in_small(tiny_folder, tmp_path, monkeypatch):
     monkeypatch.setitem(gpu.PARTS, "same", fails)
     run_script(monkeypatch, gpu, tiny_folder, *args, "--parts", "same", "generate")
     rows = read_json(out)["rows"]
-    assert rows[0] == {"part": "same", "error": "RuntimeError: out of memory"} and len(rows) == 3
+    assert rows[0] == {"part": "same", "error": "RuntimeError: out of memory"} and len(rows) == 5
 
 
 # -----------------------------------------------------------------------------

@@ -199,3 +199,30 @@ def test_the_budget_curve():
         assert ends == [pytest.approx([15, 35]), pytest.approx([40, 60])]
     paints = [container.lines[0].get_color() for container in drawn.values()]
     assert paints[-1] == figures.ORANGE and figures.ORANGE not in paints[:-1]
+
+
+def test_the_ways_to_reinforce():
+    """Each panel has the lines of its measure, and the last one the rows with their intervals."""
+    rounds, n = {}, iter(range(99))
+    for way in ("restem", "grpo"):
+        rounds[way] = []
+        for k in (1, 2):
+            row = {name: 0.01 * next(n) for name in figures.PANELS}
+            rounds[way].append(row | {"round": k})
+    found = []
+    for k, name in enumerate(("untrained", "restem", "grpo")):
+        found.append({"row": name, "accuracy": 0.1 * k, "ci95": [0.1 * k - 0.05, 0.1 * k + 0.05]})
+    figure = figures.draw_outer({"rounds": rounds, "rows": found, "n_passages": 7})
+    for axes, (name, label) in zip(figure.axes, figures.PANELS.items()):
+        assert axes.get_title() == label
+        scale = 100 if "%" in label else 1
+        drawn = {line.get_label(): line.get_ydata() for line in axes.lines}
+        assert list(drawn) == ["restem", "grpo"]
+        for way, values in drawn.items():
+            assert values == pytest.approx([scale * r[name] for r in rounds[way]])
+    last = figure.axes[-1]
+    assert "7 others" in last.get_title()
+    assert [t.get_text() for t in last.get_yticklabels()] == ["grpo", "restem", "untrained"]
+    points = [line.get_xydata().tolist() for line in last.lines]
+    assert points[1] == [[20, 0]] and points[5] == [[0, 2]]
+    assert points[0] == [pytest.approx([15, 0]), pytest.approx([25, 0])]

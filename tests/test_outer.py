@@ -17,6 +17,7 @@ from inner import SFTConfig, laid_out, train_step
 from lm.files import chunks, read_json, read_jsonl, write_jsonl
 from lm.outer import CLIP, GAP, KL, RULES, by_gradient, log_probs
 from lm.packing import Example, make_row, shared_prefix
+from lm.tokenizer import Tokenizer
 from lora import PROJECTIONS, Adapters, LoRAConfig, attached
 from reward import GRADIENTS, advantages, select, to_imitate
 from selfedit import Part, SelfEdit, settings_of
@@ -131,6 +132,22 @@ def test_the_better_becomes_likelier_and_the_worse_less_likely(rule, tiny):
     assert after[0] < before[0] - 0.05 and after[1] > before[1] + 0.05
 
 
+def test_it_is_measured_from_the_policy_that_begins(tiny, monkeypatch):
+    """In the first step all ratios are 1, though the policy is far from the base model."""
+    policy, seen, examples = away(tiny, 1, 0.3), [], samples(1.0, -1.0)
+
+    def watched(rows, nll):
+        old, base = torch.cat([row.before for row in rows]).unbind(1)
+        seen.append([float((-nll - m).abs().max()) for m in (old, base)])
+        return nll * 0
+
+    monkeypatch.setitem(RULES, "grpo", watched)
+    config = SFTConfig(lr=5e-3, epochs=1, row_len=64)
+    by_gradient(tiny, policy, examples, "grpo", config, 0, "x")
+    [(from_old, from_base)] = seen
+    assert from_old < 1e-4 and from_base > 0.1
+
+
 def test_pairs_stop_at_the_gap(tiny):
     examples, policy = samples(1.0, -1.0), Adapters.init(tiny, ALL, 1, 0)
     rows = laid_out(examples, 0)
@@ -236,6 +253,15 @@ def test_an_update_that_diverges_leaves_the_rounds_records(
         run(monkeypatch, tiny_folder, passages_file, tmp_path / "out", *extra)
     assert len(read_jsonl(tmp_path / "out" / "round-1" / "candidates.jsonl")) == 9
     assert not (tmp_path / "out" / "round-1" / "policy").exists()
+
+
+def test_ids_are_as_sampled(tiny_folder, passages_file, tmp_path, monkeypatch):
+    run(monkeypatch, tiny_folder, passages_file, tmp_path / "out", "--rounds", 1)
+    parts = []
+    for r in read_jsonl(tmp_path / "out" / "round-1" / "sampled.jsonl"):
+        parts += r["parts"]
+    tok = Tokenizer(tiny_folder)
+    assert all(len(p["ids"]) == 6 and tok.decode(p["ids"]) == p["text"] for p in parts)
 
 
 def test_ids_that_the_model_does_not_have_are_refused(
