@@ -10,7 +10,7 @@ added to it; no model is loaded. The page is one file without scripts: open it i
     The ladder         each row with its 95 % interval, and the step from the row above
     Held-out passages  notes before and after RL with what they earned, and every answer
     Held-out tasks     (ARC) demonstrations, truth, predictions, the settings asked for
-    Training           the self-edits of the last round: what was imitated, and why
+    Training           the self-edits of the last round: what was reinforced, and why
 """
 
 import re
@@ -293,7 +293,7 @@ def training(edits: list[dict], run: Path, known: dict) -> str:
 def self_edit(e: dict) -> str:
     kept = any(part["kept"] for part in e["parts"])
     text = f'<section class="card"><h4>Self-edit, reward {e["reward"]:.2f}</h4>'
-    text += f"<p>{mark(kept, 'imitated' if kept else 'not imitated')}: {escape(e['why'])}</p>\n"
+    text += f"<p>{mark(kept, 'reinforced' if kept else 'not reinforced')}: {escape(e['why'])}</p>\n"
     if e["style"] == "settings":
         text += f"<p>{asked_for(e['config'], e['flaw'])}</p>\n"
     parts = [] if e["style"] == "settings" and e["config"] else e["parts"]
@@ -302,7 +302,7 @@ def self_edit(e: dict) -> str:
 
 
 def part_of(part: dict) -> str:
-    earned = mark(part["kept"], "imitated" if part["kept"] else "not imitated")
+    earned = mark(part["kept"], "reinforced" if part["kept"] else "not reinforced")
     earned += f", {escape(part['flaw'])}" if part["flaw"] else ""
     earned += ", no credit" if part["credit"] is None else f", credit {part['credit']:.2f}"
     closest, found = {q: max(values) for q, values in part["note_credits"].items()}, {}

@@ -4,7 +4,7 @@
     adapters -> quiz_candidates()           the quiz, under each candidate's adapter: the reward
              -> credit()                    of each part: what the questions about its sentence earn
              -> select()                    which parts are imitated (ReST-EM)
-             -> to_imitate()                (prompt, text, weight) for the outer update
+             -> to_imitate()                (prompt, reply, weight) for the outer update
 
 --reward proxy trains and asks nothing: notes that are questions earn how closely they ask what the
 quiz asks, closest_question(). (arc.py has what a self-edit on a puzzle earns; selection is the
@@ -386,7 +386,9 @@ WHY = {  # kept? -> why
 
 def select(edits: list[SelfEdit], alone: dict, rule: str, keep: int, outer: str = "restem") -> None:
     """Mark which self-edits, or parts of them, are imitated, and say why or why not. A part that
-    has nothing to imitate, or was of no effect, is never imitated.
+    has nothing to imitate, or was of no effect, is never imitated. With an `outer` of GRADIENTS
+    those are marked that are to become more likely, whatever their text, and the rule has no
+    effect.
 
     best        each passage's best self-edit
     improving   all that earn more than `alone`, {passage id: reward of the passage alone} (the
@@ -395,8 +397,6 @@ def select(edits: list[SelfEdit], alone: dict, rule: str, keep: int, outer: str 
                 part: it earned most, and more than that part earns on average, over all self-edits
                 that did not diverge
     notes       the parts that have some of best_notes()
-
-    With an `outer` of GRADIENTS instead those are marked that are to become more likely.
     """
     rule = outer if outer in GRADIENTS else rule
     for passage in dict.fromkeys(e.passage for e in edits):
@@ -420,7 +420,7 @@ def select(edits: list[SelfEdit], alone: dict, rule: str, keep: int, outer: str 
                 for e in group:
                     e.parts[k].kept &= any(q in chosen for q in e.parts[k].note_credits)
         for e in group:
-            e.why = e.flaw or WHY[rule][e.kept]
+            e.why = WHY[rule][True] if e.kept else e.flaw or WHY[rule][False]
 
 
 def keep_best_part(group: list[SelfEdit], k: int) -> None:
@@ -452,14 +452,18 @@ def best_notes(group: list[SelfEdit], k: int, keep: int) -> list[str]:
 
 def advantages(group: list[SelfEdit], k: int, outer: str) -> list[tuple]:
     """(part, weight) of the parts k of one passage's self-edits that were sampled and have a
-    credit; none if all earned alike.
+    credit; those of the same tokens earn their mean. None if all earned alike (and the KL term of
+    grpo is not theirs, either).
 
     grpo    of credits [1, 0, None, 0.5]: 1.22, -1.22 and 0, the distance from their mean in
             standard deviations
     pairs   of the same: 1 for the first and -1 for the second, best and worst
     """
     found = [e.parts[k] for e in group if e.parts[k].ids and e.parts[k].credit is not None]
-    earned = np.array([part.credit for part in found])
+    alike = {}
+    for part in found:
+        alike.setdefault(part.ids, []).append(part.credit)
+    earned = np.array([np.mean(alike[part.ids]) for part in found])
     if not len(found) or np.ptp(earned) < 1e-9:
         return []
     if outer == "pairs":
@@ -468,12 +472,13 @@ def advantages(group: list[SelfEdit], k: int, outer: str) -> list[tuple]:
 
 
 def to_weigh(prompts: dict, edits: list[SelfEdit], outer: str) -> list[tuple]:
-    """(prompt, sampled ids, weight) of advantages(): what --outer grpo and pairs learn from."""
+    """(prompt, sampled token ids, weight) of advantages()."""
     found = []
     for passage in dict.fromkeys(e.passage for e in edits):
         group = [e for e in edits if e.passage == passage]
         for k, prompt in enumerate(prompts[passage]):
-            found += [(prompt, part.ids, weight) for part, weight in advantages(group, k, outer)]
+            for part, weight in advantages(group, k, outer):
+                found.append((prompt, [int(t) for t in part.ids.split()], weight))
     return found
 
 
@@ -482,8 +487,8 @@ def to_imitate(
 ) -> list[tuple]:
     """(prompt, text, weight) of what is kept: parts as they are, or with the rule "notes" the best
     notes of all that a prompt gave. The weight is 1. With `outer` "weighted" it is the part's
-    credit, of which the mean becomes 1; what earned nothing is left out. Those that learn from what
-    earned less have to_weigh()."""
+    credit, of which the mean becomes 1; what earned nothing is left out. With an `outer` of
+    GRADIENTS it is to_weigh(), whatever is kept."""
     if outer in GRADIENTS:
         return to_weigh(prompts, edits, outer)
     pairs = []

@@ -50,7 +50,7 @@ class Part:
     note_credits: dict = field(default_factory=dict)
     kept: bool = False  # is it imitated?
     style: str = ""  # of its prompt; "settings" says how the notes are to be studied
-    ids: list[int] = field(default_factory=list)  # as sampled, with the token that ended it, if any
+    ids: str = ""  # token ids as sampled, with blanks between; the one that ended it, too, if any
 
 
 @dataclass
@@ -115,7 +115,7 @@ def checked(cls, record: dict):
             raise TypeError(f"{f.name} is {record[f.name]!r:.40}")
     if not all(isinstance(note, str) for note in record.get("notes", [])):
         raise TypeError("a note is no text")
-    if not all(type(t) is int and t >= 0 for t in record.get("ids", [])):
+    if not re.fullmatch(r"(\d{1,9} )*(\d{1,9})?", record.get("ids", ""), re.ASCII):
         raise TypeError("a token id is no number")
     return cls(**record)
 
@@ -588,10 +588,11 @@ def says_how(args) -> bool:
     return vars(args).get("settings", False)
 
 
-def policy_example(tok: Tokenizer, prompt: list[int], text: str, weight: float = 1.0) -> Example:
-    """What the outer update trains on: the prompt (not counted), then the self-edit and the end of
-    the turn (counted)."""
-    return Example.reply(prompt, [*tok.encode(text), tok.end_ids[0]], weight)
+def policy_example(tok: Tokenizer, prompt: list[int], reply, weight: float = 1.0) -> Example:
+    """What the outer update trains on: the prompt (not counted), then the reply (counted), which is
+    a text, with the end of the turn, or the token ids that were sampled, as they are."""
+    ids = [*tok.encode(reply), tok.end_ids[0]] if isinstance(reply, str) else reply
+    return Example.reply(prompt, ids, weight)
 
 
 def sample_self_edits(
@@ -625,7 +626,8 @@ def sample_share(
 ) -> list[SelfEdit]:
     """What this process samples of sample_self_edits()."""
     edits = read_edits(log, resume=True) if log and Path(log).is_file() else []
-    if any(t >= model.config.vocab_size for e in edits for part in e.parts for t in part.ids):
+    written = " ".join(part.ids for e in edits for part in e.parts).split()
+    if any(int(t) >= model.config.vocab_size for t in written):
         raise SystemExit(f"error: {log}: a token id that the model does not have; it was changed")
     expected = [(i, len(parts)) for i, parts in prompts.items() for _ in range(copies[i])]
     if [(e.passage, len(e.parts)) for e in edits] != expected[: len(edits)]:
@@ -665,7 +667,7 @@ def read_replies(tok: Tokenizer, read, id, replies: list[list[int]]) -> SelfEdit
     """The record of one self-edit, of the token ids of its parts."""
     e = read(id, [sampled_text(tok, ids) for ids in replies])
     for part, ids in zip(e.parts, replies, strict=True):
-        part.ids = ids
+        part.ids = " ".join(map(str, ids))
     return e
 
 

@@ -41,7 +41,6 @@ from lm.adapters import load_adapter, save_adapter
 from lm.files import GOES_ON, chunks, run_main, sub_seed, write_jsonl
 from lm.flags import Parser, add_model_flags, at_least, load, load_student, refuse_unused
 from lm.outer import by_gradient
-from lm.packing import Example
 from lm.runs import Rounds, open_run
 from lora import PROJECTIONS, Adapters, LoRAConfig, merged
 from reward import select
@@ -138,6 +137,10 @@ def refuse_contradictions(parser, args) -> None:
     if args.outer in reward.GRADIENTS:
         what = f"with --outer {args.outer}, which learns from all that has a credit"
         refuse_unused(parser, args, ["select", "keep"], what)
+        if args.samples < 2:
+            parser.error(f"--outer {args.outer} compares self-edits: --samples of at least 2")
+        if args.outer == "pairs":
+            refuse_unused(parser, args, ["outer_row_len"], "with --outer pairs: a row is a pair")
         if args.agents > 1 or args.reward == "logprob":
             told = "the policy that wrote it all, and credits that begin at 0"
             parser.error(f"--outer {args.outer} needs {told}: no --agents, no --reward logprob")
@@ -175,20 +178,18 @@ DOMAINS = {"qa": reward.Passages, "arc": arc.Puzzles}
 
 
 def reinforce(model, tok, pairs: list[tuple], policy: Adapters, args, seed: int, label: str):
-    """theta <- SFT(theta, pairs), each a prompt, a text and its weight: trains the policy in place.
-    With --outer grpo or pairs the text is the sampled ids, and may weigh less than nothing. Returns
-    the last loss, None without pairs. Exits with one line if it diverges."""
+    """theta <- SFT(theta, pairs), each a prompt, a reply and its weight: trains the policy in
+    place. Returns the last loss, None without pairs. Exits with one line if it diverges."""
     if not pairs:
         return None
+    examples = [policy_example(tok, *pair) for pair in pairs]
     how = (outer_config(args), seed, label)
     if args.outer in reward.GRADIENTS:
-        examples = [Example.reply(*pair) for pair in pairs]
         outcome = by_gradient(model, policy, examples, args.outer, *how)
     else:
-        examples = [policy_example(tok, *pair) for pair in pairs]
         outcome = update_one(model, policy, examples, *how)
     if outcome.diverged:
-        where = f"error: the outer update diverged at step {outcome.steps}"
+        where = f"error: the outer update diverged, after {outcome.steps} steps"
         raise SystemExit(f"{where}; try a lower --outer-lr than {args.outer_lr}")
     return outcome.loss
 

@@ -315,8 +315,8 @@ PANELS = {
     "reward": "what the self-edits earned, %",
     "repeats": "texts that say the same twice, %",
     "distinct": "unlike pairs of words, %",
-    "entropy": "entropy, nats per token",
-    "kl": "KL to the base model, nats per token",
+    "surprise": "surprise at own words, nats a token",
+    "apart": "likelier than to the base model, nats a token",
 }
 
 
@@ -324,7 +324,7 @@ def draw_outer(result: dict):
     """A panel for each of PANELS, by round, with a line for each way; and one with the accuracy on
     evaluation passages."""
     figure, panels = plt.subplots(2, 3, figsize=(11, 6.4))
-    looks = dict(zip(result["rounds"], zip(LINES[1:], "os^vDP")))
+    looks = dict(zip(result["rounds"], zip(cycle(LINES[1:]), "os^vDPX")))
     for axes, (key, label) in zip(panels.flat, PANELS.items()):
         scale = 100 if label.endswith("%") else 1
         for way, rounds in result["rounds"].items():

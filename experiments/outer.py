@@ -4,7 +4,8 @@
     python experiments/outer.py --ways one two two-apart --out results/agents.json
 
 Each way is a run of train_outer.py --settings, once for each seed; round 1 has the same self-edits
-and studies in all (of as many agents), so it is made once.
+and studies in all (of as many agents), so it is made once. The outer update is an epoch or more of
+what a way learns from, which is not equally much: "steps" counts it.
 
     restem, weighted, grpo, pairs       --outer
     one, two, two-apart                 as weighted, by one agent with all samples, or by two with
@@ -15,11 +16,13 @@ and studies in all (of as many agents), so it is made once.
     reward      what the self-edits of the round earned
     repeats     texts that say the same twice (docs/OUTPUT.md), as a share
     distinct    unlike pairs of neighbouring words, as a share of all in the texts on a passage
-    entropy     nats per token: how unsure of its own words the policy that wrote them was
-    kl          nats per token: how much likelier they were to it than to the base model
-The last two are of --probed texts. "rows" says what self-edits of the untrained model, and of each
-way's last policies, are worth on evaluation passages, one self-edit on each by each policy, studied
-as it says; "steps" are differences on the same passages.
+    surprise    nats per token: how unlikely its own words were to the policy that wrote them
+    apart       nats per token: how much likelier they were to it than to the base model
+    steps       of the outer update after it
+Surprise and apart are of --probed texts, at a temperature of 1 (they were sampled at another, or
+these would be entropy and KL divergence). "rows" says what self-edits of the untrained model, and
+of each way's last policies, are worth on evaluation passages, one self-edit on each by each policy,
+studied as it says; "steps" are differences on the same passages.
 """
 
 import shutil
@@ -41,18 +44,28 @@ from lm.flags import Parser, at_least, load, refuse_unused, result_head
 from lm.intervals import bootstrap, paired_steps
 from lm.outer import log_probs
 from lm.packing import Example
-from lm.runs import open_run
+from lm.runs import open_run, read_settings
 from lora import merged
-from reward import NOTHING, accuracy_of, edit_candidate, study
-from selfedit import add_settings_flags, note_prompts, read_edits, settle, write_self_edits
+from reward import NOTHING, accuracy_of, edit_candidate, study, to_imitate
+from selfedit import (
+    add_settings_flags,
+    note_prompts,
+    policy_example,
+    read_edits,
+    settle,
+    write_self_edits,
+)
 
+ROOT = Path(__file__).resolve().parent.parent
 RULES = ("restem", "weighted", "grpo", "pairs")
-WAYS = {rule: ["--outer", rule] for rule in RULES}
-WAYS |= {"one": ["--outer", "weighted"], "two": ["--outer", "weighted", "--agents", "2"]}
+ROWS = ["--outer-row-len", "2048"]
+WAYS = {rule: ["--outer", rule, *ROWS] for rule in RULES} | {"pairs": ["--outer", "pairs"]}
+WAYS |= {"one": WAYS["weighted"], "two": [*WAYS["weighted"], "--agents", "2"]}
 WAYS |= {"two-apart": [*WAYS["two"], "--exchange", "own"]}
-FIXED = ["--outer-rank", "8", "--outer-alpha", "16", "--outer-row-len", "2048"]
-PASSED_ON = ("model", "device", "dtype", "data", "limit", "rounds", "budget", "population")
-PASSED_ON += ("rank", "alpha", "top_layers", "row_len", "shots", "temperature", "top_p", "max_new")
+FIXED = ["--outer-rank", "8", "--outer-alpha", "16"]
+PASSED_ON = ("model", "device", "dtype", "data", "split", "skip", "limit", "rounds", "budget")
+PASSED_ON += ("population", "rank", "alpha", "targets", "top_layers", "row_len", "shots")
+PASSED_ON += ("temperature", "top_p", "max_new", "compile")
 
 
 def parse_arguments():
@@ -64,17 +77,19 @@ def parse_arguments():
     add("--ways", nargs="+", default=list(RULES), choices=WAYS, help="the first one is compared to")
     add("--seeds", type=at_least(1), default=2, help="runs of each way")
     add("--rounds", type=at_least(1), default=3, help="outer rounds")
-    add("--samples", type=at_least(2), default=6, help="self-edits per passage, of all agents")
+    add("--samples", type=int, default=6, help="self-edits per passage, of all agents")
     add("--held-out", type=at_least(1), default=24, help="evaluation passages")
     add("--probed", type=at_least(1), default=64, help="texts of a round that are measured anew")
     add("--work", default="runs/outer", help="folder of the runs, to resume a killed one")
     add("--out", default="results/outer.json", help="result file")
     parser.set_defaults(settings=True, budget=3072)
     args = settle(parser.parse_args())
-    unused = ["style", "lr", "steps", "epochs", "compile"]
-    refuse_unused(parser, args, unused, "here, where a self-edit says how it is studied")
-    if args.samples % 2:
-        parser.error("--samples: an even number, of which two agents have half each")
+    unused = ["style", "lr", "steps", "epochs"]
+    refuse_unused(parser, args, unused, "here, where self-edits say how they are studied")
+    if args.samples < 4 or args.samples % 2:
+        parser.error("--samples: an even number of at least 4, of which two agents have half each")
+    if len(set(args.ways)) < len(args.ways):
+        parser.error("--ways: each once")
     return args
 
 
@@ -91,14 +106,18 @@ def train(args, way: str, seed: int, work: Path) -> Path:
     out, agents = work / f"{way}-{seed}", agents_of(way)
     first = next(w for w in args.ways if agents_of(w) == agents)
     if way != first and not out.is_dir():
-        logs = work / f"{first}-{seed}" / "round-1"
+        logs, copy = work / f"{first}-{seed}" / "round-1", work / "copy"
+        (copy / "round-1").mkdir(parents=True, exist_ok=True)
         for path in [*logs.glob("sampled*.jsonl"), *logs.glob("scored.jsonl")]:
-            (out / "round-1").mkdir(parents=True, exist_ok=True)
-            shutil.copy(path, out / "round-1")
+            shutil.copy(path, copy / "round-1")
+        copy.rename(out)  # all at once
     flags = []
     for name in PASSED_ON:
-        flags += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
-    command = [sys.executable, "train_outer.py", "qa", "--settings", *flags, *FIXED, *WAYS[way]]
+        values = getattr(args, name)
+        values = values if isinstance(values, list) else [values]
+        flags += [f"--{name.replace('_', '-')}", *map(str, values)]
+    command = [sys.executable, ROOT / "train_outer.py", "qa", "--settings", *flags]
+    command += [*FIXED, *WAYS[way]]
     command += ["--samples", str(args.samples // agents), "--seed", str(seed), "--out", str(out)]
     print(f"--- {way}, seed {seed}", flush=True)
     if subprocess.run(command).returncode:
@@ -119,13 +138,14 @@ def unlike_pairs(texts: list[str]) -> float:
     return len(set(found)) / max(1, len(found))
 
 
-def surprise(model, tok, run: Path, k: int, edits: list, prompts: dict, args) -> dict:
-    """{"entropy", "kl"} of some texts of round k, to the policy that wrote them, the first of
+def surprise(model, run: Path, k: int, edits: list, prompts: dict, args) -> dict:
+    """{"surprise", "apart"} of some texts of round k, to the policy that wrote them, the first of
     several agents'."""
     texts = []
     for e in edits:
         for prompt, part in zip(prompts[e.passage], e.parts, strict=True):
-            texts += [Example.reply(prompt, part.ids)] * (bool(part.ids) and e.agent == 1)
+            if part.ids and e.agent == 1:
+                texts.append(Example.reply(prompt, [int(t) for t in part.ids.split()]))
     rng = np.random.default_rng(sub_seed(args.seed, k))
     some = rng.permutation(len(texts))[: args.probed]
     rows = laid_out([texts[i] for i in some], row_len=1024)
@@ -133,7 +153,19 @@ def surprise(model, tok, run: Path, k: int, edits: list, prompts: dict, args) ->
     with merged(model, policy):
         own = np.concatenate([row.cpu().numpy() for row in log_probs(model, rows)])
     base = np.concatenate([row.cpu().numpy() for row in log_probs(model, rows)])
-    return {"entropy": float(-own.mean()), "kl": float((own - base).mean())}
+    return {"surprise": float(-own.mean()), "apart": float((own - base).mean())}
+
+
+def outer_steps(tok, run: Path, edits: list, prompts: dict) -> int:
+    """Steps of the outer update of a run, after a round with these self-edits: of all agents."""
+    how, total = read_settings(run), 0
+    for agent in {e.agent for e in edits}:
+        shown = edits if how["exchange"] == "all" else [e for e in edits if e.agent == agent]
+        pairs = to_imitate(prompts, shown, how["select"], how["keep"], how["outer"])
+        examples = [policy_example(tok, *pair) for pair in pairs]
+        rows = len(laid_out(examples, how["outer_row_len"]))
+        total += how["outer_epochs"] * (len(pairs) // 2 if how["outer"] == "pairs" else rows)
+    return total
 
 
 def round_of(model, tok, run: Path, k: int, passages, args) -> dict:
@@ -149,7 +181,9 @@ def round_of(model, tok, run: Path, k: int, passages, args) -> dict:
         distinct.append(unlike_pairs(texts))
     found |= {"distinct": float(np.mean(distinct))}
     found["repeats"] = read_jsonl(run / "metrics.jsonl")[k - 1]["repeats"]
-    return found | surprise(model, tok, run, k, edits, note_prompts(tok, passages, args), args)
+    prompts = note_prompts(tok, passages, args)
+    found["steps"] = outer_steps(tok, run, edits, prompts)
+    return found | surprise(model, run, k, edits, prompts, args)
 
 
 def rounds_of(model, tok, runs: list[Path], passages, args) -> list[dict]:
@@ -210,9 +244,12 @@ def main() -> None:
     others = load_passages(args.data, "heldout", 0, args.held_out)
     model, tok = load(args)
     lora_config(args, model)  # complains now rather than after sampling
+    if both := {p.id for p in passages} & {p.id for p in others}:
+        told = f"{len(both)} of the passages to train on are among those that are held out"
+        raise SystemExit(f'error: {args.data}: {told}; give each entry a "split"')
     settings = {k: v for k, v in vars(args).items() if k not in ("work", "out", "ways", "seeds")}
     work, runs = open_run(args.work, settings | {"data_sha256": digest(args.data)}, model), {}
-    for seed in range(args.seeds):
+    for seed in range(args.seed, args.seed + args.seeds):
         for way in args.ways:
             runs.setdefault(way, []).append(train(args, way, seed, work))
     rounds = {way: rounds_of(model, tok, own, passages, args) for way, own in runs.items()}

@@ -27,7 +27,7 @@ from lora import merged
 from quiz import answer_logprobs
 from reward import to_imitate
 from sampler import prefill
-from selfedit import note_prompts, read_edits
+from selfedit import note_prompts, policy_example, read_edits
 
 LARGEST = 6_000_000  # bytes
 SCORED = 24  # texts by which the rounding is judged: each is read with all of its prompt
@@ -54,11 +54,13 @@ def round_of(run: str, wanted: int) -> Path:
 
 
 def logprob(model, tok, pairs: list[tuple]) -> float:
-    """Mean log-likelihood per token of texts, and their ends, as replies to their prompts."""
+    """Mean log-likelihood per token of replies to their prompts."""
     found = []
     for group in chunks(sorted(pairs), 8):
-        prompts = [prompt for prompt, *_ in group]
-        replies = [[*tok.encode(text), tok.end_ids[0]] for _, text, _ in group]
+        prompts, replies = [], []
+        for prompt, *reply in group:
+            prompts.append(prompt)
+            replies.append(list(policy_example(tok, prompt, *reply).ids[len(prompt) :]))
         with torch.inference_mode():
             batch, x = prefill(model, prompts, [0] * len(group), max(map(len, replies)))
             means = answer_logprobs(replies, batch, x)
@@ -78,7 +80,7 @@ def imitated(tok, before: dict, folder: Path) -> list[tuple]:
     if before.get("exchange", "all") != "all":  # folder/policy is the first agent's
         edits = [e for e in edits if e.agent == 1]
     how = (before["select"], before["keep"], before.get("outer", "restem"))
-    pairs = to_imitate(prompts, edits, *how)
+    pairs = [pair for pair in to_imitate(prompts, edits, *how) if pair[2] > 0]
     if not pairs:
         raise SystemExit(f"error: {folder}: nothing was imitated in this round")
     return pairs

@@ -9,9 +9,11 @@
 The gradient of either is a sum over tokens: a weight times the gradient of the token's
 log-probability, and the weight is made of log-probabilities that are at hand. So the step is the
 inner update's, with other weights; the loss that is reported is their weighted mean, which says
-little. Letters as in model.py.
+little. All probabilities are the model's own, at a temperature of 1, though samples are drawn at
+--temperature and within --top-p. Letters as in model.py.
 """
 
+import math
 from dataclasses import replace
 from functools import partial
 
@@ -44,9 +46,9 @@ GAP = 0.5  # nats; 1 / (2 tau) of the paper of IPO
 
 
 def ratio(difference):
-    """Of two probabilities, whose logarithms differ by so much; at most e^10, so that a token held
-    for impossible is not all that counts."""
-    return difference.clamp(max=10).exp()
+    """Of two probabilities, whose logarithms differ by so much; at most e^3 = 20, or a single token
+    that was held for impossible would be all that counts in a step."""
+    return difference.clamp(max=3).exp()
 
 
 def grpo(rows: list[Row], nll):
@@ -61,7 +63,8 @@ def grpo(rows: list[Row], nll):
 
 def pairs(rows: list[Row], nll):
     """(gap - GAP)^2 of each row, one prompt and its best and worst sample, which have weight 1 and
-    -1: how much likelier the best one has become than the worst one, since the update began."""
+    -1: how much likelier the best one has become than the worst one, since the update began. Of
+    several rows in a step each counts by its tokens."""
     weights = []
     for row, own in zip(rows, nll.split([len(row.at) for row in rows])):
         sign = row.weight.to(nll.device)
@@ -79,11 +82,16 @@ RULES = {"grpo": grpo, "pairs": pairs}
 
 @torch.no_grad()
 def log_probs(model: Transformer, rows: list[Row]) -> list:
-    """Of each row, the log-probabilities (L) of its targets under the model as it is."""
-    found = []
-    for row in with_lower_states(model, rows, model.config.n_layer):
-        logp = model.head(row.x[row.at.to(model.device)]).float().log_softmax(-1)  # (L, V)
-        found.append(logp.gather(1, row.target[:, :1].to(model.device))[:, 0])
+    """Of each row, the log-probabilities (L) of its targets under the model as it is. A row at a
+    time, and some tokens of it: all states, or logits, would take gigabytes."""
+    found, device = [], model.device
+    for row in rows:
+        [ready] = with_lower_states(model, [row], model.config.n_layer)
+        own = []
+        for at, target in zip(row.at.to(device).split(256), row.target.to(device).split(256)):
+            logp = model.head(ready.x[at]).float().log_softmax(-1)  # (256, V)
+            own.append(logp.gather(1, target[:, :1])[:, 0])
+        found.append(torch.cat(own))
     return found
 
 
@@ -98,8 +106,10 @@ def by_gradient(
 ) -> Outcome:
     """Train the policy in place, one adapter, by a rule of RULES. An example is a prompt and what
     was sampled after it. Its weight is its advantage; with "pairs" 1 and -1, for the best and the
-    worst of a prompt, which follow each other, and make a row. Exits with one line if an example is
-    longer than the model's context. It is not compiled (--compile)."""
+    worst of a prompt, which follow each other, and make a row. It diverged if its weights are not
+    finite, or if what it was to make likelier, and expected better than a guess among all tokens,
+    it now expects no better. Exits with one line if an example is longer than the model's context.
+    It is not compiled (--compile)."""
     refuse_long(model, examples)
     if rule == "pairs":
         rows = [make_row(pair, shared_prefix(pair)) for pair in chunks(examples, 2)]
@@ -114,5 +124,10 @@ def by_gradient(
         tick = lambda tokens, loss: progress.step(loss=loss)  # noqa: E731
         step = shared(partial(train_step, weigh=RULES[rule]))
         [outcome] = train_end_to_end(lora, [rows], [plan], [config], tick, step)
-    outcome.diverged |= not policy.flat.isfinite().all()
+        lora.bind([0])  # as it is now
+        liked, after = torch.cat([row.weight for row in rows]) > 0, log_probs(model, rows)
+    first = float(torch.cat(before)[:, 0].cpu()[liked].mean())
+    last = float(torch.cat(after).cpu()[liked].mean())
+    guess = -0.99 * math.log(model.config.vocab_size)
+    outcome.diverged |= first > guess >= last or not math.isfinite(last)
     return outcome

@@ -13,7 +13,7 @@ from test_inner import example
 import reward
 import train_outer
 from experiments import outer as experiment
-from inner import SFTConfig, laid_out, train_step
+from inner import Outcome, SFTConfig, laid_out, train_step, update_one
 from lm.files import chunks, read_json, read_jsonl, write_jsonl
 from lm.outer import CLIP, GAP, KL, RULES, by_gradient, log_probs
 from lm.packing import Example, make_row, shared_prefix
@@ -148,6 +148,24 @@ def test_it_is_measured_from_the_policy_that_begins(tiny, monkeypatch):
     assert from_old < 1e-4 and from_base > 0.1
 
 
+@pytest.mark.parametrize("rule", RULES)
+def test_a_policy_that_is_ruined_has_diverged(rule, tiny, monkeypatch):
+    """Its weights are finite, but it expects nothing that it was to."""
+    common = Example.reply(PROMPT, [0] * 6)  # a token that is made likely first
+    policy = Adapters.init(tiny, ALL, 1, 0)
+    update_one(tiny, policy, [common], SFTConfig(lr=3e-2, epochs=40), 0, "x")
+    examples, config = [common, *samples(-1.0)], SFTConfig(lr=0.0, epochs=1, row_len=64)
+    assert not by_gradient(tiny, policy.pick([0]), examples, rule, config, 0, "x").diverged
+
+    def ruin(*_):
+        policy.flat += torch.randn(policy.flat.shape, generator=torch.Generator().manual_seed(1))
+        return [Outcome([0.1])]
+
+    monkeypatch.setattr("lm.outer.train_end_to_end", ruin)
+    assert by_gradient(tiny, policy, examples, rule, config, 0, "x").diverged
+    assert policy.flat.isfinite().all()
+
+
 def test_pairs_stop_at_the_gap(tiny):
     examples, policy = samples(1.0, -1.0), Adapters.init(tiny, ALL, 1, 0)
     rows = laid_out(examples, 0)
@@ -163,7 +181,7 @@ def group_of(*credits):
     """Self-edits with two parts, the first of these credits, the second without."""
     edits = []
     for n, credit in enumerate(credits):
-        parts = [Part(f"x{n}", target=f"x{n}", credit=credit, ids=[n, 7]), Part("y", ids=[9])]
+        parts = [Part(f"x{n}", target=f"x{n}", credit=credit, ids=f"{n} 7"), Part("y", ids="9")]
         edits.append(SelfEdit("a", parts))
     return edits
 
@@ -214,7 +232,7 @@ def unlike_credits(monkeypatch):
 
     def credit(e, *how):
         real(e, *how)
-        e.parts[0].credit = float(sum(e.parts[0].ids) % 3)
+        e.parts[0].credit = float(sum(map(int, e.parts[0].ids.split())) % 3)
 
     monkeypatch.setattr("reward.credit", credit)
 
@@ -249,7 +267,9 @@ def test_an_update_that_diverges_leaves_the_rounds_records(
     unlike_credits, tiny_folder, passages_file, tmp_path, monkeypatch
 ):
     extra = ["--outer", "grpo", "--outer-lr", 1e30]
-    with pytest.raises(SystemExit, match="the outer update diverged at step .*--outer-lr"):
+    with pytest.raises(
+        SystemExit, match="the outer update diverged, after .* --outer-lr"
+    ):
         run(monkeypatch, tiny_folder, passages_file, tmp_path / "out", *extra)
     assert len(read_jsonl(tmp_path / "out" / "round-1" / "candidates.jsonl")) == 9
     assert not (tmp_path / "out" / "round-1" / "policy").exists()
@@ -261,7 +281,9 @@ def test_ids_are_as_sampled(tiny_folder, passages_file, tmp_path, monkeypatch):
     for r in read_jsonl(tmp_path / "out" / "round-1" / "sampled.jsonl"):
         parts += r["parts"]
     tok = Tokenizer(tiny_folder)
-    assert all(len(p["ids"]) == 6 and tok.decode(p["ids"]) == p["text"] for p in parts)
+    for p in parts:
+        ids = [int(t) for t in p["ids"].split()]
+        assert len(ids) == 6 and tok.decode(ids) == p["text"]
 
 
 def test_ids_that_the_model_does_not_have_are_refused(
@@ -273,8 +295,8 @@ def test_ids_that_the_model_does_not_have_are_refused(
     log = tmp_path / "out" / "round-1" / "sampled.jsonl"
     records = read_jsonl(log)
     for ids, message in (
-        ([10**6], "a token id that the model does not have"),
-        (["x"], "no number"),
+        ("7 1000000", "a token id that the model does not have"),
+        ("x", "no number"),
     ):
         records[1]["parts"][0]["ids"] = ids
         write_jsonl(log, records)
@@ -290,6 +312,7 @@ def test_ids_that_the_model_does_not_have_are_refused(
         (["--keep", 3], "--keep has no effect"),
         (["--agents", 2], "no --agents"),
         (["--reward", "logprob"], "no --reward logprob"),
+        (["--samples", 1], "--samples of at least 2"),
     ],
 )
 def test_what_does_not_fit(rule, extra, message, tiny_folder, tmp_path, monkeypatch, capsys):
@@ -337,10 +360,11 @@ def test_the_ways_side_by_side(
     assert pairs[4:] == [("restem", way) for way in ("grpo", "two", "two-apart")]
     for way, rounds in found["rounds"].items():
         assert [r["round"] for r in rounds] == [1, 2]
-        assert rounds[0]["kl"] == 0 and rounds[0]["entropy"] > 0, way
+        assert rounds[0]["apart"] == 0 and rounds[0]["surprise"] > 0, way
         assert all(0 <= r[name] <= 1 for r in rounds for name in ("distinct", "repeats"))
-    assert found["rounds"]["grpo"][1]["kl"] != 0
-    assert found["rounds"]["restem"][0] == found["rounds"]["grpo"][0]
+    assert found["rounds"]["grpo"][1]["apart"] != 0
+    one, other = (dict(found["rounds"][way][0]) for way in ("restem", "grpo"))
+    assert one.pop("steps") == other.pop("steps") == 2 and one == other  # all in a row, twice
     for one, other in (("restem", "grpo"), ("two", "two-apart")):
         for log in ("scored.jsonl", "sampled-questions.jsonl"):
             logs = [tmp_path / "work" / f"{way}-1" / "round-1" / log for way in (one, other)]
@@ -348,7 +372,10 @@ def test_the_ways_side_by_side(
     assert (tmp_path / "work" / "two-0" / "round-2" / "policy-2").is_dir()
     count = [c[c.index("--samples") + 1] for c in started]
     assert count == ["4", "4", "2", "2"] * 2
-    monkeypatch.setattr("inner.train_step", None)
+    for name in ("reward.inner_update", "train_outer.inner_update", "train_outer.by_gradient"):
+        monkeypatch.setattr(name, None)
+    monkeypatch.setattr("train_outer.update_one", None)
+    monkeypatch.setattr("selfedit.generate", None)
     before = read_json(tmp_path / "outer.json")
     run_script(monkeypatch, experiment, tiny_folder, *args)
     assert read_json(tmp_path / "outer.json") == before
@@ -358,6 +385,8 @@ def test_the_ways_side_by_side(
     "extra, message",
     [
         (["--samples", 3], "an even number"),
+        (["--samples", 2], "of at least 4"),
+        (["--ways", "grpo", "grpo"], "each once"),
         (["--lr", 1e-3], "--lr has no effect"),
         (["--ways", "ppo"], "invalid choice: 'ppo'"),
     ],

@@ -338,10 +338,12 @@ def test_a_ladder_without_study_shows_what_there_is(monkeypatch, qa_run):
 def test_training_shows_what_was_imitated_and_why(monkeypatch, qa_run):
     page = section(make(monkeypatch, qa_run), "Training, round 1")
     text = plain(page)
-    assert "t0 Self-edit, reward 0.75 ✓ imitated : some parts are the best" in text
-    assert "Ada &amp; co. ✓ imitated , credit 1.00 Who cast it? (0.67) What is it?" in text
-    sampled = f"As sampled ✗ not imitated , malformed, no credit Sure! {escape(EVIL)}"
-    assert f"t1 Self-edit, reward 0.50 ✗ not imitated : no sound part is the best {sampled}" in text
+    assert "t0 Self-edit, reward 0.75 ✓ reinforced : some parts are the best" in text
+    assert "Ada &amp; co. ✓ reinforced , credit 1.00 Who cast it? (0.67) What is it?" in text
+    sampled = f"As sampled ✗ not reinforced , malformed, no credit Sure! {escape(EVIL)}"
+    assert (
+        f"t1 Self-edit, reward 0.50 ✗ not reinforced : no sound part is the best {sampled}" in text
+    )
     shown, rest = page.split("<details><summary>2 more</summary>")
     assert re.findall(r"<h3>(.*?)</h3>", shown) == ["t0", "t1", "t2"]
     assert re.findall(r"<h3>(.*?)</h3>", rest) == ["t3", "t4"]
@@ -425,9 +427,10 @@ def test_the_ladder_of_arc(monkeypatch, arc_run):
 def test_training_on_arc_shows_the_settings(monkeypatch, arc_run):
     text = plain(section(make(monkeypatch, arc_run), "Training, round 1"))
     settings = "augmentations: size; loss on all tokens; learning rate 0.002; epochs 4"
-    assert f"✓ imitated : not the best {settings} Self-edit" in text
+    assert f"✓ reinforced : not the best {settings} Self-edit" in text
     assert (
-        "no settings: endless As sampled ✗ not imitated , endless, no credit as it was said" in text
+        "no settings: endless As sampled ✗ not reinforced , endless, no credit as it was said"
+        in text
     )
 
 
