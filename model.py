@@ -197,7 +197,7 @@ class Transformer(nn.Module):
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.unused = []  # ids that no text has, so that none is sampled; Tokenizer.unused()
         self.attention = attention  # lm/kernels.py swaps it
-        self.step = None  # how a population is trained with --compile (lm/grid.py)
+        self.step = None  # with --compile: how it is trained, and samples (lm/grid.py)
 
     @property
     def device(self):

@@ -69,7 +69,8 @@ def add_model_flags(parser: argparse.ArgumentParser, trains: bool = True) -> Non
         return
     add("--seed", type=at_least(0, below=1 << 63), default=0, help="same seed, same output")
     backends = ["off", "inductor", "cudagraphs"]
-    about = "of the inner and the outer update; cudagraphs needs CUDA, but no Triton"
+    about = "of updates (but --outer grpo and pairs), and of sampling; cudagraphs needs CUDA, "
+    about += "but no Triton"
     add("--compile", default="off", choices=backends, help=about)
 
 

@@ -1,14 +1,16 @@
-"""The inner update's step in fixed shapes, P candidates by T tokens, so that it compiles to one
-graph: for --compile.
+"""The inner update's step, and the sampler's, in fixed shapes, so that each compiles to one graph:
+for --compile.
 
-    grid_of()           what a step takes: rows padded to T tokens and L targets
+    grid_of()           what a step takes of P candidates: rows padded to T tokens and L targets
     population_loss()   forward, and the loss of each candidate
     adamw()             clipping, AdamW, and who takes a step, all on the population axis
-    Step                both, compiled; its update() trains a population
+    next_states()       a token more in each of R rows
+    FixedRows           the rows, with a cache of S places each
+    Step                all of these, compiled; its update() trains a population
 
-T and L are one of few sizes, and P is a power of two: what is there in excess is computed and never
-counted. The step in inner.py, which pads nothing, is faster where nothing is compiled;
-tests/test_grid.py holds this one to it. Letters as in model.py.
+T, L and S are one of few sizes, and P is a power of two: what is there in excess is computed and
+never counted. The steps in inner.py and sampler.py, which pad little or nothing, are faster where
+nothing is compiled; tests/test_grid.py holds these to them. Letters as in model.py.
 """
 
 import math
@@ -184,37 +186,46 @@ def next_states(model, lora, flat, cache, token, pos, at, seen):
 
 class FixedRows:
     """The rows of a sampler.Batch, once their prompts are read, in fixed shapes: P adapters with
-    R/P rows each, and S places. They read a token at a time; methods as there."""
+    R/P rows each, as many as the one with most, and S places. They read a token at a time; methods
+    as there. Each row has a copy of its prompt's keys and values: memory for speed. The batch is
+    used up."""
 
     def __init__(self, batch, compiled):
         self.model, self.lora, self.compiled = batch.model, batch.lora, compiled
-        self.owner, self.length, valid = batch.owner, batch.valid.size(1), batch.valid
+        self.length, valid = batch.valid.size(1), batch.valid
+        self.owner = batch.owner if batch.lora else [0] * len(batch.owner)
         counts = torch.tensor(batch.counts, dtype=torch.long, device=valid.device)
-        self.cache, prefix = [], batch.prefix or [None] * len(batch.own)
-        for before, own in zip(prefix, batch.own):  # (2, rows, K, places, D)
-            own = own[:, :, :, : batch.length]
-            if before is not None:
-                own = torch.cat((before.repeat_interleave(counts, dim=1), own), dim=3)
+        self.cache = []
+        for i in range(len(batch.own)):
+            own = batch.own[i][:, :, :, : batch.length]  # (2, rows, K, places, D)
+            batch.own[i] = None  # only one layer is there twice
+            if batch.prefix is not None:
+                own = torch.cat((batch.prefix[i].repeat_interleave(counts, dim=1), own), dim=3)
+                batch.prefix[i] = None
             self.cache.append(own.transpose(2, 3))
         self.pos, self.seen = valid.sum(1), valid
         self.slot = list(range(len(self.owner)))  # which of the R is each row
         self.lay(self.length + 1)
 
+    def shape(self) -> tuple[int, int]:
+        """P and R/P, the fewest that have room for all rows; R is at least 8."""
+        present = set(self.owner)
+        P = size_of(len(present), 1)
+        return P, size_of(max(map(self.owner.count, present)), max(1, 8 // P))
+
     def lay(self, places: int) -> None:
         """Give each row a slot, in the smallest shapes that have room for all, and for so many
         places."""
-        present = sorted(set(self.owner))
-        P, most = size_of(len(present), 1), max(map(self.owner.count, present))
-        each, S = size_of(most, 1), size_of(places, 128)
+        present, (P, each), S = sorted(set(self.owner)), self.shape(), -(-places // 256) * 256
         source, given = [self.slot[0]] * (P * each), []
         for p, o in enumerate(present):
             own = [n for n, other in enumerate(self.owner) if other == o]
             for i, n in enumerate(own):
                 source[p * each + i] = self.slot[n]
                 given.append((n, p * each + i))
-        self.slot, self.each = [slot for _, slot in sorted(given)], each
+        self.slot = [slot for _, slot in sorted(given)]
         index, more = torch.tensor(source, device=self.model.device), S - self.cache[0].size(2)
-        for i, own in enumerate(self.cache):  # a layer at a time: only one is there twice
+        for i, own in enumerate(self.cache):
             self.cache[i] = F.pad(own[:, index], (0, 0, 0, 0, 0, more))
         self.pos, self.seen = self.pos[index], self.seen[index]
         self.seen = F.pad(self.seen, (0, S - self.seen.size(1)))
@@ -232,9 +243,9 @@ class FixedRows:
             self.lay(self.length + tokens)
 
     def keep(self, rows: list[int]) -> None:
-        """Keep only the given rows; the shapes stay, until half of the rows would do."""
+        """Keep only the given rows; the shapes stay, until half of the slots would do."""
         self.owner, self.slot = [self.owner[r] for r in rows], [self.slot[r] for r in rows]
-        if 2 * max(map(self.owner.count, set(self.owner))) <= self.each:
+        if 2 * math.prod(self.shape()) <= len(self.pos):
             self.lay(self.length)
 
     def read(self, parts: list[list[int]]):
@@ -255,7 +266,11 @@ class FixedRows:
 
 
 class Step:
-    """population_loss() and adamw(), compiled by a backend of torch.compile."""
+    """population_loss(), adamw() and next_states(), compiled by a backend of torch.compile.
+
+    That of CUDA graphs copies what it is given into each replay: of a cache, or weights, that it
+    does not know to stay where they are, all of it. What that costs has not been measured.
+    """
 
     def __init__(self, backend):
         torch._dynamo.config.recompile_limit = 256  # a graph for each shape that a run has

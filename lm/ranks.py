@@ -7,7 +7,7 @@ Work is dealt item by item, each result stands under its item's name, and none d
 it: so the number of processes changes results only by rounding. Only rank 0 speaks, and writes
 what a run leaves; until a stage is done each keeps its own progress beside it (own_file()). Of the
 outer update each takes its share of a step's rows (--outer-batch above 1), or with --compile makes
-all of it; the policy is then the same for all.
+all of it (but with --outer grpo or pairs); the policy is then the same for all.
 """
 
 import os

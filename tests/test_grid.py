@@ -12,10 +12,12 @@ from conftest import ROOT
 from test_inner import CONFIGS, EXAMPLES, TOP, example, same_change
 
 import inner
+from data.qa import Passage, Question
 from inner import SFTConfig, inner_update
 from lm.grid import FixedRows, Step, grid_of, size_of
 from lm.packing import Example, make_row
-from lora import PROJECTIONS, Adapters, LoRAConfig
+from lora import PROJECTIONS, Adapters, LoRAConfig, merged
+from quiz import ask, quiz_items
 from sampler import generate
 
 
@@ -169,8 +171,8 @@ def test_the_same_is_said(model, owner, copies):
 
 def test_rows_that_have_finished_leave_and_the_cache_grows(model, monkeypatch):
     options = {"temperature": 1.0, "seed": 5, "copies": 4}
-    full = generate(model, PROMPTS, 150, (), **options)
-    ends = set(range(211)) - set(full[0][:140])  # so that one goes on, and others do not
+    full = generate(model, PROMPTS, 280, (), **options)
+    ends = set(range(211)) - set(full[0][:270])  # so that one goes on, and others do not
     sizes, real = [], FixedRows.lay
 
     def lay(self, places):
@@ -178,22 +180,57 @@ def test_rows_that_have_finished_leave_and_the_cache_grows(model, monkeypatch):
         sizes.append(tuple(self.cache[0].shape[1:3]))
 
     monkeypatch.setattr(FixedRows, "lay", lay)
-    one, other = both_ways(model, Step(Counted()), PROMPTS, 150, ends, **options)
+    one, other = both_ways(model, Step(Counted()), PROMPTS, 280, ends, **options)
     assert one == other and 1 < len({len(ids) for ids in one})
-    assert sizes[0] == (32, 128) and sizes[-1][0] < 32 and sizes[-1][1] == 256
+    assert sizes[0] == (32, 256) and sizes[-1] == (8, 512)
+
+
+@pytest.mark.parametrize("length", [254, 255, 256, 257])
+def test_prompts_that_just_fit(model, length):
+    draw = torch.Generator().manual_seed(0)
+    prompts = [torch.randint(0, 211, (n,), generator=draw).tolist() for n in (length, length - 9)]
+    one, other = both_ways(model, Step(Counted()), prompts, 4, ())
+    assert one == other
+
+
+def test_adapters_whose_rows_have_finished_leave(model):
+    """One adapter's rows all do, and others' go on as they would."""
+    adapters, owner, n = unlike(model, 5), [3, 0, 3, 1, 3], 40
+    options = {"temperature": 1.0, "seed": 2, "copies": 4, "adapters": adapters, "owner": owner}
+    full = generate(model, PROMPTS, n, (), **options)
+    of_1 = {t for ids in full[12:16] for t in ids[:3]}
+    one, other = both_ways(model, Step(Counted()), PROMPTS, n, of_1, **options)
+    assert one == other and max(map(len, one[12:16])) <= 3 < max(map(len, one))
+
+
+def test_a_quiz_is_scored_alike(tiny, tok):
+    """Its reference answers are read by the batch before the rows go on."""
+    passage = Passage("p", "Rolm", "", (Question("Who?", ("Ada Quell",)), Question("Why?", ("x",))))
+    items, found = quiz_items(tok, passage, 0), []
+    for step in (None, Step(Counted())):
+        tiny.step = step
+        found.append(ask(tiny, tok, items, unlike(tiny, 1), max_new=6))
+    tiny.step = None
+    assert found[0] == found[1] and len(found[0]) == 2
 
 
 def test_each_shape_of_rows_is_compiled_once(model):
-    """However many rows there are, and however long they become."""
+    """However many rows there are, and under whatever adapters or weights."""
     backend = Counted()
     model.step, graphs = Step(backend), []
-    for _ in range(2):
-        for n in (5, 6, 7, 8, 3, 4):
+    for turn in range(2):
+        for n in (9, 10, 15, 16, 3, 4):
             prompts = [[7, k, 9] for k in range(n)]
             generate(model, prompts, 20, ())
             graphs.append(backend.graphs)
+        adapters = unlike(model, 2)
+        adapters.flat += turn
+        owner = [k % 2 for k in range(4)]
+        with merged(model, unlike(model, 1)):
+            generate(model, prompts[:4], 20, (), adapters=adapters, owner=owner)
+        graphs.append(backend.graphs)
     model.step = None
-    assert graphs[0] == 1 and graphs[-1] == graphs[5] == 2
+    assert graphs[0] == 1 and graphs[5] == 2 and graphs[6] == 3 == graphs[-1]
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
