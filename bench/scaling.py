@@ -13,13 +13,10 @@ import torch
 
 from data.qa import load_passages
 from inner import SFTConfig, inner_update, lay_rows, plan_steps
-from lm.checkpoint import load_model
 from lm.grid import Step
-from lm.kernels import kept_product, swap_in
 from lm.packing import Example
 from lora import PROJECTIONS
 from model import attention
-from sampler import generate
 
 
 def timed(run) -> float:
@@ -97,12 +94,11 @@ def utilization(b) -> None:
         seconds.append(timed(lambda: outcomes.append(b.train(b.longest, lora, sft))))
     tokens, steps = sum(o.tokens for o in outcomes[0]), max(o.steps for o in outcomes[0])
     flops = inner_flops(b.model, [c.examples for c in b.longest], lora, sft)
-    plain, kept = (gemm_rate(b, lora, tokens // steps, way) for way in ("plain", "kept"))
+    rate = gemm_rate(b, lora, tokens // steps)
     with torch.profiler.profile(record_shapes=True) as profile:
         wall = timed(lambda: b.train(b.longest, lora, replace(sft, steps=2)))
     second = statistics.median(seconds)
-    b.mfu |= {"inner": flops / second / plain, "gemm_gflops": plain / 1e9}
-    b.mfu |= {"inner_blocked": flops / second / kept, "gemm_blocked_gflops": kept / 1e9}
+    b.mfu |= {"inner": flops / second / rate, "gemm_gflops": rate / 1e9}
     b.mfu |= {"tokens_per_s": tokens / second, "shares": shares(profile, wall, len(b.longest))}
     print(
         "mfu", {k: round(v, 3) if isinstance(v, float) else v for k, v in b.mfu.items()}, flush=True
@@ -144,9 +140,9 @@ def prefix_looks(t: int) -> float:
 
 
 @torch.no_grad()
-def gemm_rate(b, lora, M, way) -> float:
+def gemm_rate(b, lora, M) -> float:
     """FLOP/s of only the products of one step: M tokens through the adapted layers' weights and the
-    head, and back; "plain" as torch does them, "kept" as lm/kernels.py does."""
+    head, and back."""
     linears = []
     for layer in b.model.layers[lora.start :]:
         linears += [m for m in layer.modules() if isinstance(m, torch.nn.Linear)]
@@ -161,10 +157,7 @@ def gemm_rate(b, lora, M, way) -> float:
             out, into = m.weight.shape
             chunk = 256 if m is linears[-1] else M
             for x, y in zip(inputs[into].split(chunk), inputs[out].split(chunk)):
-                if way == "plain":
-                    x @ m.weight.T, y @ m.weight
-                else:
-                    m(x), kept_product(y, m.form(transposed=True))
+                x @ m.weight.T, y @ m.weight
 
     run()
     seconds = statistics.median(timed(run) for _ in range(5))
@@ -178,7 +171,6 @@ def shares(profile, wall: float, P: int) -> dict:
         ["GEMM", "LoRA", "attention", "loss", "optimiser", "copies", "elementwise", "Python"], 0.0
     )
     kinds = {
-        "mkldnn::_linear_pointwise": "GEMM",
         "aten::mm": "GEMM",
         "aten::_fused_adamw_": "optimiser",
     }
@@ -199,39 +191,27 @@ def shares(profile, wall: float, P: int) -> dict:
 
 
 def kernels(b) -> None:
-    """lm/kernels.py: an inner update and sampling with all of it, with either of its parts left
-    out, and with none."""
+    """lm/kernels.py: an inner update with its attention and with the plain one, of notes, and of
+    sequences of 1024 tokens."""
     lora, sft = b.fast[0], replace(b.fast[1], steps=2)
-    prompts, how = [own[0] for own in b.prompts], {"copies": 4, "temperature": 0.7}
-    models = {"all": b.model}
-    for name in ("weights", "attention", "both"):
-        models[name] = model = load_model(b.args.model, "cpu", str(b.model.dtype)[6:])
-        swap_in(model)
-        if name in ("attention", "both"):
-            model.attention = attention
-        for module in model.modules():
-            if isinstance(module, torch.nn.Linear) and name in ("weights", "both"):
-                module.__class__ = torch.nn.Linear
-    work = {"training": lambda: b.train(b.longest, lora, sft)}
-    work["sampling"] = lambda: generate(b.model, prompts, 32, (), seed=b.args.seed, **how)
-    notes = {"training": "8 candidates, 2 steps of the default recipe"}
-    notes["sampling"] = "16 prompts x 4, 32 tokens each"
-    seconds = {}
+    text = b.tok.encode(" ".join(p.text for p in load_passages("data/passages.json")))
+    long = Example(tuple(text[:1024]), (True,) * 1024)
+    whole = (b.model, b.fresh(lora, 2), [[long]] * 2, [replace(sft, row_len=0)] * 2, 0)
+    work = {"8 candidates, 2 steps of the default recipe": lambda: b.train(b.longest, lora, sft)}
+    work["2 candidates, 2 steps of 1024 tokens"] = partial(inner_update, *whole)
+    ways, seconds = {"ours": b.model.attention, "plain": attention}, {}
     for turn in range(b.args.repeats + 1):  # the first one only warms up
-        order = list(models)[turn % len(models) :] + list(models)[: turn % len(models)]
-        for name in order:  # each comes first, and last, in its turn
-            b.model = models[name]
-            for kind, run in work.items():
-                seconds.setdefault((kind, name), []).append(timed(run))
-    b.model = models.pop("all")
-    each = {key: statistics.median(times[1:]) for key, times in seconds.items()}
-    for kind in work:
-        for name in models:
-            ours, other = each[kind, "all"], each[kind, name]
-            row = {"work": f"kernels-{kind}-{name}", "ours_s": ours, "other_s": other}
-            row |= {"other": f"ours without {name}", "ratio": other / ours, "note": notes[kind]}
-            turns = [seconds[kind, which][1:] for which in ("all", name)]
-            b.add(row | {"turns": turns})
+        for way in list(ways)[:: 1 - 2 * (turn % 2)]:
+            b.model.attention = ways[way]
+            for note, run in work.items():
+                seconds.setdefault((note, way), []).append(timed(run))
+    b.model.attention = ways["ours"]
+    for name, note in zip(("notes", "long"), work):
+        turns = [seconds[note, way][1:] for way in ways]
+        ours, other = map(statistics.median, turns)
+        row = {"work": f"kernels-{name}", "ours_s": ours, "other": "ours, plain attention"}
+        row |= {"other_s": other, "ratio": other / ours, "note": note}
+        b.add(row | {"turns": turns})
 
 
 def compiled(b) -> None:

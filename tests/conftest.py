@@ -1,7 +1,7 @@
 """Tiny random checkpoints of every family, written by transformers, and the real SmolLM2.
 
-The scripts and the fixtures `tiny` and `smollm2` run on the kernels of lm/kernels.py, which are to
-make things faster and nothing else. So `pytest --plain`, which leaves them out, passes as well.
+The scripts and the fixtures `tiny` and `smollm2` run on the attention of lm/kernels.py, which is to
+make things faster and nothing else. So `pytest --plain`, which leaves it out, passes as well.
 """
 
 import json
@@ -33,7 +33,7 @@ swap_in = lm.kernels.swap_in  # with --plain too: tests/test_kernels.py tests it
 
 
 def pytest_addoption(parser):
-    parser.addoption("--plain", action="store_true", help="leave out the kernels of lm/kernels.py")
+    parser.addoption("--plain", action="store_true", help="leave out lm/kernels.py")
 
 
 def pytest_configure(config):
@@ -78,7 +78,7 @@ def write_checkpoint(
 
 
 def load_swapped(folder, dtype="float32"):
-    """The model in `folder` on the kernels as in the scripts."""
+    """The model in `folder` on the attention of the scripts."""
     model = load_model(folder, "cpu", dtype)
     lm.kernels.swap_in(model)
     return model
