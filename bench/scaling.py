@@ -192,13 +192,13 @@ def shares(profile, wall: float, P: int) -> dict:
 
 def kernels(b) -> None:
     """lm/kernels.py: an inner update with its attention and with the plain one, of notes, and of
-    sequences of 1024 tokens."""
+    sequences of 2048 tokens, the longest of a puzzle."""
     lora, sft = b.fast[0], replace(b.fast[1], steps=2)
     text = b.tok.encode(" ".join(p.text for p in load_passages("data/passages.json")))
-    long = Example(tuple(text[:1024]), (True,) * 1024)
+    long = Example(tuple(text[:2048]), (True,) * 2048)
     whole = (b.model, b.fresh(lora, 2), [[long]] * 2, [replace(sft, row_len=0)] * 2, 0)
     work = {"8 candidates, 2 steps of the default recipe": lambda: b.train(b.longest, lora, sft)}
-    work["2 candidates, 2 steps of 1024 tokens"] = partial(inner_update, *whole)
+    work["2 candidates, 2 steps of 2048 tokens"] = partial(inner_update, *whole)
     ways, seconds = {"ours": b.model.attention, "plain": attention}, {}
     for turn in range(b.args.repeats + 1):  # the first one only warms up
         for way in list(ways)[:: 1 - 2 * (turn % 2)]:
