@@ -1,7 +1,7 @@
 # Each target sets up what it needs, the virtual environment included, from a bare Python 3.11+.
 #   make demo    what a trained policy is worth, then the whole loop in small: minutes
 #   make test    linter and tests
-#   make bench   speed, side by side with transformers + peft: 20 minutes
+#   make bench   speed, side by side with transformers + peft: 25 minutes
 #   make results RL by the paper's reward, its ladder and its budget curve: three hours
 #   make results-proxy  RL by the proxy, two rounds, their ladders, the figures: two and a half hours
 #   make results-arc    the same for ARC: a warm-up, which tasks can be solved, two rounds, the ladder: an hour and a half;

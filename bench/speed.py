@@ -1,7 +1,7 @@
 """Speed, side by side: this project against transformers + peft, on the same machine, model and
 work, in one run.
 
-    python bench/speed.py                                  # everything: 20 minutes on two cores
+    python bench/speed.py                                  # everything: 25 minutes on two cores
     python bench/speed.py --only quiz sampling --out runs/bench.json
     python bench/speed.py --write-work                     # write data/bench_work.json anew: 16
                                                            passages x 4 real self-edits
