@@ -227,7 +227,8 @@ def test_each_passage_has_its_own_number_of_self_edits(tiny, tok, tmp_path, monk
     prompts, counts = {}, {}
     for n in range(9):
         prompts[f"p{n}"], counts[f"p{n}"] = [[5, 6 + n], [7, 6 + n]], 1 + 5 * (n % 4)
-    args = SimpleNamespace(max_new=2, temperature=1.0, top_p=1.0)
+    # At 1 words of a random model are so nearly alike that rounding decides among them.
+    args = SimpleNamespace(max_new=2, temperature=0.1, top_p=1.0)
 
     def read(id, sampled):
         return SelfEdit(id, [Part(text) for text, _ in sampled])

@@ -419,7 +419,7 @@ def test_only_what_is_kept_is_imitated(tok, monkeypatch):
 
     monkeypatch.setattr(train_outer, "update_one", spy)
     args = SimpleNamespace(outer_lr=1e-3, outer_epochs=1, outer_row_len=0, outer_batch=2)
-    edits = []
+    args.outer, edits = "weighted", []
     for texts, kept in (
         (["good", "not this"], [True, False]),
         (["nor", "that"], [False, False]),
@@ -442,7 +442,7 @@ def test_an_outer_update_that_diverges_is_one_clear_line(
 ):
     monkeypatch.setattr("selfedit.parse", one_note)
     extra = ["--outer-lr", "1e38", "--outer-epochs", 4, "--limit", 1, "--rounds", 1]
-    with pytest.raises(SystemExit, match="error: the outer update diverged at step .*--outer-lr"):
+    with pytest.raises(SystemExit, match="error: the outer update diverged, after .*--outer-lr"):
         run(monkeypatch, tiny_folder, passages_file, tmp_path / "out", *extra)
     assert not (tmp_path / "out" / "metrics.jsonl").exists()
 
