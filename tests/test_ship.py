@@ -11,6 +11,7 @@ import train_outer
 from experiments import ship
 from lm.adapters import base_of, load_adapter
 from lm.checkpoint import load_model
+from lm.files import read_jsonl, write_jsonl
 from lora import merge
 
 
@@ -112,6 +113,26 @@ def test_it_is_measured_on_what_the_round_imitated(shipped, tiny_folder, tmp_pat
             args = ["--run", tmp_path / "run", "--out", tmp_path / "policy"]
             run_script(monkeypatch, ship, tiny_folder, *args)
     assert [how[-1] for how in seen] == ["restem", "weighted", "restem"]
+
+
+@pytest.mark.parametrize("outer", ["grpo", "pairs"])
+def test_of_samples_the_better_are_measured(outer, shipped, tiny_folder, tmp_path, monkeypatch):
+    """Of a run that learnt from the worse, too: as they were sampled."""
+    shutil.copytree(shipped / "run", tmp_path / "run")
+    file, log = tmp_path / "run/settings.json", tmp_path / "run/round-1/candidates.jsonl"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"outer": outer}))
+    records, seen = read_jsonl(log), []
+    for credit, record in zip((0.0, 1.0), records, strict=True):
+        record["parts"][0] |= {"credit": credit, "ids": f"5 6 {int(credit)}"}
+    write_jsonl(log, records)
+    real = ship.prefill
+    watched = lambda m, prompts, *rest: seen.append(prompts) or real(m, prompts, *rest)  # noqa: E731
+    monkeypatch.setattr(ship, "prefill", watched)
+    monkeypatch.setattr(ship, "answer_logprobs", lambda replies, *_: seen.append(replies) or [0.0])
+    args = ["--run", tmp_path / "run", "--out", tmp_path / "policy"]
+    run_script(monkeypatch, ship, tiny_folder, *args)
+    assert seen[1::2] == [[[5, 6, 1]]] * 3 and all(len(prompts) == 1 for prompts in seen[::2])
+    assert json.loads((tmp_path / "policy/policy.json").read_text())["n"] == 1
 
 
 def test_a_damaged_label_is_no_label(shipped, tiny, tmp_path):
