@@ -3,6 +3,7 @@ and the ways to reinforce side by side."""
 
 import sys
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -337,9 +338,11 @@ def test_the_ways_side_by_side(
     says = settings_of(["passage", "questions"], 0, 0, 0, "all", 0.004, 2)
     monkeypatch.setattr("selfedit.parse_settings", lambda *_: (says, ""))
     monkeypatch.setattr("selfedit.usual_length", lambda style: 4)
-    started = []
+    started, begun = [], []
 
     def in_process(command):
+        out = Path(command[command.index("--out") + 1])
+        begun.append((out / "round-1" / "scored.jsonl").is_file())
         started.append(command)
         with monkeypatch.context() as patch:
             patch.setattr(sys, "argv", command[1:])
@@ -370,6 +373,7 @@ def test_the_ways_side_by_side(
             logs = [tmp_path / "work" / f"{way}-1" / "round-1" / log for way in (one, other)]
             assert logs[0].read_bytes() == logs[1].read_bytes()
     assert (tmp_path / "work" / "two-0" / "round-2" / "policy-2").is_dir()
+    assert begun == [False, True, False, True] * 2
     count = [c[c.index("--samples") + 1] for c in started]
     assert count == ["4", "4", "2", "2"] * 2
     for name in ("reward.inner_update", "train_outer.inner_update", "train_outer.by_gradient"):
