@@ -268,9 +268,7 @@ def test_an_update_that_diverges_leaves_the_rounds_records(
     unlike_credits, tiny_folder, passages_file, tmp_path, monkeypatch
 ):
     extra = ["--outer", "grpo", "--outer-lr", 1e30]
-    with pytest.raises(
-        SystemExit, match="the outer update diverged, after .* --outer-lr"
-    ):
+    with pytest.raises(SystemExit, match="the outer update diverged, after .* --outer-lr"):
         run(monkeypatch, tiny_folder, passages_file, tmp_path / "out", *extra)
     assert len(read_jsonl(tmp_path / "out" / "round-1" / "candidates.jsonl")) == 9
     assert not (tmp_path / "out" / "round-1" / "policy").exists()
