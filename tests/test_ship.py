@@ -126,7 +126,11 @@ def test_of_samples_the_better_are_measured(outer, shipped, tiny_folder, tmp_pat
         record["parts"][0] |= {"credit": credit, "ids": f"5 6 {int(credit)}"}
     write_jsonl(log, records)
     real = ship.prefill
-    watched = lambda m, prompts, *rest: seen.append(prompts) or real(m, prompts, *rest)  # noqa: E731
+
+    def watched(model, prompts, *rest):
+        seen.append(prompts)
+        return real(model, prompts, *rest)
+
     monkeypatch.setattr(ship, "prefill", watched)
     monkeypatch.setattr(ship, "answer_logprobs", lambda replies, *_: seen.append(replies) or [0.0])
     args = ["--run", tmp_path / "run", "--out", tmp_path / "policy"]
