@@ -41,6 +41,7 @@ from inner import (
 from lm.files import digest, sub_seed, warn
 from lm.flags import add_model_flags
 from lm.log import Log
+from lm.outer import RULES
 from lm.packing import Example, arrange, make_row, row_tokens
 from lm.tokenizer import Tokenizer
 from lora import Adapters, LoRAConfig, merged
@@ -373,7 +374,7 @@ def credit(e: SelfEdit, passage: Passage, result: dict | None, reward: str) -> N
 # -----------------------------------------------------------------------------
 # selection: what is imitated
 
-GRADIENTS = ("grpo", "pairs")  # of --outer: they learn from what earned less, too (lm/outer.py)
+GRADIENTS = tuple(RULES)  # of --outer: they learn from what earned less, too
 WHY = {  # kept? -> why
     "parts": ("no sound part is the best", "some parts are the best"),
     "best": ("not the best", "best"),
@@ -478,7 +479,7 @@ def to_weigh(prompts: dict, edits: list[SelfEdit], outer: str) -> list[tuple]:
         group = [e for e in edits if e.passage == passage]
         for k, prompt in enumerate(prompts[passage]):
             for part, weight in advantages(group, k, outer):
-                found.append((prompt, [int(t) for t in part.ids.split()], weight))
+                found.append((prompt, part.token_ids, weight))
     return found
 
 

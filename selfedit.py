@@ -52,6 +52,10 @@ class Part:
     style: str = ""  # of its prompt; "settings" says how the notes are to be studied
     ids: str = ""  # token ids as sampled, with blanks between; the one that ended it, too, if any
 
+    @property
+    def token_ids(self) -> list[int]:
+        return [int(t) for t in self.ids.split()]
+
 
 @dataclass
 class SelfEdit:
@@ -626,8 +630,8 @@ def sample_share(
 ) -> list[SelfEdit]:
     """What this process samples of sample_self_edits()."""
     edits = read_edits(log, resume=True) if log and Path(log).is_file() else []
-    written = " ".join(part.ids for e in edits for part in e.parts).split()
-    if any(int(t) >= model.config.vocab_size for t in written):
+    written = [max(part.token_ids, default=0) for e in edits for part in e.parts]
+    if max(written, default=0) >= model.config.vocab_size:
         raise SystemExit(f"error: {log}: a token id that the model does not have; it was changed")
     expected = [(i, len(parts)) for i, parts in prompts.items() for _ in range(copies[i])]
     if [(e.passage, len(e.parts)) for e in edits] != expected[: len(edits)]:

@@ -44,7 +44,7 @@ from lm.flags import Parser, at_least, load, refuse_unused, result_head
 from lm.intervals import bootstrap, paired_steps
 from lm.outer import log_probs
 from lm.packing import Example
-from lm.runs import open_run, read_settings
+from lm.runs import ROOT, open_run, read_settings
 from lora import merged
 from reward import NOTHING, accuracy_of, edit_candidate, study, to_imitate
 from selfedit import (
@@ -56,7 +56,6 @@ from selfedit import (
     write_self_edits,
 )
 
-ROOT = Path(__file__).resolve().parent.parent
 RULES = ("restem", "weighted", "grpo", "pairs")
 ROWS = ["--outer-row-len", "2048"]
 WAYS = {rule: ["--outer", rule, *ROWS] for rule in RULES} | {"pairs": ["--outer", "pairs"]}
@@ -145,7 +144,7 @@ def surprise(model, run: Path, k: int, edits: list, prompts: dict, args) -> dict
     for e in edits:
         for prompt, part in zip(prompts[e.passage], e.parts, strict=True):
             if part.ids and e.agent == 1:
-                texts.append(Example.reply(prompt, [int(t) for t in part.ids.split()]))
+                texts.append(Example.reply(prompt, part.token_ids))
     rng = np.random.default_rng(sub_seed(args.seed, k))
     some = rng.permutation(len(texts))[: args.probed]
     rows = laid_out([texts[i] for i in some], row_len=1024)
@@ -168,7 +167,7 @@ def outer_steps(tok, run: Path, edits: list, prompts: dict) -> int:
     return total
 
 
-def round_of(model, tok, run: Path, k: int, passages, args) -> dict:
+def round_of(model, tok, run: Path, k: int, passages, prompts: dict, args) -> dict:
     """What round k of a run was like; "reward" has a value for each passage."""
     edits, found = read_edits(run / f"round-{k}" / "candidates.jsonl"), {"reward": []}
     distinct = []
@@ -181,15 +180,14 @@ def round_of(model, tok, run: Path, k: int, passages, args) -> dict:
         distinct.append(unlike_pairs(texts))
     found |= {"distinct": float(np.mean(distinct))}
     found["repeats"] = read_jsonl(run / "metrics.jsonl")[k - 1]["repeats"]
-    prompts = note_prompts(tok, passages, args)
     found["steps"] = outer_steps(tok, run, edits, prompts)
     return found | surprise(model, run, k, edits, prompts, args)
 
 
 def rounds_of(model, tok, runs: list[Path], passages, args) -> list[dict]:
-    rounds = []
+    rounds, prompts = [], note_prompts(tok, passages, args)
     for k in range(1, args.rounds + 1):
-        each = [round_of(model, tok, run, k, passages, args) for run in runs]
+        each = [round_of(model, tok, run, k, passages, prompts, args) for run in runs]
         earned = np.mean([own.pop("reward") for own in each], axis=0)
         row = {"round": k, "reward": float(earned.mean()), "ci95": bootstrap(earned, args.seed)}
         for name in each[0]:
