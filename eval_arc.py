@@ -80,7 +80,7 @@ GRID = [
 
 def parse_arguments():
     parser = Parser(description=__doc__)
-    add_model_flags(parser)
+    add_model_flags(parser, alone=False)
     data.arc.add_flags(parser, "heldout")
     selfedit.add_flags(parser)
     inner.add_lora_flags(parser)

@@ -121,7 +121,7 @@ METRICS = ("accuracy", "em", "f1", "logprob")
 
 def parse_arguments():
     parser = Parser(description=__doc__)
-    reward.add_flags(parser)
+    reward.add_flags(parser, alone=False)
     data.qa.add_flags(parser, "heldout")
     add = parser.add_argument_group("ladder").add_argument
     add("--samples", type=at_least(1), default=1, help="self-edits per passage, averaged")

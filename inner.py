@@ -265,7 +265,8 @@ def train_step(model: Transformer, lora: attached, active: list, taken: list, we
     """
     rows, device = [row for own in taken for row in own], model.device
     start = lora.adapters.config.start
-    rows = with_lower_states(model, rows, start)
+    # In one batch: processes that hold a model between them read equally many.
+    rows = with_lower_states(model, rows, start, tokens=1 << 30)
     x = torch.cat([row.x for row in rows])[None]
     pos = torch.cat([row.pos for row in rows])[None].to(device)
     first = np.cumsum([0, *(len(row.ids) for row in rows)]).tolist()  # where each row starts
@@ -290,8 +291,17 @@ def train_step(model: Transformer, lora: attached, active: list, taken: list, we
     return losses, lora.gradients()
 
 
+dealt_step = shared(train_step, by_all=False)  # to those that hold a copy of the model (--shard)
+
+
 def inner_update(
-    model, adapters: Adapters, examples, configs, seed: int, tick=None, one_step=train_step
+    model,
+    adapters: Adapters,
+    examples,
+    configs,
+    seed: int,
+    tick=None,
+    one_step=dealt_step,
 ) -> list[Outcome]:
     """Train adapters.flat[i] on examples[i] ([Example]) as configs[i], an SFTConfig, says.
 
@@ -318,7 +328,7 @@ def inner_update(
     return outcomes
 
 
-def train_end_to_end(lora, rows, plans, configs, tick=None, one_step=train_step):
+def train_end_to_end(lora, rows, plans, configs, tick, one_step):
     """The inner update's steps, all tokens end to end, so that nothing is padded."""
     model, adapters, outcomes = lora.model, lora.adapters, [Outcome() for _ in configs]
     params = [nn.Parameter(row) for row in adapters.flat]  # views: AdamW writes into `flat`

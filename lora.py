@@ -26,6 +26,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 
+from lm.ranks import share_of
 from model import Transformer
 
 PROJECTIONS = {  # name -> the submodule of a block that holds it
@@ -209,21 +210,21 @@ def merge(model: Transformer, adapters: Adapters) -> dict:
     weights."""
     old = {}
     for path in adapters.places:
-        linear = model.get_submodule(path)
+        weight = model.get_submodule(path).weight
         a, b = (m[0] for m in adapters.views(adapters.flat, path))
-        old[path] = linear.weight.detach()
-        weight = linear.weight.float() + adapters.config.scale * (b @ a)
-        linear.weight = nn.Parameter(weight.to(linear.weight.dtype), requires_grad=False)
+        old[path] = weight.clone()
+        delta = adapters.config.scale * (b @ a)  # (out, in)
+        weight.copy_(weight.float() + share_of(weight, delta))
     return old
 
 
 @contextmanager
 def merged(model: Transformer, adapters: Adapters | None):
-    """Within, the model has one adapter, or none, in its weights; after, its own again, the same
-    tensors bit for bit."""
+    """Within, the model has one adapter, or none, in its weights; after, its own again, bit for
+    bit."""
     old = merge(model, adapters) if adapters else {}
     try:
         yield
     finally:
         for path, weight in old.items():
-            model.get_submodule(path).weight = nn.Parameter(weight, requires_grad=False)
+            model.get_submodule(path).weight.detach().copy_(weight)

@@ -52,9 +52,9 @@ from selfedit import QA_PAIR, STYLES, SelfEdit, note_prompts, says_how, write_se
 # flags
 
 
-def add_flags(parser) -> None:
+def add_flags(parser, alone: bool = True) -> None:
     """What every script asks that trains on notes on passages: model, self-edits, inner update."""
-    add_model_flags(parser)
+    add_model_flags(parser, alone=alone)
     selfedit.add_flags(parser)
     selfedit.add_style_flag(parser)
     inner.add_lora_flags(parser)

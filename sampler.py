@@ -19,6 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from lm.files import sub_seed
 from lm.packing import Ragged, ragged_or_even
+from lm.ranks import as_first
 from lora import Adapters, attached
 from model import Transformer, additive, causal_mask
 
@@ -307,7 +308,7 @@ def generate(
         for step in range(max_new):
             logits = model.head(x)
             logits[:, model.unused] = -torch.inf
-            tokens = choose(logits, temperature, top_p, u[rows, step]).tolist()
+            tokens = as_first(choose(logits, temperature, top_p, u[rows, step])).tolist()
             if tick:
                 tick(sum(live))
             for n, t in enumerate(tokens):

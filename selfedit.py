@@ -29,7 +29,7 @@ from lm.files import chunks, read_jsonl, write_jsonl
 from lm.flags import at_least
 from lm.log import Progress
 from lm.packing import Example
-from lm.ranks import RANK, WORLD, dealt, gathered, own_file, whole
+from lm.ranks import dealt, gathered, own_file, replicas, whole
 from lm.tokenizer import Tokenizer
 from sampler import generate
 
@@ -612,9 +612,9 @@ def sample_self_edits(
     """
     refuse_long_prompts(model, prompts, args.max_new)
     copies = copies if isinstance(copies, dict) else dict.fromkeys(prompts, copies)
-    how = (read, copies, args, seed)
-    if WORLD > 1 and log and Path(log).is_file():  # all there, or begun by one, which goes on
-        edits = gathered([] if RANK else sample_share(model, tok, prompts, *how, log, label))
+    how, (mine, of) = (read, copies, args, seed), replicas()
+    if of > 1 and log and Path(log).is_file():  # all there, or begun by one, which goes on
+        edits = gathered([] if mine else sample_share(model, tok, prompts, *how, log, label))
         whole(log, lambda path: None)
         return edits
     places = {i: n for n, i in enumerate(prompts)}

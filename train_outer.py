@@ -78,7 +78,7 @@ def parse_arguments(argv=None):
     sub = {}
     for name, text in ABOUT.items():
         sub[name] = p = domains.add_parser(name, help=text, description=text)
-        add_model_flags(p)
+        add_model_flags(p, alone=False)
         (data.qa if name == "qa" else data.arc).add_flags(p, "train")
         selfedit.add_flags(p)
         inner.add_lora_flags(p)

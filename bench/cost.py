@@ -70,6 +70,9 @@ WORK |= {"population": 8, "row_len": 256}
 # of them are assumptions.
 GPU = {"name": "H100", "flops": 989e12, "bytes": 80e9, "bytes_per_s": 3.35e12}
 GPU |= {"share_of_flops": 0.4, "share_of_bandwidth": 0.5}
+# NVLink: 900 GB/s, to and fro together, among the eight GPUs of a machine, which is as many as a
+# copy of a model may be shared out to.
+GPU |= {"link": 450e9, "to_a_copy": [1, 2, 4, 8]}
 # layers, width, width of the MLP, width of all queries, and of all keys, vocabulary, is it there
 # twice (as embedding and as output)?
 MODELS = {
@@ -225,38 +228,55 @@ def with_model(row: dict, fit: dict) -> dict:
 
 def predict(name: str, devices: int, d: float) -> dict:
     """Minutes of the inner updates, quizzes and samples of a round of WORK on GPUs, and gigabytes
-    of each. A model that fits one is there once on each, and candidates are dealt; a larger one is
-    shared by as few as hold it, whose talk to each other is not counted."""
+    of each: with as many GPUs to a copy of the model, and as many candidates side by side, as make
+    it shortest of what fits."""
+    plans = []
+    for shards in (n for n in GPU["to_a_copy"] if n <= devices):
+        P = WORK["population"]
+        while P:
+            plans.append(planned(name, devices, d, shards, P))
+            P //= 2
+    fitting = [plan for plan in plans if plan["gb"] * 1e9 <= GPU["bytes"]]
+    if not fitting:
+        least = min(plans, key=lambda plan: plan["gb"])
+        return {k: least[k] for k in ("model", "devices", "gb", "shards", "P")} | {"fits": False}
+    return min(fitting, key=lambda plan: plan["minutes"]) | {"fits": True}
+
+
+def planned(name: str, devices: int, d: float, shards: int, P: int) -> dict:
+    """One way to do it: copies of the model on `shards` GPUs each (lm/ranks.py), each with a
+    population of P at a time."""
     n_layer, width, inner, queries, keys, vocab, twice = MODELS[name]
     shapes = [(width, queries)] * 2 + [(width, keys)] * 2 + [(width, inner)] * 3
     weights = n_layer * sum(a * b for a, b in shapes)
     adapter = n_layer * WORK["rank"] * sum(a + b for a, b in shapes)
-    output, P = vocab * width, WORK["population"]
-    step = {"tokens": P * WORK["row_len"], "adapted": n_layer, "n_embd": width, "n_inner": inner}
-    held = 2 * (weights + output * (1 + twice)) + P * held_of_adapter(2) * adapter
+    output, own = vocab * width, math.ceil(P / shards)  # of a step's candidates each GPU has `own`
+    step = {"tokens": own * WORK["row_len"], "adapted": n_layer, "n_embd": width, "n_inner": inner}
+    held = 2 * (weights / shards + output * (1 + twice)) + P * held_of_adapter(2) * adapter
     held += d * activations(step | {"number": 2})
-    shards = math.ceil(held / GPU["bytes"])
-    row = {"model": name, "devices": devices, "gb": held / shards / 1e9, "shards": shards}
-    if shards > devices:
-        return row | {"fits": False}
-    groups = devices // shards
-    rate = shards * GPU["flops"] * GPU["share_of_flops"]
-    read = shards * GPU["bytes_per_s"] * GPU["share_of_bandwidth"]
+
+    rate = GPU["flops"] * GPU["share_of_flops"]
+    read, link = (GPU[kind] * GPU["share_of_bandwidth"] for kind in ("bytes_per_s", "link"))
+    gather = 2 * weights * (1 - 1 / shards) / link  # seconds, for all layers once
+    reduce = 2 * 4 * P * adapter * (1 - 1 / shards) / link  # of a step's gradients
+    copies = devices // shards
+    populations = math.ceil(WORK["candidates"] / P / copies)
     # FLOPs: 2 for each weight and token forward, 2 more for the gradient of its input, 6 of LoRA.
-    study = WORK["tokens"] * (4 * weights + 6 * adapter) + WORK["counted"] * 4 * output
-    study *= WORK["epochs"] * WORK["candidates"]
-    answers = WORK["candidates"] * WORK["questions"]
+    epoch = WORK["tokens"] * (4 * weights + 6 * adapter) + WORK["counted"] * 4 * output
+    steps = math.ceil(WORK["tokens"] / WORK["row_len"])
+    epoch = own * epoch / rate + steps * (2 * gather + reduce)
+    # Of quizzes and samples each GPU of a copy computes all. Decoding reads the weights for each
+    # token, and once for all rows: those of a population's quizzes, with its adapters, or all
+    # samples of a copy.
     forward = 2 * (weights + output)
-    asked = answers * (WORK["prompt"] + WORK["answer"]) * forward
-    written = WORK["samples"] * (WORK["asked"] + WORK["written"]) * forward
-    # Decoding reads the weights for each token, and once for all rows: those of a population's
-    # quizzes, with its adapters, or all samples of a group.
-    populations = math.ceil(WORK["candidates"] / P / groups)
-    reading = 2 * (weights + output) / read
-    quiz = populations * WORK["answer"] * (reading + 2 * P * adapter / read)
-    row |= {"fits": True, "study_min": study / groups / rate / 60}
-    row["quiz_min"] = (asked / groups / rate + quiz) / 60
-    row["sample_min"] = (written / groups / rate + WORK["written"] * reading) / 60
+    token = 2 * (weights + output) / read + gather
+    answers, asked = P * WORK["questions"], WORK["prompt"] + WORK["answer"]
+    quiz = answers * asked * forward / rate + WORK["answer"] * (token + 2 * P * adapter / read)
+    samples = math.ceil(WORK["samples"] / copies)
+    sample = samples * (WORK["asked"] + WORK["written"]) * forward / rate + WORK["written"] * token
+    row = {"model": name, "devices": devices, "gb": held / 1e9, "shards": shards, "P": P}
+    row |= {"study_min": populations * WORK["epochs"] * epoch / 60}
+    row |= {"quiz_min": populations * quiz / 60, "sample_min": sample / 60}
     return row | {"minutes": row["study_min"] + row["quiz_min"] + row["sample_min"]}
 
 
@@ -269,10 +289,10 @@ def tables(result: dict) -> list[str]:
         cells += [f"{r['seconds']:.3f}", f"{r['says_seconds']:.3f}"]
         cells += [f"{r['bytes'] / 1e6:.0f} MB", f"{r['says_bytes'] / 1e6:.0f} MB"]
         lines.append(f"| {' | '.join(map(str, cells))} |")
-    lines.append("| model | GPUs | for one copy | GB each | study | quiz | sampling | minutes |")
-    lines.append("| --- |" + " ---: |" * 7)
+    lines.append("| model | GPUs | to a copy | P | GB each | study | quiz | sampling | minutes |")
+    lines.append("| --- |" + " ---: |" * 8)
     for r in result["predictions"]:
-        cells = [r["model"], r["devices"], r["shards"], f"{r['gb']:.0f}"]
+        cells = [r["model"], r["devices"], r["shards"], r["P"], f"{r['gb']:.0f}"]
         names = ("study_min", "quiz_min", "sample_min", "minutes")
         cells += [f"{r[name]:.2f}" for name in names] if r["fits"] else ["does not fit", "", "", ""]
         lines.append(f"| {' | '.join(map(str, cells))} |")

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from lm.files import read_json, write_atomic
+from lm.ranks import settle, shard, share_of
 from model import Config, Transformer
 
 
@@ -190,8 +191,8 @@ def numbers(file, name: str, tensor, dtype, device):
 
 
 def read_tensors(files: dict, expected: dict, dtype, device) -> dict:
-    """Read the tensors named in `expected` {name: shape} out of `files` {name: file}. Exits on the
-    first misfit."""
+    """Read the weights `expected` {name: empty tensor} out of `files` {name: file}, of --shard what
+    this process is to hold. Exits on the first misfit."""
     folder = next(iter(files.values())).parent if files else "the checkpoint"
     for name in sorted(expected.keys() - files.keys()):
         raise SystemExit(f"error: {folder}: tensor {name} is missing")
@@ -205,12 +206,13 @@ def read_tensors(files: dict, expected: dict, dtype, device) -> dict:
             for name in f.keys():
                 if name not in files:
                     continue
-                if (shape := tuple(f.get_slice(name).get_shape())) != expected[name]:
+                shape, needed = tuple(f.get_slice(name).get_shape()), tuple(expected[name].shape)
+                if shape != needed:
                     raise SystemExit(
-                        f"error: {file}: {name} has shape {shape}, config.json asks for "
-                        f"{expected[name]}"
+                        f"error: {file}: {name} has shape {shape}, config.json asks for {needed}"
                     )
-                tensors[name] = numbers(file, name, f.get_tensor(name), dtype, device)
+                found = numbers(file, name, f.get_tensor(name), dtype, device)
+                tensors[name] = share_of(expected[name], found)
     return tensors
 
 
@@ -221,10 +223,11 @@ def load_model(folder, device="auto", dtype="auto") -> Transformer:
     device = pick_device(device)
     with torch.device("meta"):
         model = Transformer(config)
+    shard(model)
     prefix = {
         name: name if name.startswith("lm_head") else f"model.{name}" for name in model.state_dict()
     }
-    expected = {prefix[name]: tuple(p.shape) for name, p in model.state_dict().items()}
+    expected = {prefix[name]: p for name, p in model.state_dict().items()}
     files = {n: f for n, f in weight_files(folder).items() if not n.endswith("rotary_emb.inv_freq")}
     if config.tie_embeddings:  # some files store the tied matrix twice
         files.pop("lm_head.weight", None)
@@ -233,7 +236,8 @@ def load_model(folder, device="auto", dtype="auto") -> Transformer:
     if config.tie_embeddings:
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
     model.load_state_dict({name: tensors[full] for name, full in prefix.items()}, assign=True)
-    return model.requires_grad_(False).eval()
+    settle(model.requires_grad_(False))
+    return model.eval()
 
 
 def save_model(model: Transformer, folder, source) -> None:

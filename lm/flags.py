@@ -53,8 +53,11 @@ def refuse_unused(parser: argparse.ArgumentParser, args, names, why: str) -> Non
             parser.error(f"--{name.replace('_', '-')} has no effect {why}")
 
 
-def add_model_flags(parser: argparse.ArgumentParser, trains: bool = True) -> None:
-    """--model, --device and --dtype, and, of what `trains` or samples, --seed and --compile."""
+def add_model_flags(
+    parser: argparse.ArgumentParser, trains: bool = True, alone: bool = True
+) -> None:
+    """--model, --device and --dtype; of what `trains` or samples, --seed and --compile; and --shard
+    of what does not run `alone`."""
     add = parser.add_argument_group("model").add_argument
     add("--model", default="checkpoints/smollm2-135m-instruct", help="Hugging Face folder")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
@@ -64,6 +67,11 @@ def add_model_flags(parser: argparse.ArgumentParser, trains: bool = True) -> Non
         choices=["auto", "float32", "bfloat16"],
         help="of the base weights",
     )
+    if alone:
+        parser.set_defaults(shard=1)
+    else:
+        about = "processes (torchrun) that hold one copy of the model, each a share of every layer"
+        add("--shard", type=at_least(1), default=1, metavar="K", help=about)
     if not trains:
         parser.set_defaults(compile="off")
         return
@@ -77,7 +85,9 @@ def add_model_flags(parser: argparse.ArgumentParser, trains: bool = True) -> Non
 def load(args) -> tuple[Transformer, Tokenizer]:
     """The model and its tokenizer, as args say. Exits if one does not fit the other, or --compile
     the model's device."""
-    model = load_model(args.model, ranks.start(args.device), args.dtype)
+    if args.shard > 1 and args.compile != "off":
+        raise SystemExit("error: --shard with --compile: not both")
+    model = load_model(args.model, ranks.start(args.device, args.shard), args.dtype)
     swap_in(model)
     if args.compile == "cudagraphs" and model.device.type != "cuda":
         raise SystemExit(

@@ -8,17 +8,31 @@ it: so the number of processes changes results only by rounding. Only rank 0 spe
 what a run leaves; until a stage is done each keeps its own progress beside it (own_file()). Of the
 outer update each takes its share of a step's rows (--outer-batch above 1), or with --compile makes
 all of it (but with --outer grpo or pairs); the policy is then the same for all.
+
+    torchrun --nproc-per-node 8 train_outer.py qa --shard 4 --model ...
+
+A model too large for one device is held by several (--shard, by torch's FSDP2): each has a share of
+every layer, and gathers the others' when the layer runs. So they run the same layers in step, and
+are dealt work as if they were one process: rows of a step are then shared out among them, and
+whatever else they compute, all of them do.
 """
 
 import os
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+MESH = None  # with --shard: the processes that hold a copy of the model with this one
 
 
-def start(device: str) -> str:
-    """Find the other processes, if there are any; the device that this one computes on."""
+def start(device: str, shard: int = 1) -> str:
+    """Find the other processes, if there are any, of which `shard` hold one copy of the model; the
+    device that this one computes on. Exits, on rank 0 with one line, if they do not divide."""
+    global MESH
+    if WORLD % shard:
+        told = f"error: --shard {shard}: {WORLD} cannot be dealt to copies of {shard} processes"
+        raise SystemExit(1 if RANK else f"{told} (torchrun --nproc-per-node)")
     if WORLD == 1:
         return device
     import torch  # here: what only reads files goes without it
@@ -37,8 +51,25 @@ def start(device: str) -> str:
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     store = torch.distributed.PrefixStore(f"attempt-{attempt}", store)
     options = {"store": store, "rank": RANK, "world_size": WORLD, "timeout": patience}
-    torch.distributed.init_process_group("gloo", **options)
+    sharded_on_cuda = shard > 1 and device.startswith("cuda")
+    backend = "cpu:gloo,cuda:nccl" if sharded_on_cuda else "gloo"
+    torch.distributed.init_process_group(backend, **options)
+    agree({"shard": shard})
+    if shard > 1:
+        kind, shape = device.split(":")[0].replace("auto", "cpu"), (WORLD // shard, shard)
+        names = {"mesh_dim_names": ("replicate", "shard")}
+        MESH = torch.distributed.init_device_mesh(kind, shape, **names)["shard"]
     return device
+
+
+def holders() -> int:
+    """How many processes hold one copy of the model, one after another by rank."""
+    return MESH.size() if MESH else 1
+
+
+def replicas() -> tuple[int, int]:
+    """Which copy of the model this process holds, or has a share of, and how many there are."""
+    return RANK // holders(), WORLD // holders()
 
 
 def together(collective, *args) -> None:
@@ -52,23 +83,28 @@ def together(collective, *args) -> None:
 
 def dealt(items: list) -> list:
     """This process's share of a list, of which every process has the whole."""
-    return items[RANK::WORLD]
+    mine, of = replicas()
+    return items[mine::of]
 
 
 def gathered(items: list) -> list:
-    """All processes' lists, one after another; all wait for the last one."""
+    """All processes' lists, one after another, each copy's once; all wait for the last one."""
+    return [item for own in lists_of_all(items)[:: holders()] for item in own]
+
+
+def lists_of_all(items: list) -> list[list]:
     if WORLD == 1:
-        return items
+        return [items]
     import torch
 
     lists = [None] * WORLD
     together(torch.distributed.all_gather_object, lists, items)
-    return [item for own in lists for item in own]
+    return lists
 
 
 def agree(settings: dict) -> None:
     """Exits, on rank 0 with one line, if the processes were not all started with the same."""
-    first, *others = gathered([settings])
+    first, *others = lists_of_all(settings)
     for rank, other in enumerate(others, 1):
         for key in sorted(first.keys() | other.keys()):
             if first.get(key) != other.get(key):
@@ -78,9 +114,10 @@ def agree(settings: dict) -> None:
 
 def own_file(path):
     """Where this process writes its part of `path`: beside it, or there, if it is alone."""
-    if WORLD == 1 or not path:
+    mine, of = replicas()
+    if of == 1 or not path:
         return path
-    return Path(path).with_stem(f"{Path(path).stem}.{RANK + 1}-of-{WORLD}")
+    return Path(path).with_stem(f"{Path(path).stem}.{mine + 1}-of-{of}")
 
 
 def parts_of(path: Path) -> list[Path]:
@@ -102,31 +139,84 @@ def whole(path, write) -> None:
 
 
 def may_write(path) -> bool:
-    """Only rank 0 may, but for each one's own part."""
-    return RANK == 0 or f".{RANK + 1}-of-{WORLD}" in Path(path).name
+    """Only rank 0 may, but for each copy's own part, which the first of its processes writes."""
+    mine, of = replicas()
+    return RANK == 0 or (RANK % holders() == 0 and f".{mine + 1}-of-{of}" in Path(path).name)
 
 
-def shared(step):
-    """step(model, lora, active, taken) of inner.py, for one candidate: each process takes its share
-    of the rows, and all get the losses and gradients of all rows. Of a single row all get rank
-    0's."""
+def shared(step, by_all: bool = True):
+    """step(model, lora, active, taken) of inner.py, made by all processes, or only by those that
+    hold one copy of the model: each takes its share of the rows, and all get the losses and
+    gradients of all rows."""
 
     def shared_step(model, lora, active: list[int], taken: list[list]):
-        if WORLD == 1:
+        rank, of = (RANK, WORLD) if by_all else (RANK % holders(), holders())
+        if of == 1:
             return step(model, lora, active, taken)
         import torch
 
-        [rows], flat = taken, lora.adapters.flat
-        own = rows if len(rows) == 1 else dealt(rows)
-        losses, grads = step(model, lora, active, [own]) if own else (flat.new_zeros(1),) * 2
-        found = torch.cat((losses, grads.flatten().expand(flat.size(1)), flat.new_ones(1)))
-        if len(rows) == 1:
-            together(torch.distributed.broadcast, found, 0)
-        else:
+        rows, own = [(i, row) for i, each in enumerate(taken) for row in each], {}
+        for i, row in rows[rank::of]:
+            own.setdefault(i, []).append(row)
+        # One that holds a share of the layers runs them even if no row is left for it.
+        run = own or ({0: taken[0][:1]} if MESH else {})
+        found = lora.adapters.flat.new_zeros(len(active), 1 + lora.adapters.size)
+        results = step(model, lora, [active[i] for i in run], [*run.values()]) if run else ((), ())
+        for i, loss, grad in zip(own, *results):
             # Means over the counted tokens of own rows -> over those of all.
-            found *= sum(len(row.at) for row in own)
-            together(torch.distributed.all_reduce, found)
-            found /= found[-1].clone()
-        return found[:1], found[None, 1:-1]
+            share = counted(own[i]) / counted(taken[i])
+            found[i, 0], found[i, 1:] = share * loss, share * grad
+        group = None if by_all else MESH.get_group()
+        together(partial(torch.distributed.all_reduce, group=group), found)
+        return found[:, 0], found[:, 1:]
 
     return shared_step
+
+
+def counted(rows: list) -> int:
+    return sum(len(row.at) for row in rows)
+
+
+# -----------------------------------------------------------------------------
+# one copy of the model among several processes
+
+
+def shard(model) -> None:
+    """Each layer's weights are from now on shared out among the processes of a copy, by rows. The
+    embedding, the last norm and the output are not. What the model computes stays the same."""
+    from torch.distributed.fsdp import fully_shard
+
+    for layer in model.layers if MESH else ():
+        fully_shard(layer, mesh=MESH, reshard_after_forward=True)
+
+
+def share_of(weight, tensor):
+    """What this process holds of `tensor` if `weight`, of the same shape, is shared out: rows, as a
+    DTensor. If not: the tensor."""
+    if not hasattr(weight, "placements"):
+        return tensor
+    from torch.distributed.tensor import DTensor
+
+    each, mine = -(-len(tensor) // holders()), MESH.get_local_rank()
+    own = tensor[each * mine : each * (mine + 1)].clone()  # a view would keep the whole
+    about = {"shape": tensor.shape, "stride": tensor.stride()}
+    return DTensor.from_local(own, MESH, weight.placements, run_check=False, **about)
+
+
+def settle(model) -> None:
+    """Once its weights are there."""
+    for layer in model.layers if MESH else ():
+        # The first to gather makes the buffers: not generate(), whose tensors know no gradient.
+        layer.unshard()
+        layer.reshard()
+
+
+def as_first(tokens):
+    """The tokens that the first of a copy's processes has chosen: one that went on with others
+    would end sooner or later than they, who would wait for it."""
+    if MESH:
+        import torch
+
+        first = RANK - RANK % holders()
+        together(partial(torch.distributed.broadcast, group=MESH.get_group()), tokens, first)
+    return tokens

@@ -23,7 +23,7 @@ POLICY = "policy.json"  # of a shipped policy: its base, and how it was trained
 LOCKS = []  # of the run folders that this process works in, held until it ends
 ROOT = Path(__file__).resolve().parent.parent
 CODE = ("*.py", "lm/*.py", "data/*.py", "experiments/*.py")
-SPEED = ("population", "compile", "device")  # settings that change how fast a run is
+SPEED = ("population", "compile", "device", "shard")  # settings that change how fast a run is
 # Not in older runs, which were like this.
 LATER = {"student": "", "agents": 1, "exchange": "all"}
 
@@ -75,7 +75,9 @@ def code_of(root: Path) -> str:
 def weights_of(model) -> str:
     """A fingerprint of the first 256 numbers of each weight, of which training changes some; the
     same for float32 and bfloat16."""
-    some = [p.detach().flatten()[:256].bfloat16().float().cpu() for p in model.parameters()]
+    # Of a weight that is shared out (--shard) a process has some rows; one is whole at a time.
+    each = (p.full_tensor() if hasattr(p, "full_tensor") else p for p in model.parameters())
+    some = [p.detach().flatten()[:256].bfloat16().float().cpu() for p in each]
     return fingerprint(np.concatenate(some).tobytes())
 
 

@@ -273,14 +273,18 @@ def test_a_prediction_by_hand():
     work |= {"written": 11, "questions": 2, "prompt": 6, "answer": 5, "rank": 2, "population": 2}
     work |= {"row_len": 8}
     gpu = {"flops": 1e4, "bytes": 1e6, "bytes_per_s": 1e3, "share_of_flops": 0.5}
+    gpu |= {"share_of_bandwidth": 0.2, "link": 500, "to_a_copy": [1, 2, 4]}
     with pytest.MonkeyPatch.context() as patch:
         for name, value in (("MODELS", model), ("WORK", work)):
             patch.setattr(cost, name, value)
-        patch.setattr(cost, "GPU", gpu | {"share_of_bandwidth": 0.2})
+        patch.setattr(cost, "GPU", gpu)
         row, two = (cost.predict("toy", n, d=3.0) for n in (1, 2))
-        patch.setattr(cost, "GPU", gpu | {"share_of_bandwidth": 0.2, "bytes": 15000})
-        assert cost.predict("toy", 1, d=3.0)["shards"] > 1
+        shared = cost.planned("toy", 4, 3.0, 2, 2)
+        patch.setattr(cost, "GPU", gpu | {"bytes": 15000})
+        assert cost.predict("toy", 1, d=3.0)["P"] == 1  # two candidates side by side do not fit
+        patch.setattr(cost, "GPU", gpu | {"bytes": 11000})
         assert not cost.predict("toy", 1, d=3.0)["fits"]
+        assert cost.predict("toy", 2, d=3.0)["shards"] == 2
     study = 4 * 2 * (7 * (4 * weights + 6 * adapter) + 5 * 4 * 1000)
     assert row["study_min"] == pytest.approx(study / 5e3 / 60)
     forward, read = 2 * (weights + 1000), 2 * (weights + 1000) / 200
@@ -292,11 +296,23 @@ def test_a_prediction_by_hand():
     assert row["gb"] * 1e9 == pytest.approx(held) and row["shards"] == 1
     assert two["study_min"] == pytest.approx(row["study_min"] / 2)
     assert two["minutes"] < row["minutes"] < 2 * two["minutes"]
+    # Four GPUs hold two copies; each GPU of one trains a candidate of two, gathers the other half
+    # of the layers forward and backward, and adds up both gradients. All answer and write all.
+    gather, reduce = 2 * weights / 2 / 100, 2 * 4 * 2 * adapter / 2 / 100
+    study = 2 * (study / 8 / 5e3 + 2 * gather + reduce)
+    assert shared["study_min"] == pytest.approx(study / 60)
+    quiz = 2 * 2 * (6 + 5) * forward / 5e3 + 5 * (read + gather + 2 * 2 * adapter / 200)
+    assert shared["quiz_min"] == pytest.approx(quiz / 60)
+    sample = 2 * (3 + 11) * forward / 5e3 + 11 * (read + gather)
+    assert shared["sample_min"] == pytest.approx(sample / 60)
+    held = 2 * (weights / 2 + 1000) + 2 * 20 * adapter + 3 * 2 * (8 * 30)
+    assert shared["gb"] * 1e9 == pytest.approx(held)
 
 
 def test_what_does_not_fit_is_said():
-    one, four = (cost.predict("Llama-3.1-70B", n, d=20.0) for n in (1, 64))
-    assert not one["fits"] and four["fits"] and one["shards"] * cost.GPU["bytes"] > 2 * 70e9
+    one, many = (cost.predict("Llama-3.1-70B", n, d=20.0) for n in (1, 64))
+    assert not one["fits"] and many["fits"] and one["gb"] * 1e9 > 2 * 70e9
+    assert many["gb"] * 1e9 < cost.GPU["bytes"] < many["gb"] * 1e9 * many["shards"]
 
 
 def test_an_error_in_the_process_that_measures_is_one_line():

@@ -11,7 +11,8 @@ from conftest import ROOT
 from safetensors.torch import load_file
 
 from lm import files, ranks
-from lm.files import read_jsonl, write_jsonl
+from lm.files import read_json, read_jsonl, write_jsonl
+from lm.flags import load
 from lm.log import Log, trained_on
 from lora import Adapters, LoRAConfig
 
@@ -35,7 +36,11 @@ def dies(*args, calls=[]):
     if os.environ.get("RANK") == "1" and len(calls) == 2 and Path("dies").is_file():
         Path("dies").unlink()
         os.kill(os.getpid(), 9)
-    return update(*args)
+    outcomes, numbers = update(*args), 0
+    for p in args[0].layers.parameters():
+        numbers += (p.to_local() if hasattr(p, "to_local") else p).numel()
+    Path("held-" + os.environ.get("RANK", "0")).write_text(str(numbers))
+    return outcomes
 
 selfedit.parse, reward.ask = taken_as_it_is, partial(reward.ask, max_new=4)
 update, train_outer.inner_update = train_outer.inner_update, dies
@@ -43,7 +48,7 @@ run_main(train_outer.main, alone=False)
 """
 
 
-def command(folder: Path, tiny_folder, passages_file, processes: int, restarts: int = 0) -> list:
+def command(folder: Path, tiny_folder, passages_file, processes: int, restarts=0, shard=1) -> list:
     """To run it in `folder`, which is made."""
     folder.mkdir(exist_ok=True)
     (folder / "driver.py").write_text(DRIVER)
@@ -56,6 +61,7 @@ def command(folder: Path, tiny_folder, passages_file, processes: int, restarts: 
     flags += ["--rank", 2, "--outer-rank", 2, "--outer-batch", 2, "--outer-row-len", 0]
     flags += ["--samples", 3, "--rounds", 1, "--select", "best", "--population", 2]
     flags += ["--student", tiny_folder, "--agents", 2]  # the student is loaded once more
+    flags += ["--shard", shard]
     flags += ["--temperature", 0.1]  # all words are nearly alike to a random model: no rounding
     return list(map(str, [*start, "driver.py", "qa", *flags]))
 
@@ -98,9 +104,29 @@ def test_many_end_with_what_one_ends_with(alone, tiny_folder, tmp_path):
     assert any(tensor.any() for name, tensor in policy.items() if "lora_B" in name)
 
 
+@pytest.mark.parametrize("processes", [2, 4])
+def test_two_that_hold_a_model_between_them_end_with_what_one_ends_with(
+    alone, tiny_folder, tmp_path, processes
+):
+    """Two, and two pairs of them, of which one is killed and goes on: --shard 2."""
+    restarts = int(processes == 4)
+    if restarts:
+        (tmp_path / "dies").write_text("")
+    done = run(tmp_path, tiny_folder, alone / "passages.json", processes, restarts, 2)
+    assert done.returncode == 0, done.stderr
+    assert not (tmp_path / "dies").exists() and done.stdout.count("round 1  reward") == 1
+    assert not list((tmp_path / "out" / "round-1").glob("*-of-*"))
+    assert unlike(alone, tmp_path) == []
+    held = [int(file.read_text()) for file in sorted(tmp_path.glob("held-*"))]
+    whole = int((alone / "held-0").read_text())
+    assert held == [whole / 2] * processes  # of the layers, also after a training step
+
+
 def unlike(one: Path, other: Path) -> list[str]:
     """What two runs in these folders wrote differently, but for rounding."""
     rounds, found = [folder / "out" / "round-1" for folder in (one, other)], []
+    own, theirs = (read_json(folder / "out" / "settings.json") for folder in (one, other))
+    found += [name for name in ("weights", "student_weights") if own.get(name) != theirs.get(name)]
     for name in ("sampled.jsonl", "sampled-2.jsonl", "scored.jsonl", "candidates.jsonl"):
         found += [] if same(*(read_jsonl(folder / name) for folder in rounds)) else [name]
     for agent in ("policy", "policy-2"):
@@ -189,7 +215,7 @@ def test_what_runs_alone_is_refused_to_torchrun(second_of_two, monkeypatch):
 
 
 def test_unlike_settings_are_refused(monkeypatch):
-    monkeypatch.setattr(ranks, "gathered", lambda own: [*own, {"lr": 0.1, "seed": 0}])
+    monkeypatch.setattr(ranks, "lists_of_all", lambda own: [own, {"lr": 0.1, "seed": 0}])
     ranks.agree({"lr": 0.1, "seed": 0})
     told = "^error: rank 0 was started with seed = 1, rank 1 with 0$"
     with pytest.raises(SystemExit, match=told):
@@ -206,27 +232,61 @@ def test_one_that_has_ended_is_told_in_one_line(second_of_two, monkeypatch):
         ranks.gathered([1])
 
 
-def test_rows_are_shared_by_what_they_count(model, second_of_two, monkeypatch):
-    """This one's row counts 3 tokens, the other one's 1."""
-    adapters = Adapters.init(model, LoRAConfig(1, 1.0, ("q_proj",), 3, 4), 1, seed=0)
-    rows = [SimpleNamespace(at=[0]), SimpleNamespace(at=[0, 1, 2])]
-    seen = []
+@pytest.mark.parametrize("sharded", [False, True])
+def test_rows_are_shared_by_what_they_count(model, second_of_two, monkeypatch, sharded):
+    """Of the first candidate this one's row counts 3 tokens, the other one's 1; the second has a
+    row for the other one only. One that has a share of the layers runs them even without a row."""
+    adapters = Adapters.init(model, LoRAConfig(1, 1.0, ("q_proj",), 3, 4), 2, seed=0)
+    rows, seen, found = [SimpleNamespace(at=[0] * n) for n in (1, 3, 2)], [], []
 
     def step(model, lora, active, taken):
-        seen.append(taken)
+        seen.append((active, taken))
         return torch.tensor([2.0]), torch.full((1, adapters.size), 4.0)
 
-    def all_reduce(found):
-        found += torch.cat((torch.tensor([10.0]), torch.zeros(adapters.size), torch.tensor([1.0])))
+    mesh = SimpleNamespace(size=lambda: 2, get_group=lambda: "the two") if sharded else None
+    monkeypatch.setattr(ranks, "MESH", mesh)
+    reduce = lambda own, group: found.append((own.clone(), group))  # noqa: E731
+    monkeypatch.setattr(torch.distributed, "all_reduce", reduce)
+    lora, group = SimpleNamespace(adapters=adapters), "the two" if sharded else None
+    shared_step = ranks.shared(step, by_all=not sharded)
+    losses, grads = shared_step(model, lora, [5, 7], [rows[:2], rows[2:]])
+    assert seen == [([5], [[rows[1]]])] and [own for _, own in found] == [group]
+    assert losses.tolist() == [3 / 4 * 2, 0.0] and torch.equal(found[0][0][:, 1:], grads)
+    assert grads.shape == (2, adapters.size) and grads[0].eq(3.0).all() and not grads[1].any()
+    losses, grads = shared_step(model, lora, [7], [rows[2:]])  # fewer rows than processes
+    assert seen[1:] == ([([7], [rows[2:]])] if sharded else [])
+    assert losses.tolist() == [0.0] and not grads.any() and len(found) == 2
 
-    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
-    lora = SimpleNamespace(adapters=adapters)
-    losses, grads = ranks.shared(step)(model, lora, [0], [rows])
-    assert seen == [[[rows[1]]]] and losses.tolist() == [(3 * 2 + 10) / 4]
-    assert grads.shape == (1, adapters.size) and torch.equal(grads, torch.full_like(grads, 3.0))
-    monkeypatch.setattr(ranks, "dealt", lambda rows: [])  # fewer rows than processes
-    losses, grads = ranks.shared(step)(model, lora, [0], [rows])
-    assert losses.tolist() == [10.0] and not grads.any() and len(seen) == 1
-    monkeypatch.setattr(torch.distributed, "broadcast", lambda found, rank: found.fill_(5.0))
-    losses, grads = ranks.shared(step)(model, lora, [0], [rows[:1]])
-    assert losses.tolist() == [5.0] and torch.equal(grads, torch.full_like(grads, 5.0))
+
+def test_processes_that_hold_a_model_are_dealt_work_as_one(monkeypatch):
+    monkeypatch.setattr(ranks, "MESH", SimpleNamespace(size=lambda: 2))
+    monkeypatch.setattr(ranks, "WORLD", 6)
+    monkeypatch.setattr(torch.distributed, "all_gather_object", lambda lists, own: fill(lists))
+
+    def fill(lists):
+        lists[:] = [[n // 2] for n in range(6)]
+
+    shares = []
+    for rank in range(6):
+        monkeypatch.setattr(ranks, "RANK", rank)
+        name = ranks.own_file("a.jsonl").name
+        shares.append((ranks.dealt([*range(5)]), name, ranks.may_write(name)))
+    names = [f"a.{n}-of-3.jsonl" for n in (1, 1, 2, 2, 3, 3)]
+    expected = [[0, 3], [0, 3], [1, 4], [1, 4], [2], [2]]
+    assert shares == [*zip(expected, names, [True, False] * 3)]
+    assert ranks.gathered([9]) == [0, 1, 2] and not ranks.may_write("a.jsonl")
+
+
+def test_processes_that_do_not_divide_are_refused(monkeypatch):
+    for world, told in ((1, "--shard 2: 1 cannot"), (3, "--shard 2: 3 cannot")):
+        monkeypatch.setattr(ranks, "WORLD", world)
+        with pytest.raises(SystemExit, match=f"^error: {told}"):
+            ranks.start("cpu", 2)
+
+
+def test_a_model_that_is_shared_out_is_not_compiled(tiny_folder):
+    args = SimpleNamespace(
+        model=tiny_folder, device="cpu", dtype="auto", compile="inductor", shard=2
+    )
+    with pytest.raises(SystemExit, match="^error: --shard with --compile: not both$"):
+        load(args)
