@@ -17,6 +17,7 @@ Each figure is written beside its JSON:
                       reinforced self-edits
     outer.svg         outer.json (experiments/outer.py): ways to reinforce, round by round, and what
                       their policies are worth in the end, with 95 % intervals
+    agents.svg        agents.json, and keep.svg keep.json: the same of other ways
     stream.svg        stream.json (experiments/stream.py): what is known of each passage after each
                       update
     arc_ladder.svg    arc_ladder.json (eval_arc.py): share of tasks that each row solves, 95 %
@@ -364,7 +365,6 @@ def main() -> None:
         "directions": (proxy[:1], lambda path: draw_directions(read_json(path))),
         "budget": ([folder / "qa_budget.json"], lambda path: draw_budget(read_json(path))),
         "stream": ([folder / "stream.json"], lambda path: draw_stream(read_json(path))),
-        "outer": ([folder / "outer.json"], lambda path: draw_outer(read_json(path))),
         "rounds": ([folder / "qa_rounds.jsonl"], lambda path: draw_rounds(read_jsonl(path))),
         "settings": (
             [folder / "settings_chosen.json"],
@@ -374,6 +374,8 @@ def main() -> None:
         "arc_tasks": (arc, lambda path: draw_arc_tasks(read_json(path))),
         "arc_settings": (arc, lambda path: draw_arc_settings(read_json(path))),
     }
+    for name in ("outer", "agents", "keep"):
+        figures[name] = ([folder / f"{name}.json"], lambda path: draw_outer(read_json(path)))
     drawn = []
     with plt.rc_context(STYLE):
         for name, (sources, draw) in figures.items():

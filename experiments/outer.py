@@ -1,16 +1,21 @@
 """Ways to reinforce, side by side: the same passages, equally many samples, equal budgets of study.
 
     python experiments/outer.py                                             # -> results/outer.json
-    python experiments/outer.py --ways one two two-apart --out results/agents.json
+    python experiments/outer.py --ways one two two-apart --work runs/agents \
+        --out results/agents.json
+    python experiments/outer.py --ways keep-6 keep-3 keep-1 --limit 24 --samples 8 --rounds 2 \
+        --out results/keep.json --work runs/keep
 
-Each way is a run of train_outer.py --settings, once for each seed; round 1 has the same self-edits
-and studies in all (of as many agents), so it is made once. The outer update is an epoch or more of
-what a way learns from, which is not equally much: "steps" counts it.
+Each way is a run of train_outer.py, once for each seed; round 1 has the same self-edits and studies
+in all (of as many agents), so it is made once. The outer update is an epoch or more of what a way
+learns from, which is not equally much: "steps" counts it.
 
-    restem, weighted, grpo, pairs       --outer
+    restem, weighted, grpo, pairs       --settings, --outer
     one, two, two-apart                 as weighted, by one agent with all samples, or by two with
                                         half of them, who learn from the best of both, or of their
                                         own (--agents 2 --exchange)
+    keep-6, keep-3, keep-1              --reward proxy --select notes, so many notes about each
+                                        sentence (--keep); studied by the recipe of the flags
 
 "rounds" says of each way and round, a mean over seeds (and over passages, with an interval):
     reward      what the self-edits of the round earned
@@ -22,7 +27,7 @@ what a way learns from, which is not equally much: "steps" counts it.
 Surprise and apart are of --probed texts, at a temperature of 1 (they were sampled at another, or
 these would be entropy and KL divergence). "rows" says what self-edits of the untrained model, and
 of each way's last policies, are worth on evaluation passages, one self-edit on each by each policy,
-studied as it says; "steps" are differences on the same passages.
+studied as it says (or as the flags do); "steps" are differences on the same passages.
 """
 
 import shutil
@@ -57,12 +62,14 @@ from selfedit import (
 )
 
 RULES = ("restem", "weighted", "grpo", "pairs")
-ROWS = ["--outer-row-len", "2048"]
-WAYS = {rule: ["--outer", rule, *ROWS] for rule in RULES} | {"pairs": ["--outer", "pairs"]}
+FIXED = ["--settings", "--outer-rank", "8", "--outer-alpha", "16"]
+ROWS = [*FIXED, "--outer-row-len", "2048"]
+WAYS = {rule: ["--outer", rule, *ROWS] for rule in RULES} | {"pairs": ["--outer", "pairs", *FIXED]}
 WAYS |= {"one": WAYS["weighted"], "two": [*WAYS["weighted"], "--agents", "2"]}
 WAYS |= {"two-apart": [*WAYS["two"], "--exchange", "own"]}
-FIXED = ["--outer-rank", "8", "--outer-alpha", "16"]
-PASSED_ON = ("model", "device", "dtype", "data", "split", "skip", "limit", "rounds", "budget")
+BY_PROXY = ["--reward", "proxy", "--select", "notes", "--outer-epochs", "1", "--keep"]
+WAYS |= {f"keep-{keep}": [*BY_PROXY, str(keep)] for keep in (6, 3, 1)}
+PASSED_ON = ("model", "device", "dtype", "data", "split", "skip", "limit", "rounds")
 PASSED_ON += ("population", "rank", "alpha", "targets", "top_layers", "row_len", "shots")
 PASSED_ON += ("temperature", "top_p", "max_new", "compile")
 
@@ -82,9 +89,16 @@ def parse_arguments():
     add("--work", default="runs/outer", help="folder of the runs, to resume a killed one")
     add("--out", default="results/outer.json", help="result file")
     parser.set_defaults(settings=True, budget=3072)
-    args = settle(parser.parse_args())
-    unused = ["style", "lr", "steps", "epochs"]
-    refuse_unused(parser, args, unused, "here, where self-edits say how they are studied")
+    args = parser.parse_args()
+    if len({way.startswith("keep") for way in args.ways}) > 1:
+        parser.error("--ways: those that the proxy rewards are not compared with the others")
+    if args.ways[0].startswith("keep"):
+        args.settings = False
+        refuse_unused(parser, args, ["style", "budget"], "with the proxy")
+    else:
+        unused = ["style", "lr", "steps", "epochs"]
+        refuse_unused(parser, args, unused, "here, where self-edits say how they are studied")
+    settle(args)
     if args.samples < 4 or args.samples % 2:
         parser.error("--samples: an even number of at least 4, of which two agents have half each")
     if len(set(args.ways)) < len(args.ways):
@@ -110,13 +124,12 @@ def train(args, way: str, seed: int, work: Path) -> Path:
         for path in [*logs.glob("sampled*.jsonl"), *logs.glob("scored.jsonl")]:
             shutil.copy(path, copy / "round-1")
         copy.rename(out)  # all at once
-    flags = []
-    for name in PASSED_ON:
+    flags, names = [], PASSED_ON + (("budget",) if args.settings else ("lr", "steps", "epochs"))
+    for name in names:
         values = getattr(args, name)
         values = values if isinstance(values, list) else [values]
         flags += [f"--{name.replace('_', '-')}", *map(str, values)]
-    command = [sys.executable, ROOT / "train_outer.py", "qa", "--settings", *flags]
-    command += [*FIXED, *WAYS[way]]
+    command = [sys.executable, ROOT / "train_outer.py", "qa", *flags, *WAYS[way]]
     command += ["--samples", str(args.samples // agents), "--seed", str(seed), "--out", str(out)]
     print(f"--- {way}, seed {seed}", flush=True)
     if subprocess.run(command).returncode:

@@ -329,6 +329,49 @@ def test_unlike_pairs_of_words():
     assert experiment.unlike_pairs([]) == 0
 
 
+def run_here(monkeypatch, command: list) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "argv", list(map(str, command[1:])))
+        train_outer.main()
+
+
+def small(passages_file, tmp_path) -> list:
+    args = ["--data", passages_file, "--samples", 4, "--rounds", 2, "--top-layers", 2, "--rank", 2]
+    args += ["--limit", 2, "--held-out", 2, "--work", tmp_path / "work"]
+    return [*args, "--out", tmp_path / "outer.json"]
+
+
+def test_ways_that_the_proxy_rewards(
+    brief_answers, tiny_folder, passages_file, tmp_path, monkeypatch
+):
+    """They study nothing before the end, and then as the flags say."""
+    monkeypatch.setattr("selfedit.parse", one_note)
+    monkeypatch.setattr("selfedit.usual_length", lambda style: 4)
+    monkeypatch.setattr("train_outer.inner_update", None)
+    started, studied, update = [], [], reward.inner_update
+
+    def in_process(command):
+        started.append(command)
+        run_here(monkeypatch, command)
+        return SimpleNamespace(returncode=0)
+
+    def watched(model, adapters, examples, configs, *rest):
+        studied.extend(configs)
+        return update(model, adapters, examples, configs, *rest)
+
+    monkeypatch.setattr("experiments.outer.subprocess.run", in_process)
+    monkeypatch.setattr("reward.inner_update", watched)
+    args = [*small(passages_file, tmp_path), "--seeds", 1, "--lr", 3e-3, "--steps", 2]
+    run_script(monkeypatch, experiment, tiny_folder, *args, "--ways", "keep-6", "keep-1")
+    rows = read_json(tmp_path / "outer.json")["rows"]
+    assert [row["row"] for row in rows] == ["untrained", "keep-6", "keep-1"]
+    for way, keep in (("keep-6", 6), ("keep-1", 1)):
+        settings = read_json(tmp_path / "work" / f"{way}-0" / "settings.json")
+        assert settings["keep"] == keep and settings["reward"] == "proxy"
+        assert not settings["settings"]
+    assert len(studied) == 6 and {(c.lr, c.steps) for c in studied} == {(3e-3, 2)}
+
+
 def test_the_ways_side_by_side(
     unlike_credits, brief_answers, tiny_folder, passages_file, tmp_path, monkeypatch
 ):
@@ -342,15 +385,12 @@ def test_the_ways_side_by_side(
         out = Path(command[command.index("--out") + 1])
         begun.append((out / "round-1" / "scored.jsonl").is_file())
         started.append(command)
-        with monkeypatch.context() as patch:
-            patch.setattr(sys, "argv", command[1:])
-            train_outer.main()
+        run_here(monkeypatch, command)
         return SimpleNamespace(returncode=0)
 
     monkeypatch.setattr("experiments.outer.subprocess.run", in_process)
-    args = ["--data", passages_file, "--samples", 4, "--rounds", 2, "--top-layers", 2, "--rank", 2]
-    args += ["--limit", 2, "--held-out", 2, "--seeds", 2, "--work", tmp_path / "work"]
-    args += ["--ways", "restem", "grpo", "two", "two-apart", "--out", tmp_path / "outer.json"]
+    args = [*small(passages_file, tmp_path), "--seeds", 2]
+    args += ["--ways", "restem", "grpo", "two", "two-apart"]
     run_script(monkeypatch, experiment, tiny_folder, *args)
     found = read_json(tmp_path / "outer.json")
     rows = {row["row"]: row for row in found["rows"]}
@@ -391,6 +431,8 @@ def test_the_ways_side_by_side(
         (["--ways", "grpo", "grpo"], "each once"),
         (["--lr", 1e-3], "--lr has no effect"),
         (["--ways", "ppo"], "invalid choice: 'ppo'"),
+        (["--ways", "keep-3", "grpo"], "the proxy rewards are not compared"),
+        (["--ways", "keep-3", "--budget", 99], "--budget has no effect"),
     ],
 )
 def test_what_the_ways_cannot_have(extra, message, tiny_folder, monkeypatch, capsys):
