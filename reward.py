@@ -538,6 +538,7 @@ def round_metrics(
         "flaws": {flaw: n for flaw, n in flaws.items() if flaw},
         "notes_mean": float(np.mean([len(e.notes) for e in edits])),
         "repeats": float(np.mean([flaw == "repeats" for *_, flaw in texts])),
+        "endless": float(np.mean([flaw == "endless" for *_, flaw in texts])),
         "distinct": len(set(texts)) / len(texts),
         "outer_loss": float(np.mean(taught)) if taught else None,
         "seconds": round(seconds, 1),

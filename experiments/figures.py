@@ -315,16 +315,17 @@ def draw_chosen(result: dict):
 PANELS = {
     "reward": "what the self-edits earned, %",
     "repeats": "texts that say the same twice, %",
+    "endless": "texts that do not end, %",
     "distinct": "unlike pairs of words, %",
-    "surprise": "surprise at own words, nats a token",
-    "apart": "likelier than to the base model, nats a token",
+    "surprise": "surprise at own words, nats",
+    "apart": "likelier than to the base, nats",
 }
 
 
 def draw_outer(result: dict):
     """A panel for each of PANELS, by round, with a line for each way; and one with the accuracy on
     evaluation passages."""
-    figure, panels = plt.subplots(2, 3, figsize=(11, 6.4))
+    figure, panels = plt.subplots(2, 4, figsize=(14, 6.4))
     looks = dict(zip(result["rounds"], zip(cycle(LINES[1:]), "os^vDPX")))
     for axes, (key, label) in zip(panels.flat, PANELS.items()):
         scale = 100 if label.endswith("%") else 1
@@ -335,7 +336,8 @@ def draw_outer(result: dict):
         axes.set_xticks([r["round"] for r in rounds])
         axes.set_xlabel("round")
         axes.set_title(label, fontsize=11)
-    panels[0, 0].legend(frameon=False)
+    panels[1, 3].axis("off")
+    panels[1, 3].legend(*panels[0, 0].get_legend_handles_labels(), frameon=False, loc="center")
     axes = panels[1, 2]
     for n, row in enumerate(result["rows"][::-1]):
         paint, mark = looks.get(row["row"], (GREY, "o"))
@@ -370,12 +372,14 @@ def main() -> None:
             [folder / "settings_chosen.json"],
             lambda path: draw_chosen(read_json(path)),
         ),
+    }
+    for name in ("outer", "agents", "keep"):
+        figures[name] = ([folder / f"{name}.json"], lambda path: draw_outer(read_json(path)))
+    figures |= {
         "arc_ladder": (arc, lambda path: draw_arc_ladder(read_json(path))),
         "arc_tasks": (arc, lambda path: draw_arc_tasks(read_json(path))),
         "arc_settings": (arc, lambda path: draw_arc_settings(read_json(path))),
     }
-    for name in ("outer", "agents", "keep"):
-        figures[name] = ([folder / f"{name}.json"], lambda path: draw_outer(read_json(path)))
     drawn = []
     with plt.rc_context(STYLE):
         for name, (sources, draw) in figures.items():

@@ -20,6 +20,7 @@ learns from, which is not equally much: "steps" counts it.
 "rounds" says of each way and round, a mean over seeds (and over passages, with an interval):
     reward      what the self-edits of the round earned
     repeats     texts that say the same twice (docs/OUTPUT.md), as a share
+    endless     texts that know no end, of which repeats are not counted
     distinct    unlike pairs of neighbouring words, as a share of all in the texts on a passage
     surprise    nats per token: how unlikely its own words were to the policy that wrote them
     apart       nats per token: how much likelier they were to it than to the base model
@@ -44,7 +45,7 @@ import reward
 from data.qa import counts, load_passages
 from inner import laid_out, lora_config
 from lm.adapters import load_adapter
-from lm.files import GOES_ON, check_output, digest, read_jsonl, run_main, sub_seed, write_json
+from lm.files import GOES_ON, check_output, digest, read_json, run_main, sub_seed, write_json
 from lm.flags import Parser, at_least, load, refuse_unused, result_head
 from lm.intervals import bootstrap, paired_steps
 from lm.outer import log_probs
@@ -152,8 +153,10 @@ def unlike_pairs(texts: list[str]) -> float:
 
 def surprise(model, run: Path, k: int, edits: list, prompts: dict, args) -> dict:
     """{"surprise", "apart"} of some texts of round k, to the policy that wrote them, the first of
-    several agents'."""
-    texts = []
+    several agents'. They stand in the round's folder once they are known."""
+    known, texts = run / f"round-{k}" / "surprise.json", []
+    if known.is_file():
+        return read_json(known)
     for e in edits:
         for prompt, part in zip(prompts[e.passage], e.parts, strict=True):
             if part.ids and e.agent == 1:
@@ -165,7 +168,8 @@ def surprise(model, run: Path, k: int, edits: list, prompts: dict, args) -> dict
     with merged(model, policy):
         own = np.concatenate([row.cpu().numpy() for row in log_probs(model, rows)])
     base = np.concatenate([row.cpu().numpy() for row in log_probs(model, rows)])
-    return {"surprise": float(-own.mean()), "apart": float((own - base).mean())}
+    write_json(known, {"surprise": float(-own.mean()), "apart": float((own - base).mean())})
+    return read_json(known)
 
 
 def outer_steps(tok, run: Path, edits: list, prompts: dict) -> int:
@@ -183,16 +187,18 @@ def outer_steps(tok, run: Path, edits: list, prompts: dict) -> int:
 def round_of(model, tok, run: Path, k: int, passages, prompts: dict, args) -> dict:
     """What round k of a run was like; "reward" has a value for each passage."""
     edits, found = read_edits(run / f"round-{k}" / "candidates.jsonl"), {"reward": []}
-    distinct = []
+    distinct, flaws = [], []
     for p in passages:
         own = [e for e in edits if e.passage == p.id]
         found["reward"].append(float(np.mean([e.reward for e in own])))
         texts = []
         for e in own:
             texts += [part.text for part in e.parts if part.text and part.style != "settings"]
+            flaws += [part.flaw for part in e.parts if part.text]
         distinct.append(unlike_pairs(texts))
     found |= {"distinct": float(np.mean(distinct))}
-    found["repeats"] = read_jsonl(run / "metrics.jsonl")[k - 1]["repeats"]
+    for flaw in ("repeats", "endless"):
+        found[flaw] = flaws.count(flaw) / max(1, len(flaws))
     found["steps"] = outer_steps(tok, run, edits, prompts)
     return found | surprise(model, run, k, edits, prompts, args)
 

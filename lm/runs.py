@@ -157,16 +157,19 @@ class Rounds:
             warn(f"round {metrics['round']}: {', '.join(lost)}: what is imitated grows alike")
 
 
-SOUND = {"repeats": 0.0, "distinct": 1.0, "notes_mean": 0.0}  # metrics where nothing was counted
+# Metrics where nothing was counted.
+SOUND = {"repeats": 0.0, "endless": 0.0, "distinct": 1.0, "notes_mean": 0.0}
 
 
 def collapse(metrics: list[dict]) -> list[str]:
     """Signs, in words, that the self-edits of the last of these rounds have lost their variety:
-    half of the texts repeat themselves, or there are half as many notes, or half as many unlike
-    texts, as in the first round."""
+    half of the texts repeat themselves, or have come to know no end, or there are half as many
+    notes, or half as many unlike texts, as in the first round."""
     first, last, signs = SOUND | metrics[0], SOUND | metrics[-1], []
     if last["repeats"] > 0.5:
         signs.append(f"{100 * last['repeats']:.0f} % of the texts say the same twice")
+    if last["endless"] > max(0.5, first["endless"]):
+        signs.append(f"{100 * last['endless']:.0f} % of the texts do not end")
     if last["distinct"] < first["distinct"] / 2:
         now, then = (100 * m["distinct"] for m in (last, first))
         signs.append(f"{now:.0f} % of the texts on a passage are unlike, of {then:.0f} % at first")

@@ -220,7 +220,7 @@ def test_the_ways_to_reinforce():
         assert list(drawn) == ["restem", "grpo"]
         for way, values in drawn.items():
             assert values == pytest.approx([scale * r[name] for r in rounds[way]])
-    last = figure.axes[-1]
+    last = figure.axes[-2]
     assert "7 others" in last.get_title()
     assert [t.get_text() for t in last.get_yticklabels()] == ["grpo", "restem", "untrained"]
     points = [line.get_xydata().tolist() for line in last.lines]

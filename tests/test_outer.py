@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import dies_at, one_note, run_script
@@ -402,7 +403,12 @@ def test_the_ways_side_by_side(
     for way, rounds in found["rounds"].items():
         assert [r["round"] for r in rounds] == [1, 2]
         assert rounds[0]["apart"] == 0 and rounds[0]["surprise"] > 0, way
-        assert all(0 <= r[name] <= 1 for r in rounds for name in ("distinct", "repeats"))
+        shares = [[r[name] for name in ("distinct", "repeats", "endless")] for r in rounds]
+        assert np.all((0 <= np.array(shares)) & (np.array(shares) <= 1))
+        logs = [read_jsonl(tmp_path / "work" / f"{way}-{n}" / "metrics.jsonl") for n in (0, 1)]
+        for k, row in enumerate(rounds):
+            for name in ("repeats", "endless"):
+                assert row[name] == pytest.approx(np.mean([log[k][name] for log in logs]))
     assert found["rounds"]["grpo"][1]["apart"] != 0
     one, other = (dict(found["rounds"][way][0]) for way in ("restem", "grpo"))
     assert one.pop("steps") == other.pop("steps") == 2 and one == other  # all in a row, twice
@@ -418,6 +424,7 @@ def test_the_ways_side_by_side(
         monkeypatch.setattr(name, None)
     monkeypatch.setattr("train_outer.update_one", None)
     monkeypatch.setattr("selfedit.generate", None)
+    monkeypatch.setattr(experiment, "log_probs", None)
     before = read_json(tmp_path / "outer.json")
     run_script(monkeypatch, experiment, tiny_folder, *args)
     assert read_json(tmp_path / "outer.json") == before

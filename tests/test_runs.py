@@ -101,6 +101,8 @@ def test_other_code_is_said(tmp_path, monkeypatch, capsys):
             ["25 % of the texts on a passage"],
         ),
         ({"repeats": 0.1, "distinct": 0.9, "notes_mean": 5.0}, ["5.0 notes, of 12.0 at first"]),
+        ({"endless": 0.72, "notes_mean": 12.0}, ["72 % of the texts do not end"]),
+        ({"endless": 0.45, "notes_mean": 12.0}, []),
         ({"notes_mean": 12.0}, []),  # by an older version
     ],
 )
