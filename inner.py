@@ -265,7 +265,7 @@ def train_step(model: Transformer, lora: attached, active: list, taken: list, we
     """
     rows, device = [row for own in taken for row in own], model.device
     start = lora.adapters.config.start
-    # In one batch: processes that hold a model between them read equally many.
+    # In one batch, so that the processes of a copy run the lower layers equally often (--shard).
     rows = with_lower_states(model, rows, start, tokens=1 << 30)
     x = torch.cat([row.x for row in rows])[None]
     pos = torch.cat([row.pos for row in rows])[None].to(device)

@@ -168,8 +168,9 @@ def surprise(model, run: Path, k: int, edits: list, prompts: dict, args) -> dict
     with merged(model, policy):
         own = np.concatenate([row.cpu().numpy() for row in log_probs(model, rows)])
     base = np.concatenate([row.cpu().numpy() for row in log_probs(model, rows)])
-    write_json(known, {"surprise": float(-own.mean()), "apart": float((own - base).mean())})
-    return read_json(known)
+    found = {"surprise": float(-own.mean()), "apart": float((own - base).mean())}
+    write_json(known, found)
+    return found
 
 
 def outer_steps(tok, run: Path, edits: list, prompts: dict) -> int:

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from lm.files import read_json, write_atomic
-from lm.ranks import settle, shard, share_of
+from lm.ranks import gather_once, share_of, split_layers
 from model import Config, Transformer
 
 
@@ -191,8 +191,8 @@ def numbers(file, name: str, tensor, dtype, device):
 
 
 def read_tensors(files: dict, expected: dict, dtype, device) -> dict:
-    """Read the weights `expected` {name: empty tensor} out of `files` {name: file}, of --shard what
-    this process is to hold. Exits on the first misfit."""
+    """Read the weights `expected` {name: meta tensor} out of `files` {name: file}; of one that is
+    shared out, this process's rows. Exits on the first misfit."""
     folder = next(iter(files.values())).parent if files else "the checkpoint"
     for name in sorted(expected.keys() - files.keys()):
         raise SystemExit(f"error: {folder}: tensor {name} is missing")
@@ -223,7 +223,7 @@ def load_model(folder, device="auto", dtype="auto") -> Transformer:
     device = pick_device(device)
     with torch.device("meta"):
         model = Transformer(config)
-    shard(model)
+    split_layers(model)
     prefix = {
         name: name if name.startswith("lm_head") else f"model.{name}" for name in model.state_dict()
     }
@@ -236,7 +236,7 @@ def load_model(folder, device="auto", dtype="auto") -> Transformer:
     if config.tie_embeddings:
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
     model.load_state_dict({name: tensors[full] for name, full in prefix.items()}, assign=True)
-    settle(model.requires_grad_(False))
+    gather_once(model.requires_grad_(False))
     return model.eval()
 
 

@@ -33,7 +33,7 @@ from inner import (
 from lm.files import chunks
 from lm.log import Progress
 from lm.packing import Example, Row, make_row, shared_prefix
-from lm.ranks import shared
+from lm.ranks import gathered, shared
 from lora import Adapters, attached
 from model import Transformer
 
@@ -128,6 +128,7 @@ def by_gradient(
         liked, after = torch.cat([row.weight for row in rows]) > 0, log_probs(model, rows)
     first = float(torch.cat(before)[:, 0].cpu()[liked].mean())
     last = float(torch.cat(after).cpu()[liked].mean())
+    first, last = gathered([first, last])[:2]  # rounded alike for all processes
     guess = -0.99 * math.log(model.config.vocab_size)
     outcome.diverged |= first > guess >= last or not math.isfinite(last)
     return outcome

@@ -31,7 +31,9 @@ def start(device: str, shard: int = 1) -> str:
     device that this one computes on. Exits, on rank 0 with one line, if they do not divide."""
     global MESH
     if WORLD % shard:
-        told = f"error: --shard {shard}: {WORLD} cannot be dealt to copies of {shard} processes"
+        told = (
+            f"error: --shard {shard}: so many processes hold a copy, and there are {WORLD} in all"
+        )
         raise SystemExit(1 if RANK else f"{told} (torchrun --nproc-per-node)")
     if WORLD == 1:
         return device
@@ -43,6 +45,11 @@ def start(device: str, shard: int = 1) -> str:
             told = f"error: more processes than this machine's {n} GPUs (torchrun --nproc-per-node)"
             raise SystemExit(1 if RANK else told)
         torch.cuda.set_device(device)
+    elif shard > 1:
+        if device not in ("auto", "cpu"):
+            told = f"error: --shard is for --device auto, cuda or cpu, and not {device}"
+            raise SystemExit(1 if RANK else told)
+        device = "cpu"
     if torch.distributed.is_initialized():  # a second model is loaded
         return device
     patience = timedelta(weeks=1)  # shares are dealt once, and some take longer than others
@@ -51,14 +58,18 @@ def start(device: str, shard: int = 1) -> str:
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     store = torch.distributed.PrefixStore(f"attempt-{attempt}", store)
     options = {"store": store, "rank": RANK, "world_size": WORLD, "timeout": patience}
-    sharded_on_cuda = shard > 1 and device.startswith("cuda")
-    backend = "cpu:gloo,cuda:nccl" if sharded_on_cuda else "gloo"
+    kind = device.split(":")[0]
+    backend = "cpu:gloo,cuda:nccl" if shard > 1 and kind == "cuda" else "gloo"
     torch.distributed.init_process_group(backend, **options)
     agree({"shard": shard})
     if shard > 1:
-        kind, shape = device.split(":")[0].replace("auto", "cpu"), (WORLD // shard, shard)
-        names = {"mesh_dim_names": ("replicate", "shard")}
-        MESH = torch.distributed.init_device_mesh(kind, shape, **names)["shard"]
+        groups = []  # every process takes part in making each
+        for first in range(0, WORLD, shard):
+            ranks = list(range(first, first + shard))
+            groups.append(torch.distributed.new_group(ranks, timeout=patience))
+        from torch.distributed.device_mesh import DeviceMesh
+
+        MESH = DeviceMesh.from_group(groups[RANK // shard], kind)
     return device
 
 
@@ -73,7 +84,8 @@ def replicas() -> tuple[int, int]:
 
 
 def together(collective, *args) -> None:
-    """collective(*args), which all processes call. Exits with one line if another one has ended."""
+    """collective(*args), which all processes call. Exits with one line if another one has ended
+    (which FSDP, when it gathers a layer, says in words of its own)."""
     try:
         collective(*args)
     except RuntimeError as e:
@@ -181,7 +193,7 @@ def counted(rows: list) -> int:
 # one copy of the model among several processes
 
 
-def shard(model) -> None:
+def split_layers(model) -> None:
     """Each layer's weights are from now on shared out among the processes of a copy, by rows. The
     embedding, the last norm and the output are not. What the model computes stays the same."""
     from torch.distributed.fsdp import fully_shard
@@ -197,16 +209,22 @@ def share_of(weight, tensor):
         return tensor
     from torch.distributed.tensor import DTensor
 
-    each, mine = -(-len(tensor) // holders()), MESH.get_local_rank()
-    own = tensor[each * mine : each * (mine + 1)].clone()  # a view would keep the whole
+    own = tensor[own_rows(len(tensor), holders(), MESH.get_local_rank())]
+    own = own.clone()  # a view would keep the whole
     about = {"shape": tensor.shape, "stride": tensor.stride()}
     return DTensor.from_local(own, MESH, weight.placements, run_check=False, **about)
 
 
-def settle(model) -> None:
-    """Once its weights are there."""
+def own_rows(n: int, holders: int, mine: int) -> slice:
+    """Of n rows those that FSDP gives to one of the holders: of 5 rows four have 2, 2, 1 and 0."""
+    each = -(-n // holders)
+    return slice(each * mine, each * (mine + 1))
+
+
+def gather_once(model) -> None:
+    """Once the weights are there. The first to gather makes the buffers, and that must not be
+    generate(), whose tensors know no gradient."""
     for layer in model.layers if MESH else ():
-        # The first to gather makes the buffers: not generate(), whose tensors know no gradient.
         layer.unshard()
         layer.reshard()
 

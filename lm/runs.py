@@ -154,7 +154,7 @@ class Rounds:
             shown.append(f"{key} {' '.join(values)}")
         print("  ".join(shown), flush=True)
         if lost := collapse(self.metrics):
-            warn(f"round {metrics['round']}: {', '.join(lost)}: what is imitated grows alike")
+            warn(f"round {metrics['round']}: {', '.join(lost)}: self-edits degenerate")
 
 
 # Metrics where nothing was counted.

@@ -271,7 +271,7 @@ def test_a_prediction_by_hand():
     weights, adapter = 10 * 10 * 2 + 10 * 5 * 2 + 10 * 20 * 3, 2 * (20 * 2 + 15 * 2 + 30 * 3)
     work = {"candidates": 4, "samples": 3, "epochs": 2, "tokens": 7, "counted": 5, "asked": 3}
     work |= {"written": 11, "questions": 2, "prompt": 6, "answer": 5, "rank": 2, "population": 2}
-    work |= {"row_len": 8}
+    work |= {"row_len": 8, "batch": 128}
     gpu = {"flops": 1e4, "bytes": 1e6, "bytes_per_s": 1e3, "share_of_flops": 0.5}
     gpu |= {"share_of_bandwidth": 0.2, "link": 500, "to_a_copy": [1, 2, 4]}
     with pytest.MonkeyPatch.context() as patch:
@@ -284,7 +284,8 @@ def test_a_prediction_by_hand():
         assert cost.predict("toy", 1, d=3.0)["P"] == 1  # two candidates side by side do not fit
         patch.setattr(cost, "GPU", gpu | {"bytes": 11000})
         assert not cost.predict("toy", 1, d=3.0)["fits"]
-        assert cost.predict("toy", 2, d=3.0)["shards"] == 2
+        patch.setattr(cost, "WORK", work | {"written": 999, "batch": 2})
+        long = cost.planned("toy", 1, 3.0, 1, 2)
     study = 4 * 2 * (7 * (4 * weights + 6 * adapter) + 5 * 4 * 1000)
     assert row["study_min"] == pytest.approx(study / 5e3 / 60)
     forward, read = 2 * (weights + 1000), 2 * (weights + 1000) / 200
@@ -302,15 +303,21 @@ def test_a_prediction_by_hand():
     study = 2 * (study / 8 / 5e3 + 2 * gather + reduce)
     assert shared["study_min"] == pytest.approx(study / 60)
     quiz = 2 * 2 * (6 + 5) * forward / 5e3 + 5 * (read + gather + 2 * 2 * adapter / 200)
+    quiz += 3 * gather
     assert shared["quiz_min"] == pytest.approx(quiz / 60)
     sample = 2 * (3 + 11) * forward / 5e3 + 11 * (read + gather)
     assert shared["sample_min"] == pytest.approx(sample / 60)
-    held = 2 * (weights / 2 + 1000) + 2 * 20 * adapter + 3 * 2 * (8 * 30)
+    held = 2 * (weights / 2 + 1000) + 4 * weights + (2 * 20 + 4) * adapter + 3 * 2 * (8 * 30)
     assert shared["gb"] * 1e9 == pytest.approx(held)
+    # A step over a long sample takes more than a study; three samples are two batches.
+    held = 2 * (weights + 1000) + 20 * adapter + 3 * 2 * (1002 * 30)
+    assert long["gb"] * 1e9 == pytest.approx(held)
+    sample = 3 * (3 + 999) * forward / 5e3 + 2 * 999 * read
+    assert long["sample_min"] == pytest.approx(sample / 60)
 
 
 def test_what_does_not_fit_is_said():
-    one, many = (cost.predict("Llama-3.1-70B", n, d=20.0) for n in (1, 64))
+    one, many = (cost.predict("Llama-3.1-70B", n, d=9.0) for n in (1, 64))
     assert not one["fits"] and many["fits"] and one["gb"] * 1e9 > 2 * 70e9
     assert many["gb"] * 1e9 < cost.GPU["bytes"] < many["gb"] * 1e9 * many["shards"]
 
@@ -325,6 +332,9 @@ def test_the_tables_of_the_cost_are_the_committed_results():
     result, text = read_json(ROOT / "results" / "cost.json"), (ROOT / "docs/SCALE.md").read_text()
     for line in cost.tables(result):
         assert line in text, line
+    a, b, d = (result["fit"][name] for name in "abd")
+    told = f"The products run at {1e-9 / a:.0f} GFLOP/s, a layer costs {1e3 * b:.1f} ms"
+    assert told in text and f"and {d:.1f} numbers" in text.replace("\n", " ")
 
 
 # -----------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from lm.adapters import WITHOUT_EFFECT, load_adapter, peft_name, save_adapter
 from lm.checkpoint import load_model
+from lm.files import digest
 from lora import PROJECTIONS, Adapters, LoRAConfig, attached, merged
 
 ADAPTER = "adapter_model.safetensors"
@@ -120,6 +121,13 @@ def test_we_load_pefts(model, folder, layers, tmp_path):
 
 
 @torch.no_grad()
+def test_merging_leaves_the_checkpoint_as_it_is(folder):
+    """Its weights may lie in the file, as far as the process can tell."""
+    model, before = load_model(folder, "cpu", "float32"), digest(folder / "model.safetensors")
+    with merged(model, random_adapters(model, CONFIGS[0]).pick([2])):
+        assert digest(folder / "model.safetensors") == before
+
+
 def test_merging_equals_attaching_and_unmerging_is_exact(model):
     adapters = random_adapters(model, CONFIGS[0])
     before = {n: p.clone() for n, p in model.named_parameters()}

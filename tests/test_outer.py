@@ -349,10 +349,9 @@ def test_ways_that_the_proxy_rewards(
     monkeypatch.setattr("selfedit.parse", one_note)
     monkeypatch.setattr("selfedit.usual_length", lambda style: 4)
     monkeypatch.setattr("train_outer.inner_update", None)
-    started, studied, update = [], [], reward.inner_update
+    studied, update = [], reward.inner_update
 
     def in_process(command):
-        started.append(command)
         run_here(monkeypatch, command)
         return SimpleNamespace(returncode=0)
 

@@ -38,7 +38,8 @@ def dies(*args, calls=[]):
         os.kill(os.getpid(), 9)
     outcomes, numbers = update(*args), 0
     for p in args[0].layers.parameters():
-        numbers += (p.to_local() if hasattr(p, "to_local") else p).numel()
+        own = p.to_local() if hasattr(p, "to_local") else p
+        numbers += own.untyped_storage().nbytes() // own.element_size()
     Path("held-" + os.environ.get("RANK", "0")).write_text(str(numbers))
     return outcomes
 
@@ -120,6 +121,68 @@ def test_two_that_hold_a_model_between_them_end_with_what_one_ends_with(
     held = [int(file.read_text()) for file in sorted(tmp_path.glob("held-*"))]
     whole = int((alone / "held-0").read_text())
     assert held == [whole / 2] * processes  # of the layers, also after a training step
+
+
+# Two that hold a model between them, and each a whole one.
+MERGES = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+import torch
+from lm import ranks
+from lm.checkpoint import load_model
+from lora import PROJECTIONS, Adapters, LoRAConfig, merged
+from sampler import generate
+
+ranks.start("cpu", 2)
+shared = load_model(sys.argv[1], "cpu", "float32")
+mesh, ranks.MESH = ranks.MESH, None
+whole = load_model(sys.argv[1], "cpu", "float32")
+ranks.MESH = mesh
+policy = Adapters.init(whole, LoRAConfig(2, 4.0, tuple(PROJECTIONS), 0, 4), 1, seed=0)
+policy.flat += 0.05
+
+def alike():
+    for ours, theirs in zip(shared.layers.parameters(), whole.layers.parameters(), strict=True):
+        assert torch.equal(ours.full_tensor(), theirs)
+    written = [generate(m, [[1, 2, 3], [1, 5]], 6, [0], temperature=1.0) for m in (shared, whole)]
+    assert written[0] == written[1]
+    return written[0]
+
+before = alike()
+with merged(shared, policy), merged(whole, policy):
+    assert alike() != before
+assert alike() == before
+"""
+
+
+def test_a_policy_is_merged_into_shares(tiny_folder, tmp_path):
+    (tmp_path / "merges.py").write_text(MERGES)
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run([*start, tmp_path / "merges.py", tiny_folder], capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
+
+
+def test_own_rows_are_those_of_torch_chunk():
+    for n, holders in ((5, 4), (6, 4), (2, 4), (8, 2), (7, 2)):
+        chunks = [list(chunk) for chunk in torch.arange(n).chunk(holders)]
+        chunks += [[]] * (holders - len(chunks))
+        rows = [list(torch.arange(n)[ranks.own_rows(n, holders, k)]) for k in range(holders)]
+        assert rows == chunks
+
+
+def test_all_of_a_copy_go_on_with_the_words_of_its_first(monkeypatch):
+    seen = []
+
+    def broadcast(tokens, first, group):
+        seen.append((first, group))
+        tokens.fill_(7)
+
+    monkeypatch.setattr(torch.distributed, "broadcast", broadcast)
+    assert ranks.as_first(torch.tensor([1, 2])).tolist() == [1, 2]
+    mesh = SimpleNamespace(size=lambda: 2, get_group=lambda: "the two")
+    monkeypatch.setattr(ranks, "MESH", mesh)
+    monkeypatch.setattr(ranks, "RANK", 5)
+    assert ranks.as_first(torch.tensor([1, 2])).tolist() == [7, 7] and seen == [(4, "the two")]
 
 
 def unlike(one: Path, other: Path) -> list[str]:
@@ -278,10 +341,15 @@ def test_processes_that_hold_a_model_are_dealt_work_as_one(monkeypatch):
 
 
 def test_processes_that_do_not_divide_are_refused(monkeypatch):
-    for world, told in ((1, "--shard 2: 1 cannot"), (3, "--shard 2: 3 cannot")):
+    for world in (1, 3):
         monkeypatch.setattr(ranks, "WORLD", world)
-        with pytest.raises(SystemExit, match=f"^error: {told}"):
+        told = f"^error: --shard 2: so many processes hold a copy, and there are {world} in all"
+        with pytest.raises(SystemExit, match=told):
             ranks.start("cpu", 2)
+    monkeypatch.setattr(ranks, "WORLD", 2)
+    for device in ("mps", "cuda:1"):
+        with pytest.raises(SystemExit, match=f"^error: --shard is for .* and not {device}$"):
+            ranks.start(device, 2)
 
 
 def test_a_model_that_is_shared_out_is_not_compiled(tiny_folder):
