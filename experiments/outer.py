@@ -34,6 +34,7 @@ studied as it says (or as the flags do); "steps" are differences on the same pas
 import shutil
 import subprocess
 import sys
+from itertools import combinations
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run it from anywhere
@@ -81,7 +82,7 @@ def parse_arguments():
     add_settings_flags(parser)
     data.qa.add_flags(parser, "train", limit=8)
     add = parser.add_argument_group("experiment").add_argument
-    add("--ways", nargs="+", default=list(RULES), choices=WAYS, help="the first one is compared to")
+    add("--ways", nargs="+", default=list(RULES), choices=WAYS, help="compared with each other")
     add("--seeds", type=at_least(1), default=2, help="runs of each way")
     add("--rounds", type=at_least(1), default=3, help="outer rounds")
     add("--samples", type=int, default=6, help="self-edits per passage, of all agents")
@@ -250,8 +251,7 @@ def held_out(model, tok, runs: dict, passages, args, work: Path) -> dict:
         row = {"row": way, "accuracy": float(table[way].mean()), "policies": each}
         rows.append(row | {"ci95": bootstrap(table[way], args.seed)})
         print(f"{way:12} {100 * row['accuracy']:.1f} %", flush=True)
-    pairs = [("untrained", way) for way in args.ways]
-    pairs += [(args.ways[0], way) for way in args.ways[1:]]
+    pairs = [("untrained", way) for way in args.ways] + list(combinations(args.ways, 2))
     return {"rows": rows, "steps": paired_steps(table, pairs, args.seed)}
 
 

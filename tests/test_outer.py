@@ -398,7 +398,8 @@ def test_the_ways_side_by_side(
     assert [len(row["policies"]) for row in rows.values()] == [2, 2, 2, 4, 4]
     pairs = [(s["from"], s["to"]) for s in found["steps"]]
     assert pairs[:4] == [("untrained", way) for way in list(rows)[1:]]
-    assert pairs[4:] == [("restem", way) for way in ("grpo", "two", "two-apart")]
+    assert pairs[4:7] == [("restem", way) for way in ("grpo", "two", "two-apart")]
+    assert pairs[7:] == [("grpo", "two"), ("grpo", "two-apart"), ("two", "two-apart")]
     for way, rounds in found["rounds"].items():
         assert [r["round"] for r in rounds] == [1, 2]
         assert rounds[0]["apart"] == 0 and rounds[0]["surprise"] > 0, way
