@@ -63,14 +63,20 @@ def start(device: str, shard: int = 1) -> str:
     torch.distributed.init_process_group(backend, **options)
     agree({"shard": shard})
     if shard > 1:
-        groups = []  # every process takes part in making each
-        for first in range(0, WORLD, shard):
-            ranks = list(range(first, first + shard))
-            groups.append(torch.distributed.new_group(ranks, timeout=patience))
-        from torch.distributed.device_mesh import DeviceMesh
-
-        MESH = DeviceMesh.from_group(groups[RANK // shard], kind)
+        MESH = mesh_of_copy(shard, kind, patience)
     return device
+
+
+def mesh_of_copy(shard: int, kind: str, patience: timedelta):
+    """The processes that hold this one's copy of the model, on devices of a kind."""
+    import torch
+    from torch.distributed.device_mesh import DeviceMesh
+
+    groups = []  # each of which all processes take part in making
+    for first in range(0, WORLD, shard):
+        ranks = list(range(first, first + shard))
+        groups.append(torch.distributed.new_group(ranks, timeout=patience))
+    return DeviceMesh.from_group(groups[RANK // shard], kind)
 
 
 def holders() -> int:
@@ -196,9 +202,11 @@ def counted(rows: list) -> int:
 def split_layers(model) -> None:
     """Each layer's weights are from now on shared out among the processes of a copy, by rows. The
     embedding, the last norm and the output are not. What the model computes stays the same."""
+    if not MESH:
+        return
     from torch.distributed.fsdp import fully_shard
 
-    for layer in model.layers if MESH else ():
+    for layer in model.layers:
         fully_shard(layer, mesh=MESH, reshard_after_forward=True)
 
 
