@@ -3,8 +3,8 @@
     python experiments/outer.py                                             # -> results/outer.json
     python experiments/outer.py --ways one two two-apart --work runs/agents \
         --out results/agents.json
-    python experiments/outer.py --ways keep-6 keep-3 keep-1 --limit 24 --samples 8 --rounds 2 \
-        --out results/keep.json --work runs/keep
+    python experiments/outer.py --ways keep-6 keep-3 keep-2 keep-1 --limit 24 --samples 8 \
+        --rounds 2 --work runs/keep --out results/keep.json
 
 Each way is a run of train_outer.py, once for each seed; round 1 has the same self-edits and studies
 in all (of as many agents), so it is made once. The outer update is an epoch or more of what a way
@@ -14,7 +14,7 @@ learns from, which is not equally much: "steps" counts it.
     one, two, two-apart                 as weighted, by one agent with all samples, or by two with
                                         half of them, who learn from the best of both, or of their
                                         own (--agents 2 --exchange)
-    keep-6, keep-3, keep-1              --reward proxy --select notes, so many notes about each
+    keep-6, keep-3, keep-2, keep-1      --reward proxy --select notes, so many notes about each
                                         sentence (--keep); studied by the recipe of the flags
 
 "rounds" says of each way and round, a mean over seeds (and over passages, with an interval):
@@ -70,7 +70,7 @@ WAYS = {rule: ["--outer", rule, *ROWS] for rule in RULES} | {"pairs": ["--outer"
 WAYS |= {"one": WAYS["weighted"], "two": [*WAYS["weighted"], "--agents", "2"]}
 WAYS |= {"two-apart": [*WAYS["two"], "--exchange", "own"]}
 BY_PROXY = ["--reward", "proxy", "--select", "notes", "--outer-epochs", "1", "--keep"]
-WAYS |= {f"keep-{keep}": [*BY_PROXY, str(keep)] for keep in (6, 3, 1)}
+WAYS |= {f"keep-{keep}": [*BY_PROXY, str(keep)] for keep in (6, 3, 2, 1)}
 PASSED_ON = ("model", "device", "dtype", "data", "split", "skip", "limit", "rounds")
 PASSED_ON += ("population", "rank", "alpha", "targets", "top_layers", "row_len", "shots")
 PASSED_ON += ("temperature", "top_p", "max_new", "compile")
