@@ -109,8 +109,8 @@ def test_many_end_with_what_one_ends_with(alone, tiny_folder, tmp_path):
 def test_two_that_hold_a_model_between_them_end_with_what_one_ends_with(
     alone, tiny_folder, tmp_path, processes
 ):
-    """Two, and two pairs of them, of which one is killed and goes on: --shard 2."""
-    restarts = int(processes == 4)
+    """Two, of which one is killed and goes on, and two pairs of them: --shard 2."""
+    restarts = int(processes == 2)
     if restarts:
         (tmp_path / "dies").write_text("")
     done = run(tmp_path, tiny_folder, alone / "passages.json", processes, restarts, 2)
