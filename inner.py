@@ -295,13 +295,7 @@ dealt_step = shared(train_step, by_all=False)  # to those that hold a copy of th
 
 
 def inner_update(
-    model,
-    adapters: Adapters,
-    examples,
-    configs,
-    seed: int,
-    tick=None,
-    one_step=dealt_step,
+    model, adapters: Adapters, examples, configs, seed: int, tick=None, one_step=dealt_step
 ) -> list[Outcome]:
     """Train adapters.flat[i] on examples[i] ([Example]) as configs[i], an SFTConfig, says.
 

@@ -65,7 +65,7 @@ VOCAB = 4096  # small: the output projection runs for counted tokens only, and i
 # five each, three adapters each. Their length is that of our runs, and all projections are adapted.
 WORK = {"candidates": 750, "samples": 250, "epochs": 10, "tokens": 700, "counted": 500}
 WORK |= {"asked": 300, "written": 500, "questions": 5, "prompt": 60, "answer": 32, "rank": 32}
-WORK |= {"population": 8, "row_len": 256, "batch": 128}  # at most; tokens; samples side by side
+WORK |= {"population": 8, "row_len": 256, "batch": 128}  # at most 8; of 128 samples side by side
 # NVIDIA's data sheet of the H100 SXM: dense bfloat16 products, memory and its bandwidth. The shares
 # of them are assumptions.
 GPU = {"name": "H100", "flops": 989e12, "bytes": 80e9, "bytes_per_s": 3.35e12}
@@ -251,7 +251,7 @@ def planned(name: str, devices: int, d: float, shards: int, P: int) -> dict:
     weights = n_layer * sum(a * b for a, b in shapes)
     adapter = n_layer * WORK["rank"] * sum(a + b for a, b in shapes)
     output, own = vocab * width, math.ceil(P / shards)  # of a step's candidates each GPU has `own`
-    row = {"adapted": n_layer, "n_embd": width, "n_inner": inner, "number": 2}
+    layers = {"adapted": n_layer, "n_embd": width, "n_inner": inner, "number": 2}
     copies = devices // shards
     samples = math.ceil(WORK["samples"] / copies)
 
@@ -260,10 +260,10 @@ def planned(name: str, devices: int, d: float, shards: int, P: int) -> dict:
     model = 2 * (weights / shards + output * (1 + twice))
     model += 2 * 2 * weights / n_layer * (shards > 1)
     study = (16 * P + 4 * own + 4 * P * (shards > 1)) * adapter  # summed gradients are there twice
-    study += d * activations(row | {"tokens": own * WORK["row_len"]})
-    sample = WORK["asked"] + WORK["written"]
-    outer = held_of_adapter(2) * adapter + d * activations(row | {"tokens": sample})
-    cache = min(WORK["batch"], samples) * sample * n_layer * 2 * keys * 2
+    study += d * activations(layers | {"tokens": own * WORK["row_len"]})
+    long = WORK["asked"] + WORK["written"]  # tokens of a sample
+    outer = held_of_adapter(2) * adapter + d * activations(layers | {"tokens": long})
+    cache = min(WORK["batch"], samples) * long * n_layer * 2 * keys * 2
     sampling = 2 * weights / shards + 4 * adapter + cache  # with the weights before merge()
     held = model + max(study, outer, sampling)
 
@@ -273,9 +273,9 @@ def planned(name: str, devices: int, d: float, shards: int, P: int) -> dict:
     reduce = 2 * 4 * P * adapter * (1 - 1 / shards) / link  # of a step's gradients
     populations = math.ceil(WORK["candidates"] / P / copies)
     # FLOPs: 2 for each weight and token forward, 2 more for the gradient of its input, 6 of LoRA.
-    epoch = WORK["tokens"] * (4 * weights + 6 * adapter) + WORK["counted"] * 4 * output
+    flops = WORK["tokens"] * (4 * weights + 6 * adapter) + WORK["counted"] * 4 * output
     steps = math.ceil(WORK["tokens"] / WORK["row_len"])
-    epoch = own * epoch / rate + steps * (2 * gather + reduce)
+    epoch = own * flops / rate + steps * (2 * gather + reduce)
     # Of quizzes and samples each GPU of a copy computes all. Decoding reads the weights for each
     # token, and once for all rows: those of a population's quizzes, with its adapters, or a batch
     # of samples.
@@ -285,7 +285,7 @@ def planned(name: str, devices: int, d: float, shards: int, P: int) -> dict:
     quiz = answers * asked * forward / rate + WORK["answer"] * (token + 2 * P * adapter / read)
     quiz += 3 * gather  # what prompts have in common, the rest of them, and the right answers
     batches = math.ceil(samples / WORK["batch"])
-    sample = samples * sample * forward / rate + batches * WORK["written"] * token
+    sample = samples * long * forward / rate + batches * WORK["written"] * token
     row = {"model": name, "devices": devices, "gb": held / 1e9, "shards": shards, "P": P}
     row |= {"study_min": populations * WORK["epochs"] * epoch / 60}
     row |= {"quiz_min": populations * quiz / 60, "sample_min": sample / 60}

@@ -120,7 +120,6 @@ def test_we_load_pefts(model, folder, layers, tmp_path):
         assert (model(ids_for()) - theirs(ids_for()).logits).abs().max() <= 1e-4
 
 
-@torch.no_grad()
 def test_merging_leaves_the_checkpoint_as_it_is(folder):
     """Its weights may lie in the file, as far as the process can tell."""
     model, before = load_model(folder, "cpu", "float32"), digest(folder / "model.safetensors")
@@ -128,6 +127,7 @@ def test_merging_leaves_the_checkpoint_as_it_is(folder):
         assert digest(folder / "model.safetensors") == before
 
 
+@torch.no_grad()
 def test_merging_equals_attaching_and_unmerging_is_exact(model):
     adapters = random_adapters(model, CONFIGS[0])
     before = {n: p.clone() for n, p in model.named_parameters()}

@@ -246,10 +246,10 @@ def test_the_learner_is_the_base_or_the_policy(who, given, changed, tiny):
     config, q_proj = LoRAConfig(2, 4.0, tuple(PROJECTIONS), 2, 4), tiny.layers[3].self_attn.q_proj
     policy = Adapters.init(tiny, config, 1, seed=0)
     policy.flat += 0.05
-    before = q_proj.weight.clone()
+    before, place = q_proj.weight.clone(), q_proj.weight.data_ptr()
     with learner(tiny, policy if given else None, SimpleNamespace(learner=who)):
         assert torch.equal(q_proj.weight, before) is not changed
-    assert torch.equal(q_proj.weight, before)
+    assert torch.equal(q_proj.weight, before) and q_proj.weight.data_ptr() == place
 
 
 def test_a_random_models_self_edits_never_stop_a_run(
